@@ -1,0 +1,31 @@
+"""Fine-tune an open language model on your own data, on the hardware you have, and know whether it got better."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names, imported when first used (PEP 562), so that `import luthier` stays light.
+_PUBLIC = {
+    "Recipe": "luthier.recipe",
+    "LuthierError": "luthier.errors",
+    "Run": "luthier.runs",
+}
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from luthier.errors import LuthierError
+    from luthier.recipe import Recipe
+    from luthier.runs import Run
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'luthier' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,345 @@
+"""The recipe: everything a run depends on, as a frozen typed tree.
+
+Two halves. `model`, `adapter`, `data`, `train`, `evaluate` say *what is learned*: a change there is another experiment.
+`run` says *how it is run*: a change there leaves the loss curve where it is. Unknown keys are errors with the nearest
+name; validation never edits; what follows from the recipe (a run folder's name, a schedule) is computed by functions.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from luthier.errors import RecipeError, UsageError
+from luthier.registry import nearest
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Model(Section):
+    base: str
+    """A hub id, a local folder, or `smollm2-135m`, the embedded default."""
+    revision: str | None = None
+    """The hub revision (branch, tag or commit). The commit that was loaded is recorded in the run."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of weights and matrix products. `auto`: bfloat16 where the processor multiplies it in hardware
+    (AMX, AVX512-BF16, a recent GPU), else float32. Adapters and the optimizer are always float32."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model. Off unless written here, and recorded."""
+
+
+class Adapter(Section):
+    kind: Literal["lora"] = "lora"
+    """The adapter method."""
+    rank: int = Field(16, ge=1)
+    """Inner dimension r of the update B·A."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Share of the adapter's inputs set to zero in training; masks do not depend on how a step is cut."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """`all-linear` (all linear layers but the head), or names of linear layers such as `q_proj`."""
+
+
+class Source(Section):
+    path: str
+    """A file (.jsonl .json .csv .tsv .parquet .txt .md, also .gz or .zst), `-` for standard input, or `hub:NAME`."""
+    weight: float = Field(1.0, gt=0)
+    """How often its rows are seen an epoch; 0.5 takes half of them, 2 takes each twice."""
+    split: str | None = None
+    """The split of a hub data set."""
+
+
+class Heldout(Section):
+    fraction: Fraction = 0.0
+    """Share of the training rows set aside for the evaluation loss; the split depends on the rows and the seed only."""
+    rows: int = Field(0, ge=0)
+    """The same as a number of rows; the larger of the two wins."""
+
+
+class Clean(Section):
+    unicode: Literal["NFC", "NFKC", "none"] = "NFC"
+    """Unicode normalisation form."""
+    control: bool = True
+    """Remove control characters other than tab and newline."""
+    mojibake: bool = False
+    """Repair text that was decoded with the wrong encoding."""
+    personal: list[Literal["email", "phone", "url", "ip", "card", "id"]] = []
+    """Kinds of personal data replaced by typed placeholders such as [EMAIL], and counted."""
+    names: str | None = None
+    """A recogniser of person names as `module:attribute` (a function text -> list of (start, end)), replaced by [NAME]."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What to do with a row whose text was seen before."""
+    near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Drop a row whose estimated Jaccard similarity of word 3-shingles with an earlier row reaches this."""
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1)
+    test: list[Source] = []
+    """Rows for `compare`. Never trained on; training rows found in here are handled by `leaks`."""
+    heldout: Heldout = Heldout()
+    format: str = "auto"
+    """The shape of the rows; `auto` detects it. Names: see `luthier data --help`."""
+    columns: Literal["auto"] | dict[str, str | list[str]] = "auto"
+    """Which column plays which part, as {part: column or list of columns}."""
+    instruction: str | None = None
+    """Put before each document in formats that have none of their own (document and summary, multiple choice)."""
+    system: str | None = None
+    """A system message for rows that have none."""
+    labels: Literal["letter", "option_n", "text"] = "letter"
+    """How a multiple-choice answer is written: `B`, `option_2`, or the text of the choice."""
+    template: str = "auto"
+    """How a conversation becomes text: `tokenizer`, `chatml`, `alpaca`, `human-assistant`, `instruct-output`, `plain`;
+    `auto`: the tokenizer's own chat template, else `plain`."""
+    supervise: Literal["answers", "last", "all"] = "answers"
+    """Which tokens carry loss: all assistant turns, the last one, or every token."""
+    length: int = Field(1024, ge=8)
+    """The most tokens a row may have; also the window of long documents."""
+    too_long: Literal["refuse", "drop", "cut"] = "drop"
+    """What happens to longer rows. `cut` shortens the prompt's end first and never the end of turn. All are counted."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What happens to rows that cannot be read. Dropped rows are counted and named in the data report."""
+    leaks: Literal["drop", "refuse", "keep"] = "drop"
+    """What happens to training rows whose text is also in the test rows."""
+    clean: Clean = Clean()
+
+
+class Train(Section):
+    samples_per_step: int = Field(8, ge=1)
+    """Rows per optimizer step, over all processes. The loss is divided by the step's supervised tokens."""
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, whatever `epochs` says."""
+    lr: float = Field(2e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup: Annotated[int, Field(ge=0)] | Fraction = 0.03
+    """Steps of linear warm-up (an integer), or their share of all steps (a fraction)."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the steps over which `wsd` falls to zero."""
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this Euclidean norm; null leaves them."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the adapter: those of the last step, or of the lowest evaluation loss."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a lower loss."""
+    seed: int = Field(17, ge=0)
+
+
+class Generate(Section):
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    repetition_penalty: float = Field(1.0, gt=0)
+
+
+class Evaluate(Section):
+    every: int | None = Field(None, ge=1)
+    """Steps between evaluations on the held-out rows; null: five times a run."""
+    samples: int = Field(2, ge=0)
+    """How many held-out prompts are answered at each evaluation, for the eye."""
+    metrics: list[str] = Field(["rougeL", "rouge1", "rouge2", "rougeLsum", "exact_match", "perplexity"], min_length=1)
+    """The first decides the verdict."""
+    generate: Generate = Generate()
+    rows: int | None = Field(None, ge=1)
+    """Compare on this many test rows (the first ones); null: all."""
+
+
+class Save(Section):
+    every: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest stay; the best one always does."""
+
+
+class Run(Section):
+    dir: str | None = None
+    """The run folder; null: runs/<recipe name>."""
+    place: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "local", "ddp"] = "auto"
+    """`ddp`: one process per core (or GPU) with the adapter's gradients summed."""
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Threads per process."""
+    memory: str = "auto"
+    """Memory the run may use, such as `6GiB`; `auto`: what the machine has free."""
+    micro_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
+    """Tokens of one forward and backward pass; `auto`: as planned from `memory`."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    kernels: Literal["auto", "reference", "eager", "compiled"] = "auto"
+    """`reference`: the transformers module; `eager`: our block; `compiled`: our block with a C++ compiler's help."""
+    log_every: int = Field(1, ge=1)
+    save: Save = Save()
+    track: list[str] = []
+    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, or `module:attribute`."""
+
+
+class Recipe(Section):
+    """A whole recipe. `Recipe.load("my.yaml", "train.lr=1e-4")` reads a file and applies overrides."""
+
+    model: Model
+    adapter: Adapter = Adapter()
+    data: Data
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _best_needs_rows_to_judge_by(self) -> Self:
+        if (self.train.keep == "best" or self.train.patience) and not (self.data.heldout.fraction or self.data.heldout.rows):
+            raise ValueError("train.keep=best and train.patience need held-out rows: set data.heldout.fraction, e.g. 0.1")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Recipe:
+        """Reads YAML and applies `section.key=value` overrides (values are YAML too).
+
+        Raises RecipeError naming file, line, column and field; UsageError for a malformed override.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot be read ({error.strerror})", where=str(path), fix="check the path, or write one with `luthier init`") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError("is not UTF-8 text", where=str(path), fix="give a YAML recipe") from error
+        return cls.parse(text, *overrides, name=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *overrides: str, name: str = "recipe") -> Recipe:
+        tree = _read_yaml(text, name)
+        for override in overrides:
+            _apply(tree, override)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError(_explain(error, tree, name)) from error
+
+    def dump(self) -> str:
+        """The full recipe as YAML, defaults included; `parse(dump())` gives it back."""
+        from ruamel.yaml import YAML
+
+        yaml, out = YAML(typ="safe"), io.StringIO()
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.model_dump(mode="json"), out)
+        return out.getvalue()
+
+    def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Dotted keys whose values differ, as {key: (mine, theirs)}."""
+        mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
+        return {k: (mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
+
+    def learned(self) -> dict[str, Any]:
+        """The half that says what is learned, as plain values: two runs with equal `learned()` have one loss curve."""
+        return self.model_dump(mode="json", exclude={"run"})
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_yaml(text: str, name: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        tree = YAML(typ="rt").load(text)
+    except (YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise RecipeError(f"is not valid YAML ({getattr(error, 'problem', None) or error})", where=where) from error
+    if not isinstance(tree, dict):
+        raise RecipeError("is not a recipe: it should be a mapping with `model`, `data` …", where=name)
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    from ruamel.yaml import YAML, YAMLError
+
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UsageError(f"'{override}' is not an override", fix="write section.key=value, e.g. train.lr=1e-4")
+    try:
+        parsed = YAML(typ="safe").load(value) if value.strip() else None
+    except YAMLError as error:
+        raise UsageError(f"the value in '{override}' is not valid YAML", fix="quote it") from error
+    node: Any = tree
+    for part in parts[:-1]:
+        step = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else None
+        node = step if step is not None else node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict | list):
+            raise UsageError(f"'{override}': '{part}' is not a section that holds keys", fix="write section.key=value")
+    if isinstance(node, list):
+        raise UsageError(f"'{override}' names a list", fix="give the whole list, e.g. evaluate.metrics=[rougeL]")
+    node[parts[-1]] = parsed
+
+
+def _explain(error: ValidationError, tree: dict[str, Any], name: str) -> str:
+    """All problems at once, a line each: file:line:column: field: what is wrong; what to do."""
+    return "\n".join(_problem(dict(p), tree, name) for p in error.errors(include_url=False))
+
+
+def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
+    path = [p for p in problem["loc"] if _is_key(p)]
+    field = ".".join(str(p) for p in path) or "recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = f"unknown key; {nearest(str(path[-1]), _siblings(path))}"
+    elif problem["type"] == "missing":
+        message = "is missing"
+    elif not isinstance(problem.get("input"), dict | list):
+        message = f"{message} (found {problem.get('input')!r})"
+    return f"{_place(tree, path, name)}: {field}: {message}"
+
+
+def _is_key(part: Any) -> bool:
+    # Unions put the branch's name ("list[str]", "literal['auto']", "constrained-int") into the location; it is no key.
+    return isinstance(part, int) or part.replace("_", "").isalnum() and part not in ("int", "float", "bool", "str", "constrained")
+
+
+def _siblings(path: list[Any]) -> list[str]:
+    section: Any = Recipe
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, Section)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def _place(tree: Any, path: list[Any], name: str) -> str:
+    """`file:line:column` of the deepest part of `path` that the file has; overrides have no place, only the file."""
+    place, node = name, tree
+    for part in path:
+        try:
+            line, column = node.lc.item(part) if isinstance(part, int) else node.lc.key(part)
+            node = node[part]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+        place = f"{name}:{line + 1}:{column + 1}"
+    return place
