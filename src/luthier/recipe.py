@@ -201,8 +201,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _best_needs_rows_to_judge_by(self) -> Self:
-        if (self.train.keep == "best" or self.train.patience) and not (self.data.heldout.fraction or self.data.heldout.rows):
-            raise ValueError("train.keep=best and train.patience need held-out rows: set data.heldout.fraction, e.g. 0.1")
+        if (self.train.keep == "best" or self.train.patience) and not (
+            self.data.heldout.fraction or self.data.heldout.rows
+        ):
+            raise ValueError(
+                "train.keep=best and train.patience need held-out rows: set data.heldout.fraction, e.g. 0.1"
+            )
         return self
 
     @classmethod
@@ -215,7 +219,11 @@ class Recipe(Section):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"cannot be read ({error.strerror})", where=str(path), fix="check the path, or write one with `luthier init`") from error
+            raise RecipeError(
+                f"cannot be read ({error.strerror})",
+                where=str(path),
+                fix="check the path, or write one with `luthier init`",
+            ) from error
         except UnicodeDecodeError as error:
             raise RecipeError("is not UTF-8 text", where=str(path), fix="give a YAML recipe") from error
         return cls.parse(text, *overrides, name=str(path))
@@ -316,7 +324,11 @@ def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
 
 def _is_key(part: Any) -> bool:
     # Unions put the branch's name ("list[str]", "literal['auto']", "constrained-int") into the location; it is no key.
-    return isinstance(part, int) or part.replace("_", "").isalnum() and part not in ("int", "float", "bool", "str", "constrained")
+    return (
+        isinstance(part, int)
+        or part.replace("_", "").isalnum()
+        and part not in ("int", "float", "bool", "str", "constrained")
+    )
 
 
 def _siblings(path: list[Any]) -> list[str]:
@@ -325,7 +337,11 @@ def _siblings(path: list[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, Section)]
+        inner = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, Section)
+        ]
         if not inner:
             return []
         section = inner[0]

@@ -1,0 +1,194 @@
+"""A run is a folder. Every verb reads and writes one.
+
+recipe.yaml      the recipe as given, defaults and overrides included
+manifest.json    versions, decisions made once from facts, hashes of what went in
+metrics.jsonl    a line a step, and a line an evaluation
+samples.jsonl    answers given during training
+data/            report, dropped rows, tokens, test conversations, template
+checkpoints/     step-00000050/ …, each verified by its own manifest
+adapter/         the result, in PEFT's format
+results/NAME/    comparisons and predictions
+report.html      the page for people
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import RunError
+from luthier.recipe import Recipe
+
+_PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rouge-score")
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replaces `path` by `content` in one step: written aside, fsynced, renamed, and the folder fsynced."""
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError("is missing", where=str(path), fix="is this the folder of a finished step?") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot be read ({error})", where=str(path)) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Run:
+    """A run's folder and what lies in it. `Run.create` makes one, `Run.open` finds one."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.data = folder / "data"
+        self.checkpoints = folder / "checkpoints"
+        self.adapter = folder / "adapter"
+        self.results = folder / "results"
+        self.metrics = folder / "metrics.jsonl"
+        self.samples = folder / "samples.jsonl"
+        self.report = folder / "report.html"
+
+    @classmethod
+    def create(cls, recipe: Recipe, *, name: str = "run", root: Path | None = None) -> Run:
+        """The run folder of `recipe`, made if new. `root` is what relative data paths count from.
+
+        Raises RunError where the folder holds a run of another recipe (in the half that says what is learned).
+        """
+        folder = Path(recipe.run.dir) if recipe.run.dir else Path("runs") / name
+        run = cls(folder, recipe)
+        if (folder / "recipe.yaml").exists():
+            run._refuse_another_recipe()
+            return run
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise RunError("is not empty and is not a run", where=str(folder), fix="set run.dir to a new folder")
+            write_atomic(folder / "recipe.yaml", recipe.dump())
+        except OSError as error:
+            raise RunError(
+                f"cannot be written ({error.strerror})", where=str(folder), fix="set run.dir to another folder"
+            ) from error
+        run.update_manifest(
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            versions=versions(),
+            root=str((root or Path()).resolve()),
+            command=sys.argv,
+        )
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in `folder`. Raises RunError where there is none."""
+        folder = Path(folder)
+        if not (folder / "recipe.yaml").is_file():
+            known = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
+            fix = f"runs here: {', '.join(known)}" if known else "train one first: luthier train RECIPE"
+            raise RunError("is not a run folder", where=str(folder), fix=fix)
+        return cls(folder, Recipe.load(folder / "recipe.yaml"))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def root(self) -> Path:
+        """The folder that relative data paths of the recipe count from."""
+        return Path(self.manifest.get("root", "."))
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Sets top-level entries of manifest.json and leaves the others."""
+        write_json(self.folder / "manifest.json", self.manifest | entries)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line torn by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    @property
+    def finished(self) -> bool:
+        return (self.adapter / "adapter_model.safetensors").exists()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for one writer. Raises RunError naming the process that has it."""
+        import fcntl
+
+        path = self.folder / ".lock"
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise RunError(
+                    f"is in use by {file.read().strip() or 'another process'}",
+                    where=str(self.folder),
+                    fix="wait for it, or set run.dir to another folder",
+                ) from error
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def _refuse_another_recipe(self) -> None:
+        there = Recipe.load(self.folder / "recipe.yaml")
+        changed = {k: v for k, v in there.diff(self.recipe).items() if not k.startswith(("run.", "evaluate."))}
+        if changed:
+            lines = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+            raise RunError(
+                f"holds a run of another recipe ({lines})",
+                where=str(self.folder),
+                fix="set run.dir to a new folder, or delete this one to train anew",
+            )
+        if there != self.recipe:
+            write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
