@@ -77,7 +77,7 @@ class Clean(Section):
     personal: list[Literal["email", "phone", "url", "ip", "card", "id"]] = []
     """Kinds of personal data replaced by typed placeholders such as [EMAIL], and counted."""
     names: str | None = None
-    """A recogniser of person names as `module:attribute` (a function text -> list of (start, end)), replaced by [NAME]."""
+    """A recogniser of names as `module:attribute`: a function text -> list of (start, end), each then [NAME]."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What to do with a row whose text was seen before."""
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -269,7 +269,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_yaml(text: str, name: str) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         tree = YAML(typ="rt").load(text)
@@ -283,7 +284,8 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
@@ -324,10 +326,8 @@ def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
 
 def _is_key(part: Any) -> bool:
     # Unions put the branch's name ("list[str]", "literal['auto']", "constrained-int") into the location; it is no key.
-    return (
-        isinstance(part, int)
-        or part.replace("_", "").isalnum()
-        and part not in ("int", "float", "bool", "str", "constrained")
+    return isinstance(part, int) or (
+        part.replace("_", "").isalnum() and part not in ("int", "float", "bool", "str", "constrained")
     )
 
 
