@@ -1,4 +1,4 @@
-"""Facts about this machine, read without importing anything heavy. Decisions are made from these, never from timings."""
+"""Facts about this machine, read without importing anything heavy. Decisions come from these, never from timings."""
 
 from __future__ import annotations
 
