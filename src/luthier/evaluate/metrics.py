@@ -1,0 +1,190 @@
+"""Scores per example. A metric is one `Metric` value and one line in `METRICS`.
+
+Every metric is a ratio of sums over questions, so that one paired bootstrap serves them all: a text metric is
+sum(points) / sum(1), perplexity is exp(sum(negative log-likelihood) / sum(tokens)).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import exp
+from typing import Any, Literal
+
+from luthier.data.conversation import Conversation
+from luthier.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one side (base or tuned) made of one question.
+
+    `text` is the generated answer without control tokens, `stopped` whether it ended by itself, `tokens` how many it
+    took. `nll` is the summed negative log-likelihood (nats) of the first reference under the model, over `targets`
+    tokens. A part that was not asked for is None.
+    """
+
+    text: str | None = None
+    stopped: bool = False
+    tokens: int = 0
+    nll: float | None = None
+    targets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How one answer is scored.
+
+    Attributes:
+        score: question, answer -> one score per reference (points of 100; nats for perplexity); empty where the
+            question cannot be scored, for instance without references.
+        needs: the part of an `Answer` it reads.
+        higher: whether a higher score is better.
+        weight: answer -> what its score counts in the ratio of sums.
+        finish: the ratio of sums -> the figure that is reported.
+        unit: what the figure counts, for the verdict's sentence.
+    """
+
+    name: str
+    title: str
+    score: Callable[[Conversation, Answer], list[float]]
+    needs: Literal["text", "nll"] = "text"
+    higher: bool = True
+    weight: Callable[[Answer], float] = lambda answer: 1.0
+    finish: Callable[[float], float] = float
+    unit: str = "points"
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def _rouge(kind: str, title: str) -> Metric:
+    """ROUGE F-measure as `rouge-score` computes it with the Porter stemmer (Lin 2004). `rougeLsum` takes each line as
+    a sentence, which is the package's default. Only the letters a-z and digits count: that is ROUGE's own rule."""
+
+    def score(question: Conversation, answer: Answer) -> list[float]:
+        text = answer.text or ""
+        return [100.0 * _scorer(kind).score(reference, text)[kind].fmeasure for reference in question.references]
+
+    return Metric(kind, title, score)
+
+
+@cache
+def _scorer(kind: str) -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer([kind], tokenizer=_Stemmed())
+
+
+class _Stemmed:
+    """`rouge-score`'s own tokeniser with its stems remembered: nearly all of its time goes into stemming again."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+
+        self.stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)  # what rouge-score calls on its stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        return _rouge_tokens(self, text)
+
+
+@lru_cache(maxsize=20_000)
+def _rouge_tokens(stemmer: _Stemmed, text: str) -> list[str]:
+    from rouge_score import tokenize
+
+    tokens: list[str] = tokenize.tokenize(text, stemmer)
+    return tokens
+
+
+def normalise(text: str) -> str:
+    """Case folded, outer space removed, inner space made single: what `exact_match` compares."""
+    return " ".join(text.split()).casefold()
+
+
+def exact_match(question: Conversation, answer: Answer) -> list[float]:
+    said = normalise(answer.text or "")
+    return [100.0 * (said == normalise(reference)) for reference in question.references]
+
+
+def accuracy(question: Conversation, answer: Answer) -> list[float]:
+    """Whether the generated answer names the right choice; an answer that names none, or several, is wrong."""
+    if question.answer is None:
+        return []
+    return [100.0 * (parse_choice(answer.text or "", question.choices) == question.answer)]
+
+
+def parse_choice(text: str, choices: tuple[str, ...]) -> int | None:
+    """The index of the choice that a generated answer names, or None.
+
+    In this order: the choice's whole text, `option_2`, a letter (`B`, `(B)`, `B.`, `the answer is B`), the one choice
+    whose text occurs in the answer, and last a letter that leads a sentence, since "A" is a word too.
+    """
+    said = normalise(text)
+    exact = [i for i, choice in enumerate(choices) if normalise(choice) == said]
+    if exact:
+        return exact[0]
+    for pattern in _NAMED:
+        if found := pattern.search(text):
+            return _index(found[1], len(choices))
+    held = [i for i, choice in enumerate(choices) if _contains(said, normalise(choice))]
+    if held:
+        longest = max(held, key=lambda i: len(choices[i]))
+        inside = all(normalise(choices[i]) in normalise(choices[longest]) for i in held)
+        return longest if inside else None
+    lead = re.match(r"\s*([A-Z])\s", text)
+    return _index(lead[1], len(choices)) if lead else None
+
+
+_NAMED = (
+    re.compile(r"\boption[_\s-]*(\d{1,2})\b", re.IGNORECASE),
+    re.compile(r"^\W*([A-Za-z])\W*$"),
+    re.compile(r"^\W*([A-Z])\s*[).:\n]"),
+    re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\W{0,3}([A-Z])\b"),
+)
+
+
+def _index(label: str, count: int) -> int | None:
+    index = int(label) - 1 if label.isdigit() else ord(label.upper()) - ord("A")
+    return index if 0 <= index < count else None
+
+
+def _contains(text: str, part: str) -> bool:
+    return bool(part) and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+
+
+def likelihood(question: Conversation, answer: Answer) -> list[float]:
+    return [] if answer.nll is None or not answer.targets else [answer.nll]
+
+
+ROUGE1 = _rouge("rouge1", "ROUGE-1")
+ROUGE2 = _rouge("rouge2", "ROUGE-2")
+ROUGEL = _rouge("rougeL", "ROUGE-L")
+ROUGELSUM = _rouge("rougeLsum", "ROUGE-Lsum")
+EXACT = Metric("exact_match", "exact match", exact_match)
+ACCURACY = Metric("accuracy", "accuracy", accuracy)
+PERPLEXITY = Metric(
+    "perplexity",
+    "perplexity",
+    likelihood,
+    needs="nll",
+    higher=False,
+    weight=lambda answer: float(answer.targets),
+    finish=exp,
+    unit="",
+)
+
+METRICS = Registry(
+    "metric",
+    {
+        "rouge1": "luthier.evaluate.metrics:ROUGE1",
+        "rouge2": "luthier.evaluate.metrics:ROUGE2",
+        "rougeL": "luthier.evaluate.metrics:ROUGEL",
+        "rougeLsum": "luthier.evaluate.metrics:ROUGELSUM",
+        "exact_match": "luthier.evaluate.metrics:EXACT",
+        "accuracy": "luthier.evaluate.metrics:ACCURACY",
+        "perplexity": "luthier.evaluate.metrics:PERPLEXITY",
+    },
+)

@@ -1,0 +1,118 @@
+"""Is the difference between two sides real? A paired bootstrap over questions, and a verdict in plain words.
+
+Both sides answer the same questions, so questions are drawn, not answers: what makes a question hard for both sides
+cancels out (Efron & Tibshirani 1993, chapter 16; for language Koehn 2004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, sqrt
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.evaluate.metrics import Metric
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+Verdict = Literal["better", "no evidence", "worse"]
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+FEW = 30
+"""Below this many questions the reader is warned that the interval is wide."""
+LEAST = 6
+"""With n pairs that all agree, chance does as well once in 2^(n-1) times: below six that is more than 5 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """One metric on both sides. `difference` is always tuned - base, in the metric's own unit, and [`low`, `high`] its
+    95 % interval; whether up is good is `higher`, and `verdict` has taken it into account. `n` counts questions."""
+
+    base: float
+    tuned: float
+    difference: float
+    low: float
+    high: float
+    n: int
+    higher: bool
+    verdict: Verdict
+
+    def json(self) -> dict[str, Any]:
+        """Plain values; a bound that is not finite (one question has no interval) is None, as JSON has no infinity."""
+        return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
+
+
+def paired(
+    metric: Metric,
+    base: Sequence[float],
+    tuned: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+) -> Paired:
+    """Compares the scores [n] of one metric on the same n questions. Raises ValueError where n is 0 or lengths differ.
+
+    `weights` [n] are the metric's (tokens for perplexity), 1 if left out. The same seed draws the same questions for
+    every metric, so intervals of one comparison belong together.
+    """
+    import numpy as np
+
+    if not len(base) == len(tuned) == len(weights or base) or not len(base):
+        raise ValueError("a paired comparison needs the same questions on both sides, and at least one")
+    sides = np.array([base, tuned], dtype=np.float64)
+    weight = np.ones(len(base)) if weights is None else np.array(weights, dtype=np.float64)
+    there = [metric.finish(float(side.sum() / weight.sum())) for side in sides]
+    low, high = _interval(_resampled(metric, sides, weight, seed), len(base))
+    difference = there[1] - there[0]
+    verdict = judge(low, high, len(base), higher=metric.higher)
+    return Paired(there[0], there[1], difference, low, high, len(base), metric.higher, verdict)
+
+
+def judge(low: float, high: float, n: int, *, higher: bool) -> Verdict:
+    """`better` or `worse` only where the whole interval of tuned - base lies on that side of zero."""
+    if n < LEAST or low <= 0.0 <= high:
+        return "no evidence"
+    return "better" if (low > 0.0) == higher else "worse"
+
+
+def _resampled(metric: Metric, sides: Floats, weight: Floats, seed: int) -> Floats:
+    """The difference tuned - base on each of RESAMPLES draws of n questions with replacement, float64 [RESAMPLES]."""
+    import numpy as np
+
+    draw, n = np.random.default_rng(seed), len(weight)
+    block = max(1, 2_000_000 // n)  # bounds the memory of one draw at about 16 MB an array
+    parts = []
+    for start in range(0, RESAMPLES, block):
+        rows = draw.integers(0, n, (min(block, RESAMPLES - start), n))
+        total = weight[rows].sum(axis=1)
+        base, tuned = (np.array([metric.finish(r) for r in side[rows].sum(axis=1) / total]) for side in sides)
+        parts.append(tuned - base)
+    return np.concatenate(parts)
+
+
+def _interval(differences: Floats, n: int) -> tuple[float, float]:
+    """The percentile interval, its percentiles moved outwards for small n (Hesterberg 2015, section 5.3): the plain one
+    is too narrow by sqrt((n-1)/n) and takes normal for Student's t. At n = 500 the move is from 2.5 % to 2.45 %."""
+    import numpy as np
+
+    if n < 2:
+        return float("-inf"), float("inf")
+    tail = NormalDist().cdf(-_student(n - 1) * sqrt(n / (n - 1)))
+    low, high = np.quantile(differences, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def _student(freedom: int) -> float:
+    """Student's t at (1 + LEVEL) / 2 by Cornish and Fisher's expansion; within 0.02 from 4 degrees of freedom up."""
+    z = NormalDist().inv_cdf((1.0 + LEVEL) / 2.0)
+    first = (z**3 + z) / 4.0
+    second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
+    third = (3.0 * z**7 + 19.0 * z**5 + 17.0 * z**3 - 15.0 * z) / 384.0
+    return z + first / freedom + second / freedom**2 + third / freedom**3
