@@ -258,6 +258,12 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude={"run"})
 
 
+def packaged(name: str) -> Path | None:
+    """The recipe that ships with luthier under this name, unless a file or folder of that name is at hand."""
+    path = Path(__file__).parent / "recipes" / f"{name}.yaml"
+    return path if path.is_file() and not Path(name).exists() else None
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -1,0 +1,177 @@
+"""The verbs as functions, for Python and for the command line: a notebook and a terminal take the same path.
+
+run = luthier.start("recipe.yaml", "train.lr=1e-4")
+luthier.prepare(run)
+luthier.fit(run)
+comparison = luthier.compare(run)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.machine import GIB, machine
+from luthier.recipe import Recipe, packaged
+from luthier.runs import Run, read_json, write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.data.prepare import Prepared
+    from luthier.evaluate.compare import Comparison
+    from luthier.plan import Plan
+
+
+def start(recipe: Recipe | str | Path, *overrides: str) -> Run:
+    """The run of a recipe (a Recipe, a file, or a name that ships with luthier), made if it is new."""
+    if isinstance(recipe, Recipe):
+        return Run.create(recipe)
+    path = packaged(str(recipe)) or Path(recipe)
+    return Run.create(Recipe.load(path, *overrides), name=path.stem, root=path.parent)
+
+
+def prepare(run: Run) -> Prepared:
+    """The run's data as tokens: read, cleaned, split and encoded once, then reused."""
+    from luthier.train.launch import prepare_data
+
+    return prepare_data(run)
+
+
+def fit(run: Run, console: Console | None = None) -> dict[str, Any]:
+    """Trains, or goes on from the last checkpoint. Returns what `train --json` prints."""
+    from luthier.train.launch import train
+
+    return train(run, console=console or _quiet())
+
+
+def compare(run: Run, console: Console | None = None) -> Comparison:
+    """Base against tuned on the test rows: metrics, intervals, a verdict; writes report.html."""
+    from luthier.evaluate.compare import compare as compare_run
+
+    return compare_run(run, console=console or _quiet())
+
+
+def _quiet() -> Console:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
+    """Prepares the data, prints the report and the mask of a few rows, and writes both to the run."""
+    from luthier.data import view
+
+    prepared = prepare(run)
+    examples = [prepared.train.as_example(i) for i in range(min(max(rows, 0), len(prepared.train)))]
+    console.print(view.render_report(prepared.report))
+    for example in examples:
+        console.print(view.render_mask(example, prepared.encoder.tokenizer))
+    shown = [prepared.train.as_example(i) for i in range(min(12, len(prepared.train)))]
+    write_atomic(run.data / "data.html", view.report_html(prepared.report, shown, prepared.encoder.tokenizer))
+    console.print(f"report and mask: [bold]{run.data / 'data.html'}[/]")
+    return prepared.report
+
+
+def show_plan(recipe: Recipe, *, console: Console) -> Plan:
+    """Prints memory by part, the micro-batch and the time of a step on this machine."""
+    from luthier.train.launch import decide_for
+
+    planned = decide_for(recipe, machine())
+    _print_plan(planned, console)
+    return planned
+
+
+def _print_plan(planned: Plan, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("part", "GiB", title=f"memory, over {planned.processes} process(es)", title_justify="left", box=None)
+    table.columns[1].justify = "right"
+    for name, amount in planned.parts.items():
+        table.add_row(name, f"{amount / GIB:.2f}")
+    table.add_row("[bold]peak[/]", f"[bold]{planned.peak_bytes / GIB:.2f}[/]")
+    table.add_row("allowed", f"{planned.budget_bytes / GIB:.2f}")
+    console.print(table)
+    console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
+    console.print(f"about {planned.seconds_per_step:.1f} s a step")
+    if not planned.fits:
+        console.print("[bold red]does not fit[/]: " + "; or ".join(planned.advice))
+
+
+def show_comparison(run: Run, *, console: Console) -> Comparison:
+    """Compares and prints the table, the verdict and one sample."""
+    from luthier.evaluate import compare as comparing
+
+    comparison = comparing.compare(run, console=console)
+    console.print(comparing.render(comparison))
+    console.print(f"report: [bold]{run.report}[/]")
+    return comparison
+
+
+def demo(overrides: Sequence[str], *, console: Console) -> Comparison:
+    """The main job on the embedded default, end to end. A finished part is reused, and said so."""
+    run = start("tickets", *overrides)
+    if run.finished:
+        console.print(f"[bold]{run.folder}[/] is trained already: reusing it (delete the folder to start anew)")
+    show_data(run, rows=1, console=console)
+    fit(run, console=console)
+    return show_comparison(run, console=console)
+
+
+def show_runs(action: str, folders: Sequence[Path], *, console: Console) -> dict[str, Any]:
+    """`runs list`, `runs show RUN`, `runs diff RUN RUN`, as text and as a value."""
+    if action == "diff":
+        return _show_diff(*(Run.open(folder) for folder in folders), console=console)
+    if action == "show":
+        return _show_run(Run.open(folders[0]), console)
+    found = [Run.open(path.parent) for path in sorted(Path("runs").glob("*/recipe.yaml"))]
+    return _list_runs(found, console)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """A run in one row: state, last step, last loss, verdict."""
+    steps = [record for record in run.steps() if "loss" in record]
+    comparison = run.results / "compare" / "comparison.json"
+    verdict = read_json(comparison).get("verdict") if comparison.exists() else None
+    state = "finished" if run.finished else "resumable" if steps else "new"
+    last = steps[-1] if steps else {}
+    return {
+        "run": str(run.folder),
+        "state": state,
+        "step": last.get("step", 0),
+        "loss": last.get("loss"),
+        "verdict": verdict,
+    }
+
+
+def _list_runs(found: list[Run], console: Console) -> dict[str, Any]:
+    from rich.table import Table
+
+    rows = [summary(run) for run in found]
+    table = Table("run", "state", "step", "loss", "verdict", box=None)
+    for row in rows:
+        loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
+        table.add_row(row["run"], row["state"], str(row["step"]), loss, row["verdict"] or "")
+    console.print(table if rows else "no runs under runs/ yet: luthier train RECIPE makes one")
+    return {"runs": rows}
+
+
+def _show_run(run: Run, console: Console) -> dict[str, Any]:
+    result = {**summary(run), "recipe": run.recipe.model_dump(mode="json"), "manifest": run.manifest}
+    for key in ("state", "step", "loss", "verdict"):
+        console.print(f"[bold]{key:8}[/] {result[key] if result[key] is not None else '-'}")
+    for key, value in run.manifest.items():
+        console.print(f"[bold]{key:8}[/] {value}", soft_wrap=True, markup=True)
+    return result
+
+
+def _show_diff(mine: Run, theirs: Run, *, console: Console) -> dict[str, Any]:
+    from rich.table import Table
+
+    changed = mine.recipe.diff(theirs.recipe)
+    table = Table("key", str(mine.folder), str(theirs.folder), box=None)
+    for key, (old, new) in changed.items():
+        table.add_row(key, str(old), str(new))
+    console.print(table if changed else "the recipes are equal")
+    return {"changed": {key: list(pair) for key, pair in changed.items()}}

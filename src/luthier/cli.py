@@ -1,0 +1,277 @@
+"""The command line: a verb, a recipe or a run, and `section.key=value`. Heavy imports happen inside verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from luthier.errors import LuthierError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.recipe import Recipe
+    from luthier.runs import Run
+
+_EPILOG = """exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable,
+130/143 stopped by a signal, resumable"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest verb or flag instead of listing all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        import difflib
+        import re
+
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            known = [name.strip("' ") for name in found[2].split(",")]
+            close = difflib.get_close_matches(found[1], known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "verbs: " + ", ".join(known)
+            message = f"unknown verb '{found[1]}'; {hint}"
+        print(f"luthier: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, from which `docs/reference/cli.md` is generated too."""
+    top = _Parser(
+        prog="luthier",
+        description="Fine-tune an open language model on your own data, and know whether it got better.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run=run)
+        sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+        return sub
+
+    def with_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    def with_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "recipe", metavar="RECIPE", help="a YAML file, a run folder, or `tickets`, which ships with luthier"
+        )
+        sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes to the recipe")
+
+    demo = verb("demo", _demo, "the whole path on the embedded model and data set, on a CPU, in minutes")
+    demo.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes to the demonstration's recipe")
+    with_json(demo)
+
+    init = verb("init", _init, "write a commented recipe from your data file")
+    init.add_argument("base", metavar="BASE", help="a hub id, a local folder, or smollm2-135m")
+    init.add_argument("data", metavar="DATA", help="the file to learn from")
+    init.add_argument("--test", metavar="FILE", help="rows to compare on, never trained on")
+    init.add_argument("--out", metavar="RECIPE", help="where to write it (default: <data name>.yaml here)")
+
+    data = verb("data", _data, "show what will be learned, token by token, and what is dropped and why")
+    with_recipe(data)
+    data.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="how many rows to show with their mask (default 3)"
+    )
+    with_json(data)
+
+    plan = verb("plan", _plan, "say what memory and time a run takes, from the config alone")
+    with_recipe(plan)
+    with_json(plan)
+
+    train = verb("train", _train, "train; goes on from the last checkpoint if there is one")
+    with_recipe(train)
+    with_json(train)
+
+    compare = verb("compare", _compare, "say whether the tuned model is better than its base, with an interval")
+    compare.add_argument("runs", metavar="RUN", help="a run folder")
+    with_json(compare)
+
+    predict = verb("predict", _predict, "answer every row of a file")
+    predict.add_argument("folder", metavar="RUN", help="a run folder")
+    predict.add_argument("file", metavar="FILE", help="rows to answer, in any format that training reads")
+    predict.add_argument("--out", metavar="FILE", help="answers, .jsonl or .csv (default: <FILE name>.answers.jsonl)")
+    predict.add_argument("--base", action="store_true", help="answer with the base model instead")
+    with_json(predict)
+
+    chat = verb("chat", _chat, "talk with the tuned model in the terminal")
+    chat.add_argument("folder", metavar="RUN", help="a run folder")
+    chat.add_argument("--both", action="store_true", help="let the base model answer too, side by side")
+
+    runs = verb("runs", _runs, "list runs, show one, or compare two recipes")
+    runs.add_argument("action", nargs="?", choices=["list", "show", "diff"], default="list")
+    runs.add_argument("folders", metavar="RUN", nargs="*")
+    with_json(runs)
+
+    with_json(verb("doctor", _doctor, "versions, processor, memory, and which kernels would be used and why"))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. Returns the exit code; errors a person can act on become one paragraph on stderr."""
+    args = parser().parse_intermixed_args(argv) if argv and "--" in argv else parser().parse_args(argv)
+    if args.version:
+        from luthier import __version__
+
+        print(__version__)
+        return 0
+    if not args.verb:
+        parser().print_help()
+        return 0
+    try:
+        return int(args.run(args))
+    except LuthierError as error:
+        if args.traceback:
+            raise
+        print(f"luthier: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("luthier: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _console(args: argparse.Namespace) -> Console:
+    """Text for people: on stdout, or on stderr where --json keeps stdout for machines."""
+    from rich.console import Console
+
+    return Console(stderr=getattr(args, "json", False), highlight=False)
+
+
+def _emit(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
+    """The recipe, the folder that its data paths count from, and its name."""
+    from luthier.recipe import Recipe, packaged
+
+    path = packaged(args.recipe) or Path(args.recipe)
+    if (path / "recipe.yaml").is_file():
+        from luthier.runs import Run
+
+        run = Run.open(path)
+        overrides = [f"run.dir={path}", *args.overrides]
+        return Recipe.load(path / "recipe.yaml", *overrides), run.root, path.name
+    return Recipe.load(path, *args.overrides), path.parent, path.stem
+
+
+def _open(args: argparse.Namespace) -> Run:
+    from luthier.runs import Run
+
+    recipe, root, name = _recipe(args)
+    return Run.create(recipe, name=name, root=root)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from luthier.scaffold import scaffold
+
+    console = _console(args)
+    path = scaffold(
+        args.base, Path(args.data), test=Path(args.test) if args.test else None, out=args.out, say=console.print
+    )
+    console.print(f"wrote [bold]{path}[/]; next: luthier data {path}")
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from luthier.api import show_data
+
+    report = show_data(_open(args), rows=args.rows, console=_console(args))
+    if args.json:
+        _emit(report)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from luthier.api import show_plan
+
+    recipe, _, _ = _recipe(args)
+    planned = show_plan(recipe, console=_console(args))
+    if args.json:
+        _emit(planned.as_dict())
+    return 0 if planned.fits else 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    from luthier.train.launch import train
+
+    result = train(_open(args), console=_console(args))
+    if args.json:
+        _emit(result)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from luthier.api import show_comparison
+    from luthier.runs import Run
+
+    comparison = show_comparison(Run.open(args.runs), console=_console(args))
+    if args.json:
+        _emit(comparison.as_dict())
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from luthier.api import demo
+
+    comparison = demo(args.overrides, console=_console(args))
+    if args.json:
+        _emit(comparison.as_dict())
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from luthier.evaluate.predict import predict
+    from luthier.runs import Run
+
+    out = Path(args.out) if args.out else Path(f"{Path(args.file).stem}.answers.jsonl")
+    console = _console(args)
+    result = predict(Run.open(args.folder), args.file, out, base=args.base, console=console)
+    if args.json:
+        _emit(result)
+    else:
+        console.print(f"{result['answered']} answers in [bold]{out}[/]")
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from luthier.runs import Run
+    from luthier.serve.chat import chat
+
+    return int(chat(Run.open(args.folder), both=args.both))
+
+
+def _runs(args: argparse.Namespace) -> int:
+    wanted = {"list": 0, "show": 1, "diff": 2}[args.action]
+    if len(args.folders) != wanted:
+        raise UsageError(f"`runs {args.action}` takes {wanted} run folder(s)", fix="see luthier runs --help")
+    from luthier.api import show_runs
+
+    result = show_runs(args.action, [Path(folder) for folder in args.folders], console=_console(args))
+    if args.json:
+        _emit(result)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from luthier.doctor import examine
+
+    result = examine(_console(args))
+    if args.json:
+        _emit(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

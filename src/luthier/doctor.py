@@ -1,0 +1,83 @@
+"""`luthier doctor`: what this machine has, and what luthier would do with it and why."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from luthier.machine import GIB, Machine, machine
+from luthier.runs import versions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What each optional package is for, and the extra that brings it.
+_OPTIONAL = {
+    "datasets": "hub data sets (luthier[hub])",
+    "pyarrow": "parquet files (luthier[parquet])",
+    "zstandard": ".zst files (luthier[zstd])",
+    "tensorboard": "the tensorboard tracker (luthier[trackers])",
+    "wandb": "the wandb tracker",
+    "trackio": "the trackio tracker",
+    "mlflow": "the mlflow tracker",
+    "peft": "reading our adapters elsewhere",
+}
+
+
+def examine(console: Console) -> dict[str, Any]:
+    """Prints and returns the findings."""
+    facts = machine()
+    findings = {
+        "versions": versions(),
+        "machine": facts.as_dict(),
+        "choices": _choices(facts),
+        "optional": {name: find_spec(name) is not None for name in _OPTIONAL},
+        "embedded": _embedded(),
+    }
+    _show(findings, facts, console)
+    return findings
+
+
+def _choices(facts: Machine) -> dict[str, str]:
+    """What every `auto` would become here, each with its reason."""
+    import torch
+
+    from luthier.model.load import compute_dtype
+    from luthier.recipe import Model
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, why = compute_dtype(Model(base="any"), torch.device(place))
+    several = facts.free_cores > 1 and place == "cpu"
+    return {
+        "place": f"{place}: {'a CUDA device is present' if place == 'cuda' else 'torch sees no CUDA device'}",
+        "compute": f"{str(dtype).removeprefix('torch.')}: {why}",
+        "engine": f"ddp: {facts.free_cores} free cores, one process each" if several else "local: one free core",
+        "kernels": f"compiled where a run is long enough: {facts.compiler}"
+        if facts.compiler
+        else "eager: no C++ compiler on PATH",
+    }
+
+
+def _embedded() -> str:
+    from luthier.model.embedded import cached_folder
+
+    folder = cached_folder()
+    return str(folder) if folder else "not fetched yet; the first use of smollm2-135m gets it"
+
+
+def _show(findings: dict[str, Any], facts: Machine, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
+    busy = f", {facts.busy} busy" if facts.busy else ""
+    table.add_row("processor", f"{facts.cores} cores{busy}; {' '.join(facts.flags) or 'no known vector instructions'}")
+    table.add_row("memory", f"{facts.available / GIB:.1f} GiB free of {facts.memory / GIB:.1f}")
+    for name, choice in findings["choices"].items():
+        table.add_row(name, choice)
+    table.add_row("smollm2-135m", findings["embedded"])
+    for name, present in findings["optional"].items():
+        table.add_row(name, ("present: " if present else "[dim]missing:[/] ") + _OPTIONAL[name])
+    console.print(table)
