@@ -1,0 +1,1 @@
+"""What is trained: small matrices beside frozen linear layers, and their files."""

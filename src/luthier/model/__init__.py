@@ -1,0 +1,1 @@
+"""Base models: where they come from, how they run, what they generate. transformers is imported here only."""
