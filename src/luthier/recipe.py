@@ -23,6 +23,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+# What other tools call our keys: an unknown key of theirs is answered with ours.
+_ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.samples_per_step",
+    "micro_batch_size": "train.samples_per_step",
+    "batch_size": "train.samples_per_step",
+    "gradient_accumulation_steps": "train.samples_per_step (a step is a number of samples, however it is cut)",
+    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler": "train.schedule",
+    "warmup_steps": "train.warmup",
+    "warmup_ratio": "train.warmup",
+    "max_grad_norm": "train.max_norm",
+    "optim": "train.optimizer",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target": "adapter.targets",
+    "max_seq_length": "data.length",
+    "max_length": "data.length",
+    "sequence_len": "data.length",
+    "cutoff_len": "data.length",
+    "output_dir": "run.dir",
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "report_to": "run.track",
+    "gradient_checkpointing": "run.recompute",
+}
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -322,7 +354,9 @@ def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
     field = ".".join(str(p) for p in path) or "recipe"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = f"unknown key; {nearest(str(path[-1]), _siblings(path))}"
+        other = _ELSEWHERE.get(str(path[-1]))
+        hint = f"here it is `{other}`" if other else nearest(str(path[-1]), _siblings(path))
+        message = f"unknown key; {hint}"
     elif problem["type"] == "missing":
         message = "is missing"
     elif not isinstance(problem.get("input"), dict | list):

@@ -16,7 +16,7 @@ from luthier.errors import RecipeError
 
 def nearest(name: str, names: list[str]) -> str:
     """A sentence part that offers the nearest names, or lists all of them: `did you mean 'rouge1'?`."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return "known names: " + ", ".join(sorted(names))

@@ -1,0 +1,82 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from luthier.errors import RunError
+from luthier.recipe import Recipe
+from luthier.runs import Run, write_atomic
+
+TEXT = "model: {{base: b}}\ndata: {{train: [{{path: a}}]}}\nrun: {{dir: '{}'}}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe.parse(TEXT.format(tmp_path / "run"))
+
+
+def test_a_run_opens_as_it_was_created(recipe: Recipe) -> None:
+    run = Run.create(recipe)
+    assert Run.open(run.folder).recipe == recipe
+    assert run.manifest["versions"]["python"]
+
+
+def test_another_experiment_in_the_same_folder_is_refused_by_key(recipe: Recipe) -> None:
+    Run.create(recipe)
+    with pytest.raises(RunError, match=r"train.lr: 0.0002 there, 0.1 now"):
+        Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1"))
+
+
+def test_a_change_of_how_it_is_run_is_taken_over(recipe: Recipe) -> None:
+    Run.create(recipe)
+    Run.create(Recipe.parse(recipe.dump(), "run.log_every=7"))
+    assert Run.open(str(recipe.run.dir)).recipe.run.log_every == 7
+
+
+def test_a_folder_with_other_things_is_not_taken(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("precious")
+    with pytest.raises(RunError, match="not empty"):
+        Run.create(recipe)
+
+
+def test_a_missing_run_lists_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Run.create(Recipe.parse(TEXT.format("runs/mine")))
+    with pytest.raises(RunError, match="runs/mine"):
+        Run.open("runs/other")
+
+
+def _hold(folder: str, held: object, leave: object) -> None:
+    with Run.open(folder).lock():
+        held.set()  # type: ignore[attr-defined]
+        leave.wait(30)  # type: ignore[attr-defined]
+
+
+def test_a_second_writer_is_told_who_has_the_run(recipe: Recipe) -> None:
+    run = Run.create(recipe)
+    context = multiprocessing.get_context("spawn")
+    held, leave = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(run.folder), held, leave))
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(RunError, match=f"in use by process {other.pid}"), run.lock():
+        pass
+    leave.set()
+    other.join(30)
+    with run.lock():
+        pass
+
+
+def test_metrics_torn_by_a_crash_are_read_up_to_the_tear(recipe: Recipe) -> None:
+    run = Run.create(recipe)
+    run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert run.steps() == [{"step": 1}, {"step": 2}]
+
+
+def test_an_atomic_write_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", json.dumps({"a": 1}))
+    write_atomic(tmp_path / "a.json", b"{}")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"{}"
