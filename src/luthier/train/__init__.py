@@ -1,0 +1,1 @@
+"""From tokens to an adapter: an exact step, checkpoints that can be trusted, one process or several."""

@@ -1,0 +1,249 @@
+"""The loop: an iterator of steps. `for step in trainer:` trains.
+
+A step is a pure function of (weights, optimizer state, rows). How it is cut into micro-batches and shared among
+processes is how it is run, never what it computes: token losses are summed, and divided once by the supervised tokens
+of the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from luthier.data.packing import micro_batches
+from luthier.data.store import TokenStore
+from luthier.data.stream import Sample, Stream, collate
+from luthier.errors import MemoryPlanError, NotFiniteError, Stopped
+from luthier.recipe import Recipe
+from luthier.train import checkpoint, optim
+from luthier.train.checkpoint import Checkpoint, Progress
+from luthier.train.engines import Engine
+from luthier.train.interrupt import Interrupt
+from luthier.train.memory import out_of_memory, peak_bytes, release
+from luthier.train.step import Event, Model, Step
+from luthier.train.trackers import Journal
+
+
+class Trainer:
+    """Trains `model`'s adapter on `stream`. Iterating gives a Step per update, and goes on from the last checkpoint.
+
+    Args:
+        heldout: rows for the evaluation loss; may be empty.
+        engine: how the processes work as one.
+        folder: of the run: checkpoints/ and metrics.jsonl are kept there.
+        micro_tokens: token budget of one forward and backward pass; halved when memory runs out.
+        emit: told of every step, evaluation and other event, on rank 0.
+        answer: gives sample generations to emit at an evaluation, on rank 0.
+
+    Raises (while iterating) NotFiniteError before a non-finite update, MemoryPlanError if one row alone does not fit,
+    CheckpointError if the disk refuses a checkpoint, Stopped after SIGTERM or SIGINT.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Model,
+        stream: Stream,
+        heldout: TokenStore,
+        *,
+        engine: Engine,
+        folder: Path,
+        micro_tokens: int,
+        emit: Callable[[Event], None] = lambda event: None,
+        answer: Callable[[], Sequence[Event]] = lambda: (),
+    ) -> None:
+        assert model.lora is not None, "training needs an adapter"
+        self.recipe, self.model, self.lora, self.stream, self.heldout = recipe, model, model.lora, stream, heldout
+        self.engine, self.answer, self.interrupt = engine, answer, Interrupt()
+        self.emit = emit if engine.rank == 0 else lambda event: None
+        self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
+        self.gradient = optim.flat_gradient(list(self.lora.parameters()))
+        self.optimizer = optim.optimizer(self.lora.parameters(), recipe.train)
+        self.steps = stream.steps
+        self.progress = Progress(step=0, micro_tokens=micro_tokens)
+        self.resumed_from = self.saved = self._resume()
+
+    def __iter__(self) -> Iterator[Step]:
+        with self.interrupt:
+            while True:
+                if self._evaluation_due:
+                    self.evaluate()
+                signal = self.engine.highest(self.interrupt.signal)
+                if self.progress.step > self.saved and (signal or self._save_due):
+                    self.save()
+                if signal:
+                    raise Stopped(
+                        f"stopped by signal {signal} after step {self.progress.step} of {self.steps}",
+                        fix="the same command goes on from there",
+                        exit_code=128 + signal,
+                    )
+                if self.finished:
+                    return
+                yield self.step()
+
+    def step(self) -> Step:
+        """One update from one set of rows: counted, cut, summed, divided once, checked, clipped, applied."""
+        started = time.perf_counter()
+        train, store, number = self.recipe.train, self.stream.store, self.progress.step
+        samples = self.stream.step(number)
+        tokens = sum(int(store.lengths[sample.row]) for sample in samples)
+        targets = max(1, sum(store.targets(sample.row) for sample in samples))
+        loss, cuts, peak = self._gradient_of(samples, targets)
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._not_finite(samples, loss, norm)
+        if train.max_norm is not None and norm > train.max_norm:
+            self.gradient.mul_(train.max_norm / norm)
+        lr = optim.rate(train, number, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.progress.step = number + 1
+        seconds = time.perf_counter() - started
+        epoch = (samples[-1].index + 1) / self.stream.epoch_samples
+        step = Step(number + 1, epoch, loss, norm, lr, tokens, targets, seconds, tokens / seconds, peak, cuts)
+        self._log("step", asdict(step))
+        return step
+
+    def evaluate(self) -> None:
+        """The token-weighted loss of the held-out rows; the lowest is remembered. A signal ends it early, and the
+        resumed run begins with it again."""
+        loss, targets = 0.0, 0.0
+        piece = 4 * self.recipe.train.samples_per_step
+        for start in range(0, len(self.heldout), piece):
+            rows = range(start, min(start + piece, len(self.heldout)))
+            cuts = self._cut(self.heldout, [Sample(row, row, epoch=0) for row in rows])
+            with torch.no_grad():
+                mine = sum(float(self.model.loss(collate(self.heldout, cut, self.progress.step))) for cut in cuts)
+            loss += self.engine.total(mine)[0]
+            targets += sum(self.heldout.targets(row) for row in rows)
+            if self.engine.highest(self.interrupt.signal):
+                return
+        answers = self.answer() if self.engine.rank == 0 else ()
+        self.progress.judge(loss / max(1, targets))
+        self._log("evaluation", {"step": self.progress.step, "eval_loss": loss / max(1, targets)})
+        for answer in answers:
+            self.emit({"event": "sample", "step": self.progress.step, **answer})
+
+    def save(self) -> None:
+        """Publishes a checkpoint of the state after the last step, and deletes those no longer wanted."""
+        if self.engine.rank == 0:
+            self.journal.sync()
+            moments = optim.moments(self.optimizer) | {"rng": torch.get_rng_state()}
+            checkpoint.publish(self.checkpoints, Checkpoint(self.lora.state_dict(), moments, self.progress))
+            checkpoint.prune(self.checkpoints, self.recipe.run.save.keep, self.progress.best_step)
+            self.emit({"event": "checkpoint", "step": self.progress.step})
+        self.saved = self.progress.step
+
+    def keep_best(self) -> None:
+        """Gives the adapter the weights of the lowest evaluation loss. Raises CheckpointError if they are damaged."""
+        if self.progress.best_step not in (None, self.progress.step):
+            folder = checkpoint.folder_of(self.checkpoints, self.progress.best_step)
+            self.lora.load_state_dict(checkpoint.read(folder).adapter)
+
+    @property
+    def finished(self) -> bool:
+        """All steps done, or stopped early for want of improvement."""
+        patience = self.recipe.train.patience
+        return self.progress.step >= self.steps or (patience is not None and self.progress.stale >= patience)
+
+    @property
+    def _evaluation_due(self) -> bool:
+        step = self.progress.step
+        every = self.recipe.evaluate.every or max(1, self.steps // 5)
+        due = step > self.progress.evaluated and (step % every == 0 or step == self.steps)
+        return due and len(self.heldout) > 0
+
+    @property
+    def _save_due(self) -> bool:
+        step = self.progress.step
+        return self.finished or step == self.progress.best_step or step % self.recipe.run.save.every == 0
+
+    def _gradient_of(self, samples: list[Sample], targets: int) -> tuple[float, int, int]:
+        """Leaves the step's gradient in `self.gradient`; returns its loss, micro-batches and peak bytes. If memory runs
+        out on any process, all drop what they have and redo the same step with half the token budget."""
+        while True:
+            self.gradient.zero_()
+            cuts, loss, short = self._cut(self.stream.store, samples), 0.0, False
+            try:
+                loss = self._accumulate(cuts, targets)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                short = True
+            # Only here, outside the handler, has the traceback let go of the step's tensors.
+            if not self.engine.highest(short):
+                self.engine.reduce(self.gradient)
+                total, count, peak = self.engine.total(loss, len(cuts), peak_bytes())
+                return total, int(count), int(peak)
+            release()
+            self._halve(samples, cuts)
+
+    def _cut(self, store: TokenStore, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """This process's share of the samples, as micro-batches of at most `micro_tokens` tokens."""
+        lengths = [int(store.lengths[sample.row]) for sample in samples]
+        mine = self.engine.share(lengths)
+        packs = micro_batches([lengths[i] for i in mine], self.progress.micro_tokens)
+        return [[samples[mine[i]] for i in pack] for pack in packs]
+
+    def _accumulate(self, cuts: list[list[Sample]], targets: int) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        for cut in cuts:
+            loss = self.model.loss(collate(self.stream.store, cut, self.progress.step))
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().double().cpu()
+        return float(total) / targets
+
+    def _halve(self, samples: list[Sample], cuts: list[list[Sample]]) -> None:
+        """Takes half of the largest micro-batch that any process tried as the budget."""
+        lengths = self.stream.store.lengths
+        largest = self.engine.highest(max((int(sum(lengths[s.row] for s in cut)) for cut in cuts), default=0))
+        longest = max(samples, key=lambda sample: lengths[sample.row])
+        if largest <= lengths[longest.row]:
+            raise MemoryPlanError(
+                f"a row of {largest} tokens does not fit into memory by itself",
+                where=self._origins([longest]),
+                fix="set data.length lower, or run.recompute=true",
+            )
+        self.progress.micro_tokens = largest // 2
+        self.emit({"event": "note", "text": f"out of memory; from here on {largest // 2} tokens at a time"})
+
+    def _not_finite(self, samples: list[Sample], loss: float, norm: float) -> NotFiniteError:
+        """Names the rows whose loss alone is not finite, else (it is the gradient) all rows of the step."""
+        store, number = self.stream.store, self.progress.step
+        with torch.no_grad():
+            guilty = [s for s in samples if not math.isfinite(float(self.model.loss(collate(store, [s], number))))]
+        return NotFiniteError(
+            f"step {number + 1} has loss {loss:.4g} and gradient norm {norm:.4g}; nothing was updated",
+            where=self._origins(guilty or samples),
+            fix="look at these rows, or lower train.lr; the last checkpoint is sound",
+        )
+
+    def _origins(self, samples: Sequence[Sample]) -> str:
+        return ", ".join(str(self.stream.store.origin(sample.row)) for sample in samples)
+
+    def _resume(self) -> int:
+        """Takes up the newest checkpoint that verifies, found by rank 0 and read by all. Returns its step, or 0."""
+        found = None
+        if self.engine.rank == 0:
+            found = checkpoint.newest(self.checkpoints, lambda text: self.emit({"event": "note", "text": text}))
+        step = self.engine.highest(found.progress.step if found else 0)
+        if step:
+            found = found or checkpoint.read(checkpoint.folder_of(self.checkpoints, step))
+            self.lora.load_state_dict(found.adapter)
+            torch.set_rng_state(found.optimizer.pop("rng"))
+            optim.restore(self.optimizer, found.optimizer)
+            self.progress = found.progress.limited(self.progress.micro_tokens)
+        if self.engine.rank == 0:
+            self.journal.rewind(self.progress.step, self.progress.evaluated)
+        return step
+
+    def _log(self, event: str, record: Event) -> None:
+        if self.engine.rank == 0:
+            self.journal.log(record)
+        self.emit({"event": event, **record})

@@ -1,0 +1,29 @@
+"""What memory a process took, and whether an error means that there was not enough."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Torch raises a plain RuntimeError where a CPU allocation fails."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: of the GPU where one is used, else resident memory."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_reserved()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release() -> None:
+    """Gives cached blocks back, so that smaller tensors are not kept out by larger holes."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -1,0 +1,39 @@
+"""The shapes that pass between the loop and what surrounds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from luthier.adapters.lora import Lora
+from luthier.data.stream import Micro
+
+Event = dict[str, Any]
+
+
+class Model(Protocol):
+    """What the loop needs of a `CausalModel`."""
+
+    lora: Lora | None
+
+    def loss(self, micro: Micro, /) -> Tensor:
+        """fp32 scalar: the sum of the losses of `micro.targets`, differentiable in the adapter."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update did. `step` counts from 1; tokens, targets, bytes and micro-batches are over all processes."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    targets: int
+    seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+    micro_batches: int
