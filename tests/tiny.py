@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from luthier.adapters.lora import attach
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
@@ -48,8 +49,9 @@ def config() -> Any:
 
 def model(recipe: Recipe, *, recompute: bool = False) -> CausalModel:
     """A tiny Llama of random weights, the same each time, with the recipe's adapter."""
-    from luthier.model import attention
     from transformers import LlamaForCausalLM
+
+    from luthier.model import attention
 
     torch.manual_seed(0)
     module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval()
