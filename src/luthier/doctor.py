@@ -42,11 +42,11 @@ def _choices(facts: Machine) -> dict[str, str]:
     """What every `auto` would become here, each with its reason."""
     import torch
 
-    from luthier.model.load import compute_dtype
+    from luthier.model.load import choose_dtype
     from luthier.recipe import Model
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, why = compute_dtype(Model(base="any"), torch.device(place))
+    dtype, why = choose_dtype(Model(base="any"), torch.device(place))
     several = facts.free_cores > 1 and place == "cpu"
     return {
         "place": f"{place}: {'a CUDA device is present' if place == 'cuda' else 'torch sees no CUDA device'}",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import recipe
 from luthier.errors import ModelError
+from luthier.machine import machine
 from luthier.model import embedded
 
 if TYPE_CHECKING:
@@ -118,18 +119,9 @@ def choose_dtype(model: recipe.Model, device: torch.device | str) -> tuple[torch
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies bfloat16"
         return torch.float32, "the GPU does not multiply bfloat16"
-    found = {"amx_bf16", "avx512_bf16"} & _cpu_flags()
-    if found:
-        return torch.bfloat16, f"the processor multiplies bfloat16 ({', '.join(sorted(found))})"
-    return torch.float32, "the processor has neither amx_bf16 nor avx512_bf16"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    if machine().fast_bfloat16:
+        return torch.bfloat16, "the processor multiplies bfloat16"
+    return torch.float32, "the processor does not multiply bfloat16, and float32 is faster then"
 
 
 # Where a folder comes from.
