@@ -7,18 +7,21 @@ import threading
 from types import FrameType
 from typing import Any
 
+from luthier.errors import Stopped
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
     """As a context manager: `signal` is the number of the signal received, or 0.
 
-    A second one raises SystemExit(128 + number), which is safe at any instant: checkpoints are published by one rename.
-    Outside the main thread, where Python takes no signal handlers, it does nothing.
+    A second one, or the first where nothing runs yet that could be finished (`at_once`), raises Stopped, which is safe
+    at any instant: checkpoints are published by one rename. Outside the main thread, where Python takes no signal
+    handlers, it does nothing.
     """
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.signal, self._at_once = 0, at_once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -32,6 +35,16 @@ class Interrupt:
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise SystemExit(128 + number)
+        if self.signal or self._at_once:
+            raise stopped(number)
         self.signal = number
+
+
+def stopped(number: int, when: str = "") -> Stopped:
+    """What a signal ends a run with."""
+    name = signal.Signals(number).name
+    return Stopped(
+        f"stopped by {name}{when}",
+        fix="the same command goes on from the last checkpoint",
+        exit_code=128 + number,
+    )

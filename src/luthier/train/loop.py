@@ -18,12 +18,12 @@ import torch
 from luthier.data.packing import micro_batches
 from luthier.data.store import TokenStore
 from luthier.data.stream import Sample, Stream, collate
-from luthier.errors import MemoryPlanError, NotFiniteError, Stopped
+from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
-from luthier.train.interrupt import Interrupt
+from luthier.train.interrupt import Interrupt, stopped
 from luthier.train.memory import out_of_memory, peak_bytes, release
 from luthier.train.step import Event, Model, Step
 from luthier.train.trackers import Journal
@@ -77,11 +77,7 @@ class Trainer:
                 if self.progress.step > self.saved and (signal or self._save_due):
                     self.save()
                 if signal:
-                    raise Stopped(
-                        f"stopped by signal {signal} after step {self.progress.step} of {self.steps}",
-                        fix="the same command goes on from there",
-                        exit_code=128 + signal,
-                    )
+                    raise stopped(signal, f" after step {self.progress.step} of {self.steps}")
                 if self.finished:
                     return
                 yield self.step()

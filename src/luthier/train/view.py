@@ -1,0 +1,117 @@
+"""What a person sees of training: a bar where there is a terminal, plain lines where there is none.
+
+Events, as dicts with the key `event`: decisions, start, step, evaluation, sample, checkpoint, note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+_GIB = 1024**3
+
+
+@contextmanager
+def show(console: Console | None, progress: Emit | None = None) -> Iterator[Emit]:
+    """Gives the function that events go to: `progress` if given, else a display on `console`, if any."""
+    if progress is not None or console is None:
+        yield progress or (lambda event: None)
+    elif console.is_terminal:
+        with _Bar(console) as bar:
+            yield bar
+    else:
+        yield _Lines(console)
+
+
+class _Lines:
+    """A line now and then: about twenty of a run's steps, and all that is rarer."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.steps = console, 1
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "start":
+            self.steps = event["steps"]
+        if text := self._text(event):
+            self.console.print(text, markup=False, highlight=False)
+
+    def _text(self, event: Event) -> str | None:
+        match event["event"]:
+            case "step" if self._shown(event["step"]):
+                return f"step {event['step']}/{self.steps}  {_figures(event)}"
+            case "evaluation":
+                return f"step {event['step']}/{self.steps}  held-out loss {event['eval_loss']:.3f}"
+        return _remark(event)
+
+    def _shown(self, step: int) -> bool:
+        return step in (1, self.steps) or step % max(1, self.steps // 20) == 0
+
+
+class _Bar:
+    """One bar with the figures of the last step; remarks scroll above it."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Display
+
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+        self.display: Progress = Display(*columns, console=console)
+        self.task: TaskID | None = None
+        self.held = ""
+
+    def __enter__(self) -> _Bar:
+        self.display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "start":
+            self._restart(event)
+        elif event["event"] == "step" and self.task is not None:
+            self.display.update(self.task, completed=event["step"], figures=_figures(event) + self.held)
+        elif event["event"] == "evaluation":
+            self.held = f"  held-out {event['eval_loss']:.3f}"
+        elif text := _remark(event):
+            self.display.console.print(text, markup=False, highlight=False)
+
+    def _restart(self, event: Event) -> None:
+        """A group that is started again after a kill begins anew from its checkpoint."""
+        if self.task is not None:
+            self.display.remove_task(self.task)
+        self.task = self.display.add_task("", total=event["steps"], completed=event["resumed_from"], figures="")
+        if text := _remark(event):
+            self.display.console.print(text, markup=False, highlight=False)
+
+
+def _figures(step: Event) -> str:
+    return f"loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s  {step['peak_bytes'] / _GIB:.1f} GiB"
+
+
+def _remark(event: Event) -> str | None:
+    match event["event"]:
+        case "start" if event["resumed_from"]:
+            return f"going on from step {event['resumed_from']}"
+        case "decisions":
+            who = f"{event['processes']} process(es) of {event['threads']} thread(s) on {event['place']}"
+            why = event["why"]
+            return f"{who} ({why['engine']}); {event['dtype']}, {event['kernels']} kernels ({why['kernels']})"
+        case "sample":
+            return f"  asked: {_short(event['prompt'])}\n  said:  {_short(event['answer'])}"
+        case "note":
+            return str(event["text"])
+    return None
+
+
+def _short(text: str, width: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else "…" + line[1 - width :]

@@ -1,0 +1,190 @@
+"""One process of a run: builds the model, trains its share, and, as rank 0, leaves the adapter.
+
+`python -m luthier.train.worker RUN` is what `launch.py` starts, one per rank. It tells its parent what happens as JSON
+lines on stdout (see `Event` in `view.py`), and ends when the parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.adapters import files
+from luthier.data.prepare import Prepared
+from luthier.data.stream import Stream
+from luthier.errors import LuthierError
+from luthier.model.causal import CausalModel, build
+from luthier.model.load import load_tokenizer, loaded_revision, model_folder
+from luthier.recipe import Recipe
+from luthier.runs import Run
+from luthier.train.decide import Decisions
+from luthier.train.engines import ENGINES, Engine
+from luthier.train.loop import Trainer
+from luthier.train.step import Event, Step
+from luthier.train.trackers import Journal, Trackers
+
+Emit = Callable[[Event], None]
+
+
+def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str, Any]:
+    """Trains to the end, from the last checkpoint if there is one, and saves the adapter. Returns the result's keys."""
+    torch.set_num_threads(decisions.threads)
+    folder = model_folder(run.recipe.model)
+    prepared = Prepared.open(run.data, load_tokenizer(folder))
+    model = _model(run.recipe, decisions, folder)
+    trackers = Trackers(
+        run.recipe.run.track if engine.rank == 0 else [],
+        run.folder,
+        run.recipe.model_dump(mode="json"),
+        warn=lambda text: emit({"event": "note", "text": text}),
+    )
+    trainer = Trainer(
+        run.recipe,
+        model,
+        stream(run.recipe, prepared),
+        prepared.heldout,
+        engine=engine,
+        folder=run.folder,
+        micro_tokens=decisions.micro_tokens,
+        emit=_recording(run, trackers, emit),
+        answer=lambda: _answers(model, prepared, run.recipe),
+    )
+    Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
+    if engine.rank == 0:
+        emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
+    try:
+        steps = list(trainer)
+    finally:
+        trackers.close()
+    if run.recipe.train.keep == "best":
+        trainer.keep_best()
+    if engine.rank == 0:
+        files.save(
+            trainer.lora,
+            run.adapter,
+            base=run.recipe.model.base,
+            revision=loaded_revision(folder) or run.recipe.model.revision,
+            extra={"template": json.loads((run.data / "template.json").read_text(encoding="utf-8"))},
+        )
+    return _result(run, decisions, trainer, steps)
+
+
+def stream(recipe: Recipe, prepared: Prepared) -> Stream:
+    train = recipe.train
+    return Stream(
+        prepared.train,
+        prepared.weights,
+        train.seed,
+        train.samples_per_step,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+    )
+
+
+def main(folder: str) -> int:
+    """The exit code of one rank; errors a person can act on travel to the parent as an event."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Whatever a library prints must not get between the events.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(event: Event) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    try:
+        run = Run.open(folder)
+        decisions = Decisions(**run.manifest["decisions"])
+        engine: Engine = ENGINES.get(decisions.engine)()
+        result = work(run, decisions, engine, emit)
+        if engine.rank == 0:
+            emit({"event": "result", **result})
+        engine.close()
+    except LuthierError as error:
+        described = {"what": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
+        emit({"event": "error", "kind": type(error).__name__, **described})
+        return error.exit_code
+    return 0
+
+
+def _model(recipe: Recipe, decisions: Decisions, folder: Path) -> CausalModel:
+    return build(
+        recipe.model,
+        recipe.adapter,
+        folder=folder,
+        kernels=decisions.kernels,  # type: ignore[arg-type]
+        recompute=decisions.recompute,
+        seed=recipe.train.seed,
+        device=torch.device(decisions.place),
+        dtype=getattr(torch, decisions.dtype),
+    )
+
+
+def _recording(run: Run, trackers: Trackers, emit: Emit) -> Emit:
+    """Passes events on, and figures to the trackers and samples to samples.jsonl on the way."""
+    samples, every = Journal(run.samples), run.recipe.run.log_every
+
+    def record(event: Event) -> None:
+        figures = {key: value for key, value in event.items() if key != "event"}
+        if event["event"] == "evaluation" or (event["event"] == "step" and event["step"] % every == 0):
+            trackers.log(figures)
+        if event["event"] == "sample":
+            samples.log(figures)
+        emit(event)
+
+    return record
+
+
+def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence[Event]:
+    """Greedy answers to the first held-out prompts, beside what was wanted."""
+    from luthier.model.generate import Sampling, generate
+
+    store, decode = prepared.heldout, prepared.encoder.decode
+    rows = [row for row in range(len(store)) if store.prompts[row] > 0][: recipe.evaluate.samples]
+    parts = [(store.example(row)[0].tolist(), int(store.prompts[row])) for row in rows]
+    sampling = Sampling(max_new_tokens=recipe.evaluate.generate.max_new_tokens)
+    prompts = [ids[:prompt] for ids, prompt in parts]
+    generations = generate(model, prompts, sampling, prepared.encoder.stop_ids) if prompts else []
+    return [
+        {
+            "row": str(store.origin(row)),
+            "prompt": decode(ids[:prompt]),
+            "reference": decode(ids[prompt:]),
+            "answer": decode(generation.ids),
+        }
+        for row, (ids, prompt), generation in zip(rows, parts, generations, strict=True)
+    ]
+
+
+def _result(run: Run, decisions: Decisions, trainer: Trainer, steps: list[Step]) -> dict[str, Any]:
+    seconds = sum(step.seconds for step in steps)
+    records = [record for record in run.steps() if "loss" in record]
+    return {
+        "run": str(run.folder),
+        "steps": trainer.progress.step,
+        "resumed_from": trainer.resumed_from,
+        "loss": records[-1]["loss"] if records else None,
+        "eval_loss": trainer.progress.best_loss,
+        "tokens_per_second": sum(step.tokens for step in steps) / seconds if seconds else 0.0,
+        "peak_bytes": max((step.peak_bytes for step in steps), default=0),
+        "predicted_peak_bytes": decisions.predicted_peak_bytes,
+    }
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin. When it is gone nobody watches this rank, and the run's lock is free for
+    another process: stop at once, which checkpoints survive."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(3)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
