@@ -2,245 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import isfinite
-from statistics import fmean
-from typing import Any, NamedTuple
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from luthier.data.conversation import Conversation
-from luthier.errors import RecipeError
-from luthier.evaluate.metrics import METRICS, Answer, Metric, words
-from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, paired
+from luthier.evaluate.answers import Memo, answers, likelihoods, sampling_of
+from luthier.evaluate.comparison import Comparison, judge
+from luthier.evaluate.metrics import METRICS, Answer
+from luthier.evaluate.paired import LEVEL, RESAMPLES
+from luthier.evaluate.report import write_report
+from luthier.evaluate.subject import Side, Subject
+from luthier.evaluate.suite import Suite, digest, suite
+from luthier.evaluate.terminal import progress, render
+from luthier.runs import Run, versions, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.model.generate import Sampling
+
+__all__ = ["Comparison", "compare", "render"]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison found. `json()` is what `compare --json` prints and `comparison.json` holds.
+def compare(run: Run, *, name: str = "compare", console: Console | None = None) -> Comparison:
+    """Compares `run` with its base on its questions, keeps everything in results/`name`, and writes report.html.
 
-    Attributes:
-        first: name of the metric that decides.
-        metrics: by name, with the best of several references; `means`: the same with the mean over references (only
-            metrics and questions that have several).
-        matched: the deciding ROUGE with both answers cut, question by question, to the shorter one's word count.
-        rows: one record per question, as in rows.jsonl.
+    Answers are kept as they come (answers.jsonl): stopped anywhere, the same command goes on, and answers that were
+    made under the same settings are not made again. Raises RunError for a run without questions or without an adapter.
     """
+    asked, folder, started = suite(run), run.results / name, time.monotonic()
+    metrics = run.recipe.evaluate.metrics
+    needs = {METRICS.get(metric).needs for metric in metrics}  # an unknown name is told before anything is loaded
+    with progress(console) as bar:
+        subject = bar.wait("loading the model", lambda: Subject.open(run))
+        memo, sampling = Memo(folder / "answers.jsonl"), sampling_of(run)
 
-    first: str
-    metrics: dict[str, Paired]
-    means: dict[str, Paired]
-    matched: dict[str, Paired]
-    lengths: dict[str, float]
-    stopped: dict[str, float]
-    warnings: list[str]
-    rows: list[dict[str, Any]]
-    settings: dict[str, Any] = field(default_factory=dict)
+        def answered_by(side: Side) -> list[Answer]:
+            given = [Answer() for _ in asked.questions]
+            if "text" in needs:
+                advance = bar.advance(f"{side} answers", len(given))
+                given = answers(subject, side, asked.questions, sampling, memo, advance)
+            if "nll" in needs:
+                advance = bar.advance(f"{side} likelihoods", len(given))
+                given = likelihoods(subject, side, asked.questions, given, memo, advance)
+            return given
 
-    @property
-    def verdict(self) -> Verdict:
-        return self.metrics[self.first].verdict
-
-    @property
-    def sentence(self) -> str:
-        return explain(METRICS.get(self.first), self.metrics[self.first])
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "sentence": self.sentence,
-            "metric": self.first,
-            "metrics": {name: p.json() for name, p in self.metrics.items()},
-            "means": {name: p.json() for name, p in self.means.items()},
-            "matched": {name: p.json() for name, p in self.matched.items()},
-            "lengths": self.lengths,
-            "stopped": self.stopped,
-            "warnings": self.warnings,
-            "settings": self.settings,
-        }
+        base, tuned = answered_by("base"), answered_by("tuned")
+        found = bar.wait("scoring", lambda: judge(asked.questions, base, tuned, metrics))
+    found = replace(found, settings=_settings(run, asked, subject, sampling, time.monotonic() - started))
+    if asked.source == "held-out":
+        found.warnings.append("there is no test set: these are the held-out rows of the training file")
+    _keep(found, folder)
+    write_report(run, name)
+    return found
 
 
-def judge(
-    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], metrics: Sequence[str]
-) -> Comparison:
-    """Compares given answers; questions and both sides' answers are in the same order. The first metric decides.
-
-    Raises RecipeError where the deciding metric can score no question.
-    """
-    table = {name: _Scores.of(METRICS.get(name), questions, base, tuned) for name in metrics}
-    first = metrics[0]
-    if not table[first].rows:
-        raise RecipeError(
-            f"'{first}' decides the verdict but can score no question", where="evaluate.metrics", fix=_fix(first)
-        )
-    warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
-    table = {name: scores for name, scores in table.items() if scores.rows}
-    found = {name: scores.best() for name, scores in table.items()}
-    matched, stopped = _matched(first, table, questions, base, tuned), _stopped(base, tuned)
-    return Comparison(
-        first=first,
-        metrics=found,
-        means={name: scores.mean() for name, scores in table.items() if scores.several},
-        matched=matched,
-        lengths=_lengths(questions, base, tuned),
-        stopped=stopped,
-        warnings=warnings + _warnings(found[first], METRICS.get(first), matched, stopped),
-        rows=_rows(questions, base, tuned, table),
-    )
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """One metric's scores, one per reference, for the questions (`rows`, indices) that both sides can be scored on."""
-
-    metric: Metric
-    rows: list[int]
-    base: list[list[float]]
-    tuned: list[list[float]]
-    weights: list[float]
-
-    @classmethod
-    def of(
-        cls, metric: Metric, questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer]
-    ) -> _Scores:
-        left = [_score(metric, q, a) for q, a in zip(questions, base, strict=True)]
-        right = [_score(metric, q, a) for q, a in zip(questions, tuned, strict=True)]
-        rows = [i for i, (b, t) in enumerate(zip(left, right, strict=True)) if b and t]
-        weights = [metric.weight(base[i]) for i in rows]
-        return cls(metric, rows, [left[i] for i in rows], [right[i] for i in rows], weights)
-
-    @property
-    def several(self) -> bool:
-        return any(len(scores) > 1 for scores in self.base)
-
-    def best(self) -> Paired:
-        return paired(self.metric, [max(s) for s in self.base], [max(s) for s in self.tuned], self.weights)
-
-    def mean(self) -> Paired:
-        return paired(self.metric, [fmean(s) for s in self.base], [fmean(s) for s in self.tuned], self.weights)
-
-
-def _score(metric: Metric, question: Conversation, answer: Answer) -> list[float]:
-    there = answer.text if metric.needs == "text" else answer.nll
-    return [] if there is None else metric.score(question, answer)
-
-
-def _fix(name: str) -> str:
-    if name == "accuracy":
-        return "no question has choices and a known answer; name another metric, such as rougeL"
-    return "no question has a reference answer; give test rows with answers"
-
-
-def _matched(
-    first: str,
-    table: dict[str, _Scores],
-    questions: Sequence[Conversation],
-    base: Sequence[Answer],
-    tuned: Sequence[Answer],
-) -> dict[str, Paired]:
-    """The gain that is not length: ROUGE with both answers cut to the same number of words."""
-    rouge = [name for name in (first, "rougeL", *table) if name.startswith("rouge") and name in table][:1]
-    cuts = [min(words(b.text or ""), words(t.text or "")) for b, t in zip(base, tuned, strict=True)]
-    sides = [[Answer(first_words(a.text or "", k)) for a, k in zip(side, cuts, strict=True)] for side in (base, tuned)]
-    return {name: _Scores.of(table[name].metric, questions, *sides).best() for name in rouge}
-
-
-def first_words(text: str, count: int) -> str:
-    """The text up to its `count`-th word, inner white space kept."""
-    position = 0
-    for _, word in zip(range(count), text.split(), strict=False):
-        position = text.index(word, position) + len(word)
-    return text[:position]
-
-
-def _lengths(questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, float]:
-    """Mean words of an answer on each side and of a reference."""
-    said = {name: [words(a.text) for a in answers] for name, answers in _spoken(base, tuned).items()}
-    said["reference"] = [words(reference) for q in questions for reference in q.references]
-    return {name: round(fmean(counts), 1) for name, counts in said.items() if counts}
-
-
-def _stopped(base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, float]:
-    """Share of answers that ended by themselves, 0..1."""
-    return {name: round(fmean(a.stopped for a in said), 4) for name, said in _spoken(base, tuned).items()}
-
-
-def _spoken(base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, list[_Spoken]]:
-    sides = {"base": base, "tuned": tuned}
-    spoken = {name: [_Spoken(a.text, a.stopped) for a in side if a.text is not None] for name, side in sides.items()}
-    return {name: said for name, said in spoken.items() if said}
-
-
-class _Spoken(NamedTuple):
-    text: str
-    stopped: bool
-
-
-def _warnings(found: Paired, metric: Metric, matched: dict[str, Paired], stopped: dict[str, float]) -> list[str]:
-    said = []
-    if found.n < LEAST:
-        said.append(f"{found.n} questions cannot carry a verdict, whatever the answers: give at least {FEW}")
-    elif found.n < FEW:
-        width = f"{number(found.high - found.low)} {metric.unit}".rstrip()
-        said.append(f"only {found.n} questions: the interval is {width} wide; {FEW} or more say much more")
-    for name, same in matched.items():
-        if found.verdict == "better" and same.verdict != "better":
-            said.append(
-                f"with both answers cut to the same length {METRICS.get(name).title} does not rise: it is length"
-            )
-    cut = 1.0 - stopped.get("tuned", 1.0)
-    if cut > 0.1:
-        fix = "raise evaluate.generate.max_new_tokens, or train longer"
-        said.append(f"{cut:.0%} of the tuned answers did not stop by themselves: {fix}")
-    return said
-
-
-def _rows(
-    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], table: dict[str, _Scores]
-) -> list[dict[str, Any]]:
-    scores: list[dict[str, dict[str, float]]] = [{} for _ in questions]
-    for name, column in table.items():
-        for index, b, t in zip(column.rows, column.base, column.tuned, strict=True):
-            scores[index][name] = {"base": round(max(b), 4), "tuned": round(max(t), 4)}
-    return [_row(*parts) for parts in zip(questions, base, tuned, scores, strict=True)]
-
-
-def _row(question: Conversation, base: Answer, tuned: Answer, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seconds: float) -> dict[str, Any]:
+    """What was compared and how: enough to do it again and to see what differed."""
     return {
-        "origin": str(question.origin),
-        "prompt": [{"role": m.role, "content": m.content} for m in question.prompt],
-        "references": list(question.references),
-        "choices": list(question.choices),
-        "base": base.text,
-        "tuned": tuned.text,
-        "scores": scores,
-        "words": {
-            "base": words(base.text or ""),
-            "tuned": words(tuned.text or ""),
-            "references": [words(reference) for reference in question.references],
-        },
-        "stopped": {"base": base.stopped, "tuned": tuned.stopped},
-        "nll": {"base": base.nll, "tuned": tuned.nll, "targets": base.targets},
+        **subject.facts,
+        "source": asked.source,
+        "questions": asked.digest,
+        "decoding": asdict(sampling),
+        "template": digest(subject.encoder.template.spec()),
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "run": str(run.folder),
     }
 
 
-def number(value: float) -> str:
-    """A figure for people: 9.8, 0.012, 13.4; at least two significant digits."""
-    if not isfinite(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.1f}" if abs(value) >= 1.0 else f"{value:.2g}"
-
-
-def explain(metric: Metric, found: Paired) -> str:
-    """The verdict as a sentence: `better: ROUGE-L rises by 9.8 points (95 % interval 7.9 to 11.7, 120 rows)`."""
-    unit = f" {metric.unit}" if metric.unit else ""
-    interval = f"95 % interval {number(found.low)} to {number(found.high)}, {found.n} rows"
-    if found.verdict == "no evidence":
-        return f"no evidence of a difference: {metric.title} {signed(found.difference)}{unit} ({interval})"
-    moves = "rises" if found.difference > 0 else "falls"
-    ends = sorted((abs(found.low), abs(found.high)))
-    interval = f"95 % interval {number(ends[0])} to {number(ends[1])}, {found.n} rows"
-    return f"{found.verdict}: {metric.title} {moves} by {number(abs(found.difference))}{unit} ({interval})"
-
-
-def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
+def _keep(found: Comparison, folder: Path) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+    write_atomic(folder / "rows.jsonl", "".join(lines).encode("utf-8", "surrogatepass"))
+    write_json(folder / "comparison.json", found.as_dict())

@@ -44,7 +44,7 @@ class Paired:
     higher: bool
     verdict: Verdict
 
-    def json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values; a bound that is not finite (one question has no interval) is None, as JSON has no infinity."""
         return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
 
@@ -71,11 +71,11 @@ def paired(
     there = [metric.finish(float(side.sum() / weight.sum())) for side in sides]
     low, high = _interval(_resampled(metric, sides, weight, seed), len(base))
     difference = there[1] - there[0]
-    verdict = judge(low, high, len(base), higher=metric.higher)
+    verdict = verdict_of(low, high, len(base), higher=metric.higher)
     return Paired(there[0], there[1], difference, low, high, len(base), metric.higher, verdict)
 
 
-def judge(low: float, high: float, n: int, *, higher: bool) -> Verdict:
+def verdict_of(low: float, high: float, n: int, *, higher: bool) -> Verdict:
     """`better` or `worse` only where the whole interval of tuned - base lies on that side of zero."""
     if n < LEAST or low <= 0.0 <= high:
         return "no evidence"
@@ -116,3 +116,28 @@ def _student(freedom: int) -> float:
     second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
     third = (3.0 * z**7 + 19.0 * z**5 + 17.0 * z**3 - 15.0 * z) / 384.0
     return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def figure(value: float) -> str:
+    """A figure for people: 9.8, 0.012, 13.4; at least two significant digits."""
+    if not isfinite(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.1f}" if abs(value) >= 1.0 else f"{value:.2g}"
+
+
+def explain(metric: Metric, found: Paired) -> str:
+    """The verdict as a sentence: `better: ROUGE-L rises by 9.8 points (95 % interval 7.9 to 11.7, 120 rows)`."""
+    unit = f" {metric.unit}" if metric.unit else ""
+    interval = f"95 % interval {signed(found.low)} to {signed(found.high)}, {found.n} rows"
+    if found.verdict == "no evidence":
+        return f"no evidence of a difference: {metric.title} {signed(found.difference)}{unit} ({interval})"
+    moves = "rises" if found.difference > 0 else "falls"
+    ends = sorted((abs(found.low), abs(found.high)))
+    interval = f"95 % interval {figure(ends[0])} to {figure(ends[1])}, {found.n} rows"
+    return f"{found.verdict}: {metric.title} {moves} by {figure(abs(found.difference))}{unit} ({interval})"
+
+
+def signed(value: float) -> str:
+    """A figure with its sign: +9.8, −0.4."""
+    sign = "+" if value > 0 else "−" if value < 0 else ""
+    return sign + figure(abs(value))

@@ -1,0 +1,150 @@
+"""Answers and likelihoods of one side, kept as they come, so that a stopped comparison goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.conversation import Conversation, Example
+from luthier.evaluate.metrics import Answer
+from luthier.evaluate.subject import Side, Subject
+from luthier.evaluate.suite import answerable, answered, digest, longest_first
+from luthier.runs import Run
+
+if TYPE_CHECKING:
+    from luthier.data.stream import Micro
+    from luthier.model.generate import Sampling
+
+Advance = Callable[[int], None]
+"""Told how many more questions are done."""
+
+CHUNK = 64
+"""Prompts generated together before their answers are kept."""
+
+
+class Memo:
+    """Results by key, one JSON line each, appended as they come. A key says all that decides its result, so results of
+    other settings do no harm, and the base's answers serve the next adapter too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes() if path.exists() else b""
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept != whole:  # the last line was torn by a crash; what follows must not be glued to it
+            path.write_bytes(kept)
+        records = [json.loads(line) for line in kept.splitlines()]
+        self._results: dict[str, dict[str, Any]] = {record["key"]: record for record in records}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._results[key]
+
+    def add(self, results: dict[str, dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for key, result in results.items():
+                self._results[key] = {"key": key, **result}
+                file.write(json.dumps(self._results[key]) + "\n")
+
+
+def answers(
+    subject: Subject, side: Side, questions: Sequence[Conversation], sampling: Sampling, memo: Memo, advance: Advance
+) -> list[Answer]:
+    """One side's answer to each question, in their order; `text` is None where a question asks for none."""
+    asked = [i for i, question in enumerate(questions) if answerable(question)]
+    prompts = subject.encoder.prompts([questions[i] for i in asked])
+    rule = {**subject.identity(side), **asdict(sampling), "stop": sorted(subject.encoder.stop_ids)}
+    keys = [digest([rule, prompt]) for prompt in prompts]
+    missing = [i for i in longest_first([len(p) for p in prompts]) if keys[i] not in memo]
+    advance(len(questions) - len(missing))
+    for start in range(0, len(missing), CHUNK):
+        chunk = missing[start : start + CHUNK]
+        memo.add(_generated(subject, side, {keys[i]: prompts[i] for i in chunk}, sampling))
+        advance(len(chunk))
+    found = {i: memo[key] for i, key in zip(asked, keys, strict=True)}
+    return [_answer(found.get(i)) for i in range(len(questions))]
+
+
+def _generated(subject: Subject, side: Side, prompts: dict[str, list[int]], sampling: Sampling) -> dict[str, Any]:
+    from luthier.model.generate import generate
+
+    with subject.side(side):
+        made = generate(subject.model, list(prompts.values()), sampling, subject.encoder.stop_ids)
+    return {
+        key: {"text": subject.encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
+        for key, one in zip(prompts, made, strict=True)
+    }
+
+
+def sampling_of(run: Run) -> Sampling:
+    """The decoding that the recipe asks for."""
+    from luthier.model.generate import Sampling
+
+    wanted = run.recipe.evaluate.generate
+    return Sampling(
+        max_new_tokens=wanted.max_new_tokens,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        repetition_penalty=wanted.repetition_penalty,
+        seed=run.recipe.train.seed,
+    )
+
+
+def _answer(found: dict[str, Any] | None) -> Answer:
+    return Answer(found["text"], found["stopped"], found["tokens"]) if found else Answer()
+
+
+def likelihoods(
+    subject: Subject,
+    side: Side,
+    questions: Sequence[Conversation],
+    given: Sequence[Answer],
+    memo: Memo,
+    advance: Advance,
+) -> list[Answer]:
+    """The answers in `given` with the likelihood of each question's first reference filled in, where there is one.
+
+    Targets are the tokens that training would supervise, so exp(mean) is the perplexity of the held-out loss.
+    """
+    complete = {i: full for i, question in enumerate(questions) if (full := answered(question)) is not None}
+    examples = dict(zip(complete, subject.encoder.examples(list(complete.values())), strict=True))
+    filled = list(given)
+    for i in sorted(examples, key=lambda i: -len(examples[i].ids)):
+        example = examples[i]
+        key = digest(["likelihood", subject.identity(side), example.ids, example.supervised])
+        if key not in memo:
+            memo.add({key: {"nll": _nll(subject, side, example), "targets": sum(example.supervised[1:])}})
+        filled[i] = replace(filled[i], nll=memo[key]["nll"], targets=memo[key]["targets"])
+        advance(1)
+    advance(len(questions) - len(examples))
+    return filled
+
+
+def _nll(subject: Subject, side: Side, example: Example) -> float:
+    """Summed negative log-likelihood (nats) of the supervised tokens. One row at a time: its value cannot depend on
+    its neighbours, and on a CPU a row fills the machine."""
+    with subject.side(side):
+        return float(subject.model.loss(_micro(example, subject.model.device)))
+
+
+def _micro(example: Example, device: Any) -> Micro:
+    import torch
+
+    from luthier.data.stream import Micro
+
+    ids = torch.tensor(example.ids, device=device)
+    rows = torch.tensor(example.supervised[1:], device=device).nonzero()[:, 0]
+    return Micro(
+        ids=ids,
+        positions=torch.arange(len(ids), device=device),
+        bounds=(0, len(ids)),
+        rows=rows,
+        targets=ids[rows + 1],
+        samples=torch.zeros(1, dtype=torch.int64, device=device),
+        step=0,
+    )

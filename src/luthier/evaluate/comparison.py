@@ -1,0 +1,223 @@
+"""What two sides' answers say: scores, paired intervals, the gain that is not length, and a verdict. Values in, values
+out: no model, no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from luthier.data.conversation import Conversation
+from luthier.errors import RecipeError
+from luthier.evaluate.metrics import METRICS, Answer, Metric, words
+from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, paired
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found. `as_dict()` is what `compare --json` prints and `comparison.json` holds.
+
+    Attributes:
+        first: name of the metric that decides.
+        metrics: by name, with the best of several references; `means`: the same with the mean over references (only
+            metrics and questions that have several).
+        matched: the deciding ROUGE with both answers cut, question by question, to the shorter one's word count.
+        rows: one record per question, as in rows.jsonl.
+    """
+
+    first: str
+    metrics: dict[str, Paired]
+    means: dict[str, Paired]
+    matched: dict[str, Paired]
+    lengths: dict[str, float]
+    stopped: dict[str, float]
+    warnings: list[str]
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.metrics[self.first].verdict
+
+    @property
+    def sentence(self) -> str:
+        return explain(METRICS.get(self.first), self.metrics[self.first])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "metric": self.first,
+            "metrics": {name: p.as_dict() for name, p in self.metrics.items()},
+            "means": {name: p.as_dict() for name, p in self.means.items()},
+            "matched": {name: p.as_dict() for name, p in self.matched.items()},
+            "lengths": self.lengths,
+            "stopped": self.stopped,
+            "warnings": self.warnings,
+            "settings": self.settings,
+        }
+
+
+def judge(
+    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], metrics: Sequence[str]
+) -> Comparison:
+    """Compares given answers; questions and both sides' answers are in the same order. The first metric decides.
+
+    Raises RecipeError where the deciding metric can score no question.
+    """
+    table = {name: _Scores.of(METRICS.get(name), questions, base, tuned) for name in metrics}
+    first = metrics[0]
+    if not table[first].rows:
+        raise RecipeError(
+            f"'{first}' decides the verdict but can score no question", where="evaluate.metrics", fix=_fix(first)
+        )
+    warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
+    table = {name: scores for name, scores in table.items() if scores.rows}
+    found = {name: scores.best() for name, scores in table.items()}
+    matched, stopped = _matched(first, table, questions, base, tuned), _stopped(base, tuned)
+    return Comparison(
+        first=first,
+        metrics=found,
+        means={name: scores.mean() for name, scores in table.items() if scores.several},
+        matched=matched,
+        lengths=_lengths(questions, base, tuned),
+        stopped=stopped,
+        warnings=warnings + _warnings(found[first], METRICS.get(first), matched, stopped),
+        rows=_rows(questions, base, tuned, table),
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One metric's scores, one per reference, for the questions (`rows`, indices) that both sides can be scored on."""
+
+    metric: Metric
+    rows: list[int]
+    base: list[list[float]]
+    tuned: list[list[float]]
+    weights: list[float]
+
+    @classmethod
+    def of(
+        cls, metric: Metric, questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer]
+    ) -> _Scores:
+        left = [_score(metric, q, a) for q, a in zip(questions, base, strict=True)]
+        right = [_score(metric, q, a) for q, a in zip(questions, tuned, strict=True)]
+        rows = [i for i, (b, t) in enumerate(zip(left, right, strict=True)) if b and t]
+        weights = [metric.weight(base[i]) for i in rows]
+        return cls(metric, rows, [left[i] for i in rows], [right[i] for i in rows], weights)
+
+    @property
+    def several(self) -> bool:
+        return any(len(scores) > 1 for scores in self.base)
+
+    def best(self) -> Paired:
+        return paired(self.metric, [max(s) for s in self.base], [max(s) for s in self.tuned], self.weights)
+
+    def mean(self) -> Paired:
+        return paired(self.metric, [fmean(s) for s in self.base], [fmean(s) for s in self.tuned], self.weights)
+
+
+def _score(metric: Metric, question: Conversation, answer: Answer) -> list[float]:
+    there = answer.text if metric.needs == "text" else answer.nll
+    return [] if there is None else metric.score(question, answer)
+
+
+def _fix(name: str) -> str:
+    if name == "accuracy":
+        return "no question has choices and a known answer; name another metric, such as rougeL"
+    return "no question has a reference answer; give test rows with answers"
+
+
+def _matched(
+    first: str,
+    table: dict[str, _Scores],
+    questions: Sequence[Conversation],
+    base: Sequence[Answer],
+    tuned: Sequence[Answer],
+) -> dict[str, Paired]:
+    """The gain that is not length: ROUGE with both answers cut to the same number of words."""
+    rouge = [name for name in (first, "rougeL", *table) if name.startswith("rouge") and name in table][:1]
+    cuts = [min(words(b.text or ""), words(t.text or "")) for b, t in zip(base, tuned, strict=True)]
+    sides = [[Answer(first_words(a.text or "", k)) for a, k in zip(side, cuts, strict=True)] for side in (base, tuned)]
+    return {name: _Scores.of(table[name].metric, questions, *sides).best() for name in rouge}
+
+
+def first_words(text: str, count: int) -> str:
+    """The text up to its `count`-th word, inner white space kept."""
+    position = 0
+    for _, word in zip(range(count), text.split(), strict=False):
+        position = text.index(word, position) + len(word)
+    return text[:position]
+
+
+def _lengths(questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, float]:
+    """Mean words of an answer on each side and of a reference."""
+    said = {name: [words(a.text) for a in answers] for name, answers in _spoken(base, tuned).items()}
+    said["reference"] = [words(reference) for q in questions for reference in q.references]
+    return {name: round(fmean(counts), 1) for name, counts in said.items() if counts}
+
+
+def _stopped(base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, float]:
+    """Share of answers that ended by themselves, 0..1."""
+    return {name: round(fmean(a.stopped for a in said), 4) for name, said in _spoken(base, tuned).items()}
+
+
+def _spoken(base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, list[_Spoken]]:
+    sides = {"base": base, "tuned": tuned}
+    spoken = {name: [_Spoken(a.text, a.stopped) for a in side if a.text is not None] for name, side in sides.items()}
+    return {name: said for name, said in spoken.items() if said}
+
+
+class _Spoken(NamedTuple):
+    text: str
+    stopped: bool
+
+
+def _warnings(found: Paired, metric: Metric, matched: dict[str, Paired], stopped: dict[str, float]) -> list[str]:
+    said = []
+    if found.n < LEAST:
+        said.append(f"{found.n} questions cannot carry a verdict, whatever the answers: give at least {FEW}")
+    elif found.n < FEW:
+        width = f"{figure(found.high - found.low)} {metric.unit}".rstrip()
+        said.append(f"only {found.n} questions: the interval is {width} wide; {FEW} or more say much more")
+    for name, same in matched.items():
+        if found.verdict == "better" and same.verdict != "better":
+            said.append(
+                f"with both answers cut to the same length {METRICS.get(name).title} does not rise: it is length"
+            )
+    cut = 1.0 - stopped.get("tuned", 1.0)
+    if cut > 0.1:
+        fix = "raise evaluate.generate.max_new_tokens, or train longer"
+        said.append(f"{cut:.0%} of the tuned answers did not stop by themselves: {fix}")
+    return said
+
+
+def _rows(
+    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], table: dict[str, _Scores]
+) -> list[dict[str, Any]]:
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in questions]
+    for name, column in table.items():
+        for index, b, t in zip(column.rows, column.base, column.tuned, strict=True):
+            scores[index][name] = {"base": round(max(b), 4), "tuned": round(max(t), 4)}
+    return [_row(*parts) for parts in zip(questions, base, tuned, scores, strict=True)]
+
+
+def _row(question: Conversation, base: Answer, tuned: Answer, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    return {
+        "origin": str(question.origin),
+        "prompt": [{"role": m.role, "content": m.content} for m in question.prompt],
+        "references": list(question.references),
+        "choices": list(question.choices),
+        "base": base.text,
+        "tuned": tuned.text,
+        "scores": scores,
+        "words": {
+            "base": words(base.text or ""),
+            "tuned": words(tuned.text or ""),
+            "references": [words(reference) for reference in question.references],
+        },
+        "stopped": {"base": base.stopped, "tuned": tuned.stopped},
+        "nll": {"base": base.nll, "tuned": tuned.nll, "targets": base.targets},
+    }

@@ -1,0 +1,114 @@
+"""A trained run as something that answers: one load of the base, the adapter on or off, the template of training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.errors import RunError
+from luthier.evaluate.suite import digest
+from luthier.runs import Run, read_json
+
+if TYPE_CHECKING:
+    from luthier.data.tokens import Encoder, Tokenizer
+    from luthier.model.causal import CausalModel
+
+Side = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Attributes:
+    facts: what decides its answers besides the prompt: base, revision or weights, adapter, dtype.
+    """
+
+    model: CausalModel
+    encoder: Encoder
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, run: Run) -> Subject:
+        """Loads the base and the adapter of `run`. Raises RunError if it is not trained, ModelError or AdapterError
+        if a file of either is missing or malformed."""
+        if not run.finished:
+            raise RunError("has no adapter yet", where=str(run.folder), fix=f"finish it: luthier train {run.folder}")
+        import torch
+
+        from luthier.adapters import files
+        from luthier.model.causal import build
+        from luthier.model.load import compute_dtype, load_tokenizer, loaded_revision, model_folder
+
+        recipe, device = run.recipe, _device(run.recipe.run.place)
+        if isinstance(recipe.run.threads, int):
+            torch.set_num_threads(recipe.run.threads)
+        folder = model_folder(recipe.model)
+        adapter, tensors = files.load(run.adapter)
+        dtype = compute_dtype(recipe.model, device)
+        model = build(
+            recipe.model,
+            adapter,
+            folder=folder,
+            kernels="reference",
+            recompute=False,
+            seed=0,
+            device=torch.device(device),
+            dtype=dtype,
+        )
+        assert model.lora is not None
+        model.lora.load_state_dict(tensors)
+        facts = {
+            "base": recipe.model.base,
+            "revision": loaded_revision(folder),
+            "weights": _weights(folder),
+            "adapter": _sha256(run.adapter / files.WEIGHTS),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        return cls(model, _encoder(run, load_tokenizer(folder)), facts)
+
+    @contextmanager
+    def side(self, side: Side) -> Iterator[None]:
+        """Inside, `model` is that side."""
+        import torch
+
+        assert self.model.lora is not None
+        with torch.inference_mode(), self.model.lora.disabled() if side == "base" else nullcontext():
+            yield
+
+    def identity(self, side: Side) -> dict[str, Any]:
+        """The facts that decide that side's answers: the base does not depend on the adapter."""
+        return {name: fact for name, fact in self.facts.items() if side == "tuned" or name != "adapter"}
+
+
+def _device(place: str) -> str:
+    import torch
+
+    if place == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return place
+
+
+def _encoder(run: Run, tokenizer: Tokenizer) -> Encoder:
+    """The encoder of training. Its template travels with the adapter; the run's data folder has the same."""
+    from luthier.adapters.files import load_extra
+    from luthier.data.templates import Template
+    from luthier.data.tokens import Encoder
+
+    made = load_extra(run.adapter)
+    if "template" not in made:
+        made = read_json(run.data / "template.json")
+    return Encoder(tokenizer, Template.from_spec(made["template"], tokenizer), made["supervise"], made["system"])
+
+
+def _weights(folder: Path) -> str:
+    """Tells one set of weights from another without reading gigabytes: names, sizes and times of their files."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
