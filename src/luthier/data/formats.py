@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any, cast
@@ -114,9 +114,9 @@ def resolve(data: recipe.Data, rows: Sequence[Row], *, answers: bool = True) -> 
     """
     if data.columns == "auto":
         return detect(rows, answers=answers) if data.format == "auto" else _columns_of(data.format, rows, answers)
-    _check_columns(data.columns, rows)
-    name = _format_of(data.columns, rows, answers) if data.format == "auto" else data.format
-    return Detection(name, _mapped(name, data.columns, rows, answers))
+    columns = _present(data.columns, rows, answers)
+    name = _format_of(columns, rows, answers) if data.format == "auto" else data.format
+    return Detection(name, _mapped(name, columns, answers))
 
 
 def converter(data: recipe.Data, detection: Detection, *, answers: bool = True) -> Callable[[Row], Conversation]:
@@ -146,13 +146,24 @@ def _columns_of(name: str, rows: Sequence[Row], answers: bool) -> Detection:
     return Detection(name, columns)
 
 
-def _check_columns(columns: Columns, rows: Sequence[Row]) -> None:
+def _present(columns: Columns, rows: Sequence[Row], answers: bool) -> dict[str, str | list[str]]:
+    """The columns that are there. Of a list one must be (files of one recipe may differ: `summary`, or `summary1` to
+    `summary3`), and without `answers` the columns of a whole part may be missing if the others are there."""
     known = {name for row in rows for name in row.values}
+    present: dict[str, str | list[str]] = {}
     for part, column in columns.items():
-        for name in [column] if isinstance(column, str) else column:
-            if name not in known:
-                what = f"data.columns.{part} names a column '{name}' that is not there"
-                raise DataError(what, where=rows[0].origin.file, fix=nearest(name, sorted(known)))
+        names = [column] if isinstance(column, str) else column
+        there = [name for name in names if name in known]
+        if there:
+            present[part] = column if isinstance(column, str) else there
+        elif answers or not _is_answer(part):
+            what = f"data.columns.{part} names a column '{names[0]}' that is not there"
+            raise DataError(what, where=rows[0].origin.file, fix=nearest(names[0], sorted(known)))
+    return present
+
+
+def _is_answer(part: str) -> bool:
+    return any(cast(Format, FORMATS.get(name)).answer == part for name in FORMATS.names())
 
 
 def _format_of(columns: Columns, rows: Sequence[Row], answers: bool) -> str:
@@ -176,7 +187,7 @@ def _fits(format_: Format, columns: Columns, answers: bool) -> bool:
     return needed <= set(columns) <= set(format_.parts)
 
 
-def _mapped(name: str, columns: Columns, rows: Sequence[Row], answers: bool) -> dict[str, str | list[str]]:
+def _mapped(name: str, columns: Columns, answers: bool) -> dict[str, str | list[str]]:
     format_: Format = FORMATS.get(name)
     for part in columns:
         if part not in format_.parts:
@@ -193,7 +204,7 @@ def _mapped(name: str, columns: Columns, rows: Sequence[Row], answers: bool) -> 
 def _unknown(rows: Sequence[Row], answers: bool) -> DataError:
     file = rows[0].origin.file
     for name in FORMATS.names() if answers else ():
-        if name != "rendered" and (columns := _found(name, rows, answers=False)):
+        if name != "rendered" and _found(name, rows, answers=False):
             missing = cast(Format, FORMATS.get(name)).answer
             what = f"looks like {name}, but no column is the {missing} (columns: {_names(rows)})"
             return DataError(what, where=file, fix=f"set data.columns, with {missing}: COLUMN")
@@ -575,6 +586,7 @@ SUMMARY = Format(needs=("document",), answer="summary", find=_find_summary, conv
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CHOICE_STEMS = ("", "option", "choice", "answer", "ending", "opt")
+_POINTS = {"letter": ".", "option_n": ":", "text": "."}
 _INSTRUCTIONS = {
     "letter": "Answer the question with the letter of the right option, nothing else.",
     "option_n": "Answer the question with the right option, option_1 to option_{n}, nothing else.",
@@ -598,22 +610,16 @@ def _find_choices(rows: Sequence[Row]) -> dict[str, str | list[str]] | None:
 def _from_choices(row: Row, columns: Columns, options: Options) -> Conversation:
     labels, texts = _choices(row, columns["choices"])
     answer = _answer(row, columns, labels, texts) if _has_answer(row, columns, options) else None
-    written = _written(texts, options.labels)
-    marks = written if options.labels == "option_n" else _LETTERS[: len(texts)]
-    lines = [
-        f"{mark}{':' if options.labels == 'option_n' else '.'} {text}" for mark, text in zip(marks, texts, strict=True)
-    ]
+    written = texts if options.labels == "text" else [_mark(i, options.labels) for i in range(len(texts))]
+    lines = [f"{_mark(i, options.labels)}{_POINTS[options.labels]} {text}" for i, text in enumerate(texts)]
     instruction = options.instruction or _INSTRUCTIONS[options.labels].format(n=len(texts))
     prompt = "\n".join([instruction, "", _text_of(row, _one(columns, "question")), *lines])
     base = _exchange(row, prompt, [] if answer is None else [written[answer]])
-    return Conversation(base.messages, base.origin, references=base.references, choices=written, answer=answer)
+    return replace(base, choices=tuple(texts), answer=answer)
 
 
-def _written(texts: Sequence[str], labels: str) -> tuple[str, ...]:
-    """Each choice as an answer would write it."""
-    if labels == "text":
-        return tuple(texts)
-    return tuple(_LETTERS[i] if labels == "letter" else f"option_{i + 1}" for i in range(len(texts)))
+def _mark(index: int, labels: str) -> str:
+    return f"option_{index + 1}" if labels == "option_n" else _LETTERS[index]
 
 
 def _choices(row: Row, columns: str | list[str]) -> tuple[list[str], list[str]]:
@@ -639,7 +645,7 @@ def _has_answer(row: Row, columns: Columns, options: Options) -> bool:
     if "answer" not in columns:
         return False
     value = _value(row, _one(columns, "answer")) if options.answers else row.values.get(_one(columns, "answer"))
-    return options.answers or value is not None and value != ""
+    return options.answers or (value is not None and value != "")
 
 
 def _answer(row: Row, columns: Columns, labels: list[str], texts: list[str]) -> int:

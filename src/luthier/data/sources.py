@@ -29,7 +29,8 @@ from luthier.recipe import Source
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-Bad = Callable[[DataError], None]
+Bad = Callable[[Origin, DataError], None]
+"""Is told of a row that cannot be read: where it is and what is wrong with it."""
 
 _CHUNK = 1 << 20
 _DOCUMENT = 4 << 20  # characters: a longer text file becomes several documents, each ending at a line's end
@@ -55,10 +56,10 @@ def read(
     """
     found = 0
 
-    def count(error: DataError) -> None:
+    def count(origin: Origin, error: DataError) -> None:
         nonlocal found
         found += 1
-        (bad or _raise)(error)
+        (bad or _raise)(origin, error)
 
     for row in _rows(source, root, digest or hashlib.sha256(), count):
         found += 1
@@ -67,7 +68,7 @@ def read(
         raise DataError("holds no rows", where=source.path, fix="check that this is the right file")
 
 
-def _raise(error: DataError) -> NoReturn:
+def _raise(origin: Origin, error: DataError) -> NoReturn:
     raise error
 
 
@@ -96,6 +97,8 @@ class _File:
     """The bytes as stored, hashed as they are read."""
     content: io.BufferedIOBase
     """The bytes after decompression."""
+    plain: bool = True
+    """Whether they are the same."""
 
 
 def _opened(path: str, root: Path | None, digest: _Hash) -> AbstractContextManager[_File]:
@@ -121,7 +124,7 @@ def _standard_input(digest: _Hash) -> _File:
     stream = io.BufferedReader(_Hashing(sys.stdin.buffer, digest), _CHUNK)
     start = stream.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     suffix = {b"{": ".jsonl", b"[": ".json"}.get(start, ".txt")
-    return _File("<stdin>", suffix, Path("-"), cast(BinaryIO, stream), stream)
+    return _File("-", suffix, Path("-"), cast(BinaryIO, stream), stream)
 
 
 def _uncompressed(name: str, path: Path, stored: io.BufferedReader) -> _File:
@@ -132,7 +135,7 @@ def _uncompressed(name: str, path: Path, stored: io.BufferedReader) -> _File:
         content = gzip.GzipFile(fileobj=stored)
     elif packing == ".zst":
         content = io.BufferedReader(_Zstd(stored), _CHUNK)
-    return _File(name, suffixes[-1] if suffixes else "", path, cast(BinaryIO, stored), content)
+    return _File(name, suffixes[-1] if suffixes else "", path, cast(BinaryIO, stored), content, plain=not packing)
 
 
 class _Hashing(io.RawIOBase):
@@ -206,17 +209,14 @@ def _lines(file: _File, bad: Bad) -> Iterator[tuple[int, str]]:
         number += 1
         if number == 1:
             raw = _without_mark(raw, file.name)
+        origin = Origin(file.name, number)
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:
-            bad(_not_utf8(f"{file.name}:{number}", error.object[error.start], error.start + 1))
+            bad(origin, _not_utf8(str(origin), raw[error.start], error.start + 1))
             continue
         if "\0" in line:
-            bad(
-                DataError(
-                    "holds a NUL character", where=f"{file.name}:{number}:{line.index(chr(0)) + 1}", fix="remove it"
-                )
-            )
+            bad(origin, DataError("holds a NUL character", where=f"{origin}:{line.index(chr(0)) + 1}", fix="remove it"))
             continue
         yield number, line[:-2] + "\n" if line.endswith("\r\n") else line
 
@@ -265,14 +265,16 @@ def _document(file: _File, first: int, lines: list[str]) -> Iterator[Row]:
 
 def _jsonl(file: _File, bad: Bad) -> Iterator[Row]:
     for number, line in _lines(file, bad):
-        if line.isspace():
+        line = line.strip()
+        if not line:
             continue
+        origin = Origin(file.name, number)
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            bad(_broken_json(f"{file.name}:{number}", error))
+            bad(origin, _broken_json(str(origin), error))
             continue
-        yield from _record(value, line, Origin(file.name, number), bad)
+        yield from _record(value, line, origin, bad)
 
 
 def _broken_json(where: str, error: Exception) -> DataError:
@@ -286,9 +288,12 @@ def _broken_json(where: str, error: Exception) -> DataError:
 def _record(value: Any, text: str, origin: Origin, bad: Bad) -> Iterator[Row]:
     """The row that JSON `text` stands for, if it is an object of clean text."""
     if not isinstance(value, dict):
-        bad(DataError(f"is {kind(value)}, not an object", where=str(origin), fix="each row is {column: value, …}"))
+        bad(
+            origin,
+            DataError(f"is {kind(value)}, not an object", where=str(origin), fix="each row is {column: value, …}"),
+        )
     elif _SUSPECT.search(text) and (flaw := _flaw(value)):
-        bad(DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
+        bad(origin, DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
     else:
         yield Row(value, origin)
 
@@ -458,13 +463,13 @@ def _csv(file: _File, bad: Bad) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            bad(DataError(f"broken table: {error}", where=str(origin), fix="check the quotes of this row"))
+            bad(origin, DataError(f"broken table: {error}", where=str(origin), fix="check the quotes of this row"))
             continue
         if len(cells) == len(names):
             yield Row(dict(zip(names, cells, strict=True)), origin)
         elif cells:
             what = f"has {len(cells)} fields, the header has {len(names)}"
-            bad(DataError(what, where=str(origin), fix="quote fields that hold a separator or a newline"))
+            bad(origin, DataError(what, where=str(origin), fix="quote fields that hold a separator or a newline"))
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -483,7 +488,7 @@ def _header(names: list[str], file: str) -> list[str]:
 def _parquet(file: _File, bad: Bad) -> Iterator[Row]:
     parquet = _optional("pyarrow.parquet", "parquet", "a .parquet file")
     arrow_error = _optional("pyarrow", "parquet", "a .parquet file").ArrowException
-    content: Any = file.path if file.content is file.stored else io.BytesIO(file.content.read())
+    content: Any = file.path if file.plain else io.BytesIO(file.content.read())
     number = 0
     try:
         with parquet.ParquetFile(content) as table:
@@ -497,7 +502,7 @@ def _parquet(file: _File, bad: Bad) -> Iterator[Row]:
 
 def _clean_row(values: dict[str, Any], origin: Origin, bad: Bad) -> Iterator[Row]:
     if flaw := _flaw(values):
-        bad(DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
+        bad(origin, DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
     else:
         yield Row(values, origin)
 

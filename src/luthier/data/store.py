@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,29 @@ class TokenStore:
         cut = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return self.ids[cut], self.supervised[cut]
 
+    def as_example(self, row: int) -> Example:
+        """One row as it was written."""
+        ids, supervised = self.example(row)
+        return Example(ids.tolist(), supervised.tolist(), int(self.prompts[row]), self.origin(row))
+
     def targets(self, row: int) -> int:
         """Supervised tokens that have a token before them: the terms of this row's loss."""
         return int(np.count_nonzero(self.example(row)[1][1:]))
 
+    @property
+    def supervised_tokens(self) -> int:
+        """The terms of the loss over all rows: supervised tokens but for the first of each row."""
+        starts = self.offsets[:-1][self.lengths > 0]
+        return int(np.count_nonzero(self.supervised)) - int(np.count_nonzero(self.supervised[starts]))
+
     def origin(self, row: int) -> Origin:
         """The file and line this row came from."""
         return Origin(self._names[int(self._files[row])], int(self._lines[row]))
+
+    def by_file(self, values: Mapping[str, float]) -> NDArray[np.float64]:
+        """float64 [n]: the value of the file that each row came from."""
+        of_each = np.array([values[name] for name in self._names], np.float64)
+        return np.take(of_each, self._files)
 
     def select(self, folder: Path, rows: NDArray[np.int64]) -> TokenStore:
         """Writes the given rows, in the given order, as a store of their own."""
