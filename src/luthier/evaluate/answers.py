@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 """Told how many more questions are done."""
 
-CHUNK = 64
+CHUNK = 128
 """Prompts generated together before their answers are kept."""
 
 
@@ -64,17 +64,19 @@ def answers(
     advance(len(questions) - len(missing))
     for start in range(0, len(missing), CHUNK):
         chunk = missing[start : start + CHUNK]
-        memo.add(_generated(subject, side, {keys[i]: prompts[i] for i in chunk}, sampling))
-        advance(len(chunk))
+        memo.add(_generated(subject, side, {keys[i]: prompts[i] for i in chunk}, sampling, advance))
     found = {i: memo[key] for i, key in zip(asked, keys, strict=True)}
     return [_answer(found.get(i)) for i in range(len(questions))]
 
 
-def _generated(subject: Subject, side: Side, prompts: dict[str, list[int]], sampling: Sampling) -> dict[str, Any]:
+def _generated(
+    subject: Subject, side: Side, prompts: dict[str, list[int]], sampling: Sampling, advance: Advance
+) -> dict[str, dict[str, Any]]:
     from luthier.model.generate import generate
 
+    asked, stops = list(prompts.values()), subject.encoder.stop_ids
     with subject.side(side):
-        made = generate(subject.model, list(prompts.values()), sampling, subject.encoder.stop_ids)
+        made = generate(subject.model, asked, sampling, stops, progress=lambda done, total: advance(1))
     return {
         key: {"text": subject.encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
         for key, one in zip(prompts, made, strict=True)

@@ -97,9 +97,7 @@ def _encoder(run: Run, tokenizer: Tokenizer) -> Encoder:
     from luthier.data.templates import Template
     from luthier.data.tokens import Encoder
 
-    made = load_extra(run.adapter)
-    if "template" not in made:
-        made = read_json(run.data / "template.json")
+    made = load_extra(run.adapter).get("template") or read_json(run.data / "template.json")
     return Encoder(tokenizer, Template.from_spec(made["template"], tokenizer), made["supervise"], made["system"])
 
 
