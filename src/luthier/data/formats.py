@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -167,19 +168,21 @@ def _is_answer(part: str) -> bool:
 
 
 def _format_of(columns: Columns, rows: Sequence[Row], answers: bool) -> str:
-    """The one format whose parts the map names."""
+    """The format whose parts the map names; of several, the first that can read most of the rows."""
     fits = [name for tier in _TIERS for name in tier if _fits(FORMATS.get(name), columns, answers)]
-    if set(fits) <= {"text", "document"} and fits:
-        return "text" if _style(rows, cast(str, columns["text"])) else "document"
-    if len(fits) == 1:
-        return fits[0]
-    parts = ", ".join(columns)
-    if fits:
-        raise DataError(
-            f"data.columns ({parts}) fits {' and '.join(fits)}", fix=f"set data.format to {' or '.join(fits)}"
-        )
-    known = "; ".join(f"{name}: {_example_map(FORMATS.get(name))}" for tier in _TIERS for name in tier)
-    raise DataError(f"data.columns ({parts}) is not the parts of any format", fix=f"known: {known}")
+    if not fits:
+        known = "; ".join(f"{name}: {_example_map(FORMATS.get(name))}" for tier in _TIERS for name in tier)
+        raise DataError(f"data.columns ({', '.join(columns)}) is not the parts of any format", fix=f"known: {known}")
+    return next((name for name in fits if _reads(FORMATS.get(name), columns, rows)), fits[0])
+
+
+def _reads(format_: Format, columns: Columns, rows: Sequence[Row]) -> bool:
+    good = 0
+    for row in rows:
+        with suppress(DataError):
+            format_.convert(row, columns, Options(answers=False))
+            good += 1
+    return good * 2 > len(rows)
 
 
 def _fits(format_: Format, columns: Columns, answers: bool) -> bool:
