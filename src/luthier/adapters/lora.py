@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,12 @@ class Noise:
     step: int = 0
     samples: Tensor | None = None
     positions: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Noise:
+        """The same for some of the tokens."""
+        if self.samples is None or self.positions is None:
+            return self
+        return replace(self, samples=self.samples[rows], positions=self.positions[rows])
 
     def mask(self, module: int, features: int, p: float, dtype: torch.dtype) -> Tensor | None:
         """[T, features] of 0 and 1/(1-p), or None where nothing is dropped."""
@@ -60,7 +66,8 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
-        mask = self.noise.mask(self.index, x.shape[-1], self.dropout, x.dtype)
+        # Generation and evaluation keep no gradient, and drop nothing.
+        mask = self.noise.mask(self.index, x.shape[-1], self.dropout, x.dtype) if torch.is_grad_enabled() else None
         kept = x if mask is None else x * mask
         return y + F.linear(F.linear(kept, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from luthier import recipe
-from luthier.adapters.lora import Lora, attach
+from luthier.adapters.lora import Lora, Noise, attach
+from luthier.errors import ModelError
+from luthier.kernels import pointwise
 from luthier.kernels.loss import linear_cross_entropy
-from luthier.model import attention
+from luthier.model import attention, families
+from luthier.model.block import Decoder
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -27,15 +31,21 @@ class CausalModel:
     `module` is complete in itself: generation calls it directly, adapter included.
     """
 
-    def __init__(self, module: Any, lora: Lora | None, *, recompute: bool = False) -> None:
+    def __init__(
+        self, module: Any, lora: Lora | None, *, kernels: Kernels = "reference", recompute: bool = False
+    ) -> None:
         self.module, self.lora = module, lora
         self.head: Tensor = module.get_output_embeddings().weight.detach()
         self.device, self.dtype, self.recompute = self.head.device, self.head.dtype, recompute
-        if recompute:
+        self.decoder = _decoder(module, kernels, recompute=recompute)
+        if recompute and self.decoder is None:
             module.activation_checkpointing_enable()
 
     def hidden(self, micro: Micro) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`, differentiable in the adapter."""
+        if self.decoder is not None:
+            micro = trim(micro)
+            return self.decoder.hidden(micro, self._set_noise(micro))
         self._set_noise(micro)
         arguments = attention.packed_arguments(micro.positions, micro.bounds)
         with self._recomputing():
@@ -53,16 +63,45 @@ class CausalModel:
         yield
         self.module.eval()
 
-    def _set_noise(self, micro: Micro) -> None:
-        """Dropout is for training: it is off where no gradient is wanted."""
+    def _set_noise(self, micro: Micro) -> Noise | None:
+        """What dropout depends on, told to the adapter's layers. It is off where no gradient is wanted."""
         if self.lora is None:
-            return
+            return None
         noise = self.lora.noise
         noise.step, noise.samples, noise.positions = micro.step, None, None
         if torch.is_grad_enabled():
             lengths = torch.tensor(micro.bounds).diff()
             noise.samples = micro.samples.repeat_interleave(lengths.to(micro.samples.device))
             noise.positions = micro.positions
+        return replace(noise)
+
+
+def trim(micro: Micro) -> Micro:
+    """`micro` without the tokens after each segment's last supervised one, which nothing that is learned can see."""
+    bounds = torch.tensor(micro.bounds)
+    edges = torch.searchsorted(micro.rows.cpu(), bounds)
+    last = torch.cat([micro.rows.cpu() + 1, bounds[:1]])[edges[1:] - 1]
+    ends = torch.where(edges.diff() > 0, last, bounds[:-1])
+    kept = torch.cat([torch.arange(a, b) for a, b in zip(micro.bounds, ends.tolist(), strict=False)])
+    return replace(
+        micro,
+        ids=micro.ids[kept],
+        positions=micro.positions[kept],
+        bounds=(0, *(ends - bounds[:-1]).cumsum(0).tolist()),
+        rows=torch.searchsorted(kept.to(micro.rows.device), micro.rows),
+    )
+
+
+def _decoder(module: Any, kernels: Kernels, *, recompute: bool) -> Decoder | None:
+    """Our own blocks, or None for the reference path."""
+    if kernels == "reference":
+        return None
+    family = families.find(module.config)
+    if family is None:
+        fix = "set run.kernels to auto or reference"
+        raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
+    parts = pointwise.compiled() if kernels == "compiled" else pointwise.EAGER
+    return Decoder(module, family, parts, recompute=recompute)
 
 
 def build(
@@ -87,4 +126,4 @@ def build(
 
     module = load_causal(folder, model, device=device, dtype=dtype, attention="packed")
     lora = attach(module, adapter, seed) if adapter is not None else None
-    return CausalModel(module, lora, recompute=recompute)
+    return CausalModel(module, lora, kernels=kernels, recompute=recompute)

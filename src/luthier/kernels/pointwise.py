@@ -1,0 +1,113 @@
+"""The parts of a decoder block between its matrix products: norms, rotary embedding, gated activation.
+
+Each is written for few passes over memory, in place where its input is no longer needed, and is also what
+`torch.compile` fuses into one pass where a C++ compiler is present. Norms accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.kernels import attention
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) · weight for rows of x [T, H], and 1 / rms(x) as fp32 [T, 1]."""
+    scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt_()
+    return (x.float() * scale).to(x.dtype) * weight, scale
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum x + update, its norm and its 1 / rms. `update` is overwritten by the sum."""
+    total = update.add_(x)
+    return total, *rms_norm(total, weight, eps)
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, plus `residual`; and the norm's output again, for the adapters that read it.
+
+    With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)). `dy` may be overwritten.
+    """
+    normed = x.float() * scale
+    gradient = (dy * weight).float()
+    inner = (gradient * normed).mean(-1, keepdim=True)
+    dx = gradient.sub_(normed * inner).mul_(scale).add_(residual)
+    return dx.to(x.dtype), normed.to(x.dtype) * weight
+
+
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split form, laid out for attention: [T, G, R, D] to [G, T, R, D]; cos and sin [T, D/2]."""
+    groups = x_TGRD.transpose(0, 1)
+    out = torch.empty(groups.shape, dtype=x_TGRD.dtype, device=x_TGRD.device)
+    _turn(groups, out, cos, sin)
+    return out
+
+
+def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor) -> None:
+    """The gradient of `rotate`, written to `out`: the rotation the other way round."""
+    _turn(dy_GTRD, out_TGRD.transpose(0, 1), cos, -sin)
+
+
+def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    c, s = cos[None, :, None, :], sin[None, :, None, :]
+    (a, b), (a_out, b_out) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, c, out=a_out)
+    a_out.addcmul_(b, s, value=-1)
+    torch.mul(b, c, out=b_out)
+    b_out.addcmul_(a, s)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up for [T, 2F] holding gate and up side by side."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of gate|up, and `swiglu(gate_up)` again. Both inputs are overwritten."""
+    gate, up = gate_up.chunk(2, -1)
+    act = F.silu(gate)
+    hidden = act * up
+    torch.mul(dh, up, out=up)  # d silu(gate)
+    torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
+    torch.mul(dh, act, out=up)
+    return gate_up, hidden
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """All of the above as one value, so that a block runs with eager or compiled parts."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] = add_rms_norm
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rms_norm_backward
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
+    unrotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = unrotate
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+    swiglu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = swiglu_backward
+    softmax: attention.Softmax = attention.EAGER
+
+
+EAGER = Pointwise()
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Pointwise:
+    """The same parts through torch.compile, with sizes left open so that no new length compiles again.
+
+    The first call of each part compiles it (seconds, or minutes on a busy machine).
+    """
+    parts: dict[str, Any] = {f.name: _compile(getattr(EAGER, f.name)) for f in fields(Pointwise) if f.name != "softmax"}
+    softmax = attention.Softmax(_compile(attention.softmax), _compile(attention.softmax_backward))
+    return Pointwise(**parts, softmax=softmax)
+
+
+def _compile(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,332 @@
+"""The fast path: one decoder layer as one autograd function with a backward written by hand.
+
+Linear layers that read the same input are one product (q|k|v, gate|up). What the backward pass needs and is cheap to
+make again (norm outputs, the activation) is not kept. Tokens that no supervised token can see are left out, the last
+layer computes queries and all that follows attention for the supervised rows only, and no gradient flows below the
+first adapted layer. What is learned is the same as on the reference path: `tests/contract/test_block.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from luthier.adapters.lora import LoraLinear, Noise
+from luthier.errors import ModelError
+from luthier.kernels.attention import Tile, attention_backward, attention_forward, causal_tiles, chosen_tiles
+from luthier.kernels.pointwise import Pointwise
+from luthier.model.families import Family, window
+
+if TYPE_CHECKING:
+    from luthier.data.stream import Micro
+
+Gradients = dict[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a layer is told about a micro-batch."""
+
+    cos: Tensor  # [T, D/2]
+    sin: Tensor
+    tiles: list[Tile]
+    noise: Noise | None
+    rows: Tensor | None = None  # int64 [Q]: the tokens whose output is wanted; None: all
+
+
+class Decoder:
+    """The layers of a transformers module, run on packed rows of tokens by our own blocks.
+
+    The module keeps working: its linear layers become views of the blocks' merged weights.
+    """
+
+    def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool) -> None:
+        base = module.base_model
+        self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
+        self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
+        layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
+        self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
+
+    def hidden(self, micro: Micro, noise: Noise | None) -> Tensor:
+        """[S, H]: the final-normed hidden states at `micro.rows`."""
+        if self.window and max(b - a for a, b in pairwise(micro.bounds)) > self.window:
+            fix = f"lower data.length to the model's attention window of {self.window} tokens"
+            raise ModelError("a row is longer than the model sees", fix=fix)
+        for block in self.blocks:
+            block.refresh()
+        x: Tensor = self.embed(micro.ids)
+        pack = self._pack(x, micro, noise)
+        last = replace(pack, tiles=chosen_tiles(micro.bounds, micro.rows), rows=micro.rows)
+        for block in self.blocks:
+            pack = last if block is self.blocks[-1] else pack
+            x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _pack(self, x: Tensor, micro: Micro, noise: Noise | None) -> Pack:
+        cos, sin = (table[0].chunk(2, -1)[0] for table in self.rotary(x, micro.positions[None]))
+        return Pack(cos, sin, causal_tiles(micro.bounds), noise)
+
+
+class Kept(NamedTuple):
+    """What a block's backward pass needs of its forward pass."""
+
+    attention_scale: Tensor  # 1 / rms of the block's input
+    qkv_inner: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor
+    out_inner: Tensor | None
+    middle: Tensor  # the residual stream between attention and MLP
+    mlp_scale: Tensor
+    gate_up: Tensor
+    gate_up_inner: Tensor | None
+    probabilities: list[Tensor | None]
+
+
+class Block:
+    """One decoder layer of a family, with adapters on some or all of its linear layers."""
+
+    def __init__(self, layer: nn.Module, family: Family, config: Any, pointwise: Pointwise, *, recompute: bool) -> None:
+        part = layer.get_submodule
+        self.pointwise, self.recompute = pointwise, recompute
+        self.attention_norm = cast(Tensor, part(family.attention_norm).weight)
+        self.mlp_norm = cast(Tensor, part(family.mlp_norm).weight)
+        self.eps = float(getattr(config, family.eps))
+        self.qkv = MergedLinear([part(name) for name in family.qkv])
+        self.out = MergedLinear([part(family.out)])
+        self.gate_up = MergedLinear([part(name) for name in family.gate_up])
+        self.down = MergedLinear([part(family.down)])
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)
+        self.parameters = [p for linear in self.linears for p in linear.parameters()]
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = self.qkv.weight.shape[0] // (self.heads + 2 * self.groups)
+
+    def refresh(self) -> None:
+        for linear in self.linears:
+            linear.refresh()
+
+    def forward(self, x: Tensor, pack: Pack) -> tuple[Tensor, Kept, Tensor | None]:
+        """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed."""
+        kept = self.until_down(x, pack)
+        y, inner = self.down.forward(self.pointwise.swiglu(kept.gate_up), self._noise(pack))
+        return y.add_(kept.middle), kept, inner
+
+    def until_down(self, x: Tensor, pack: Pack) -> Kept:
+        point = self.pointwise
+        n, scale = point.rms_norm(x, self.attention_norm, self.eps)
+        y, qkv_inner = self.qkv.forward(n, pack.noise)
+        q, k, v = self._heads(y, pack)
+        del n, y
+        o, kept = attention_forward(q, k, v, pack.tiles, point.softmax)
+        z, out_inner = self.out.forward(o, self._noise(pack))
+        residual = x if pack.rows is None else x[pack.rows]
+        middle, n, mlp_scale = point.add_rms_norm(residual, z, self.mlp_norm, self.eps)
+        gate_up, gate_up_inner = self.gate_up.forward(n, self._noise(pack))
+        return Kept(scale, qkv_inner, q, k, v, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, kept)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, kept: Kept, down_inner: Tensor | None, pack: Pack, wanted: bool
+    ) -> tuple[Tensor | None, Gradients]:
+        """The gradient of x, None unless `wanted`, and of the adapters."""
+        point, noise, found = self.pointwise, self._noise(pack), Gradients()
+        inner = self.down.backward_inner(dy, down_inner, found)
+        dg, h = point.swiglu_backward(self.down.backward_input(dy, inner, noise), kept.gate_up)
+        self.down.backward_adapters(inner, h, noise, found)
+        del h
+        inner = self.gate_up.backward_inner(dg, kept.gate_up_inner, found)
+        dn = self.gate_up.backward_input(dg, inner, noise)
+        dm, n = point.rms_norm_backward(dn, kept.middle, kept.mlp_scale, self.mlp_norm, dy)
+        self.gate_up.backward_adapters(inner, n, noise, found)
+        del dg, dn, n
+        inner = self.out.backward_inner(dm, kept.out_inner, found)
+        self.out.backward_adapters(inner, kept.attended, noise, found)
+        if not (wanted or self.qkv.updates):
+            return None, found
+        dy = self._attention_backward(self.out.backward_input(dm, inner, noise), kept, pack)
+        inner = self.qkv.backward_inner(dy, kept.qkv_inner, found)
+        if not wanted:
+            n, _ = point.rms_norm(x, self.attention_norm, self.eps)
+            self.qkv.backward_adapters(inner, n, pack.noise, found)
+            return None, found
+        residual = dm if pack.rows is None else torch.zeros_like(x).index_copy_(0, pack.rows, dm)
+        dn = self.qkv.backward_input(dy, inner, pack.noise)
+        dx, n = point.rms_norm_backward(dn, x, kept.attention_scale, self.attention_norm, residual)
+        self.qkv.backward_adapters(inner, n, pack.noise, found)
+        return dx, found
+
+    def _heads(self, y: Tensor, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
+        """q|k|v [T, N] to rotated and scaled q [G, Q, R, D], rotated k and v [G, T, D]."""
+        q, k, v = self._split(y)
+        cos, sin = self._scaled(pack)
+        q = self.pointwise.rotate(q if pack.rows is None else q[pack.rows], cos, sin)
+        return q, self.pointwise.rotate(k, pack.cos, pack.sin)[:, :, 0], v[:, :, 0].transpose(0, 1).contiguous()
+
+    def _attention_backward(self, do: Tensor, kept: Kept, pack: Pack) -> Tensor:
+        """The gradient of q|k|v [T, N]."""
+        dq, dk, dv = attention_backward(
+            do, kept.attended, kept.q, kept.k, kept.v, kept.probabilities, pack.tiles, self.pointwise.softmax
+        )
+        tokens = kept.k.shape[1]
+        dy = do.new_empty(tokens, self.qkv.weight.shape[0])
+        q, k, v = self._split(dy)
+        if pack.rows is None:
+            self.pointwise.unrotate(dq, *self._scaled(pack), q)
+        else:
+            chosen = q.new_empty(len(pack.rows), *q.shape[1:])
+            self.pointwise.unrotate(dq, *self._scaled(pack), chosen)
+            q.zero_().index_copy_(0, pack.rows, chosen)
+        self.pointwise.unrotate(dk[:, :, None], pack.cos, pack.sin, k)
+        v[:, :, 0] = dv.transpose(0, 1)
+        return dy
+
+    def _split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, G, R, D], k and v [T, G, 1, D] as views of q|k|v [T, N]."""
+        q, k, v = (y[:, columns] for columns in self.qkv.columns)
+        tokens, size = y.shape[0], self.head_size
+        k, v = (x.view(tokens, self.groups, 1, size) for x in (k, v))
+        return q.view(tokens, self.groups, -1, size), k, v
+
+    def _scaled(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """The rotation of the queries; it carries the 1/√D of attention, which then costs nothing."""
+        cos, sin = (t if pack.rows is None else t[pack.rows] for t in (pack.cos, pack.sin))
+        return cos * self.head_size**-0.5, sin * self.head_size**-0.5
+
+    def _noise(self, pack: Pack) -> Noise | None:
+        """Past the attention of the last layer only the chosen rows exist."""
+        return pack.noise if pack.noise is None or pack.rows is None else pack.noise.at(pack.rows)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, *parameters: Tensor) -> Tensor:
+        y, kept, inner = block.forward(x, pack)
+        *tensors, probabilities = (None,) * len(Kept._fields) if block.recompute else kept
+        ctx.save_for_backward(x, inner, *tensors, *(probabilities or ()))
+        ctx.block, ctx.pack = block, pack
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        block, pack = ctx.block, ctx.pack
+        x, inner, *rest = ctx.saved_tensors
+        parts = len(Kept._fields) - 1
+        kept = block.until_down(x, pack) if block.recompute else Kept._make([*rest[:parts], rest[parts:]])
+        dx, found = block.backward(dy, x, kept, inner, pack, ctx.needs_input_grad[0])
+        return dx, None, None, *(found.get(p) for p in block.parameters)
+
+
+class Update(NamedTuple):
+    """One adapted layer of a merged product."""
+
+    layer: LoraLinear
+    columns: slice  # its outputs among the merged ones
+    inner: slice  # its ranks among the merged ones
+    B: Tensor  # [out, rank], in the dtype of the products
+
+
+class MergedLinear:
+    """Linear layers that read the same input, as one product, and their LoRA updates beside it.
+
+    The merged weight [N, K] becomes the storage of the layers it was made from. Shape suffix: P ranks of all updates.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+        bases = [cast(nn.Linear, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
+        self.weight = _merge([base.weight for base in bases])
+        self.bias = None if bases[0].bias is None else _merge([base.bias for base in bases])
+        self.columns = _slices([base.out_features for base in bases])
+        self.updates: list[Update] = []
+
+    def parameters(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            if isinstance(layer, LoraLinear):
+                yield from (layer.A, layer.B)
+
+    def refresh(self) -> None:
+        """Takes the adapters' present values, in the dtype of the products."""
+        dtype = self.weight.dtype
+        live = [
+            (x, c) for x, c in zip(self.layers, self.columns, strict=True) if isinstance(x, LoraLinear) and x.enabled
+        ]
+        inner = _slices([layer.rank for layer, _ in live])
+        self.updates = [Update(x, c, i, x.B.detach().to(dtype)) for (x, c), i in zip(live, inner, strict=True)]
+        if live:
+            self.A = torch.cat([layer.A.detach() * layer.scale for layer, _ in live]).to(dtype)  # [P, K]
+
+    def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
+        """x [T, K] to y [T, N], and the updates' inner values scale · x Aᵀ [T, P]."""
+        y = torch.mm(x, self.weight.t()) if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        if not self.updates:
+            return y, None
+        inner = x.new_empty(len(x), len(self.A))
+        for part, mask in self._readers(noise):
+            torch.mm(_masked(x, mask), self.A[part].t(), out=inner[:, part])
+        for update in self.updates:
+            y[:, update.columns].addmm_(inner[:, update.inner], update.B.t())
+        return y, inner
+
+    def backward_inner(self, dy: Tensor, inner: Tensor | None, found: Gradients) -> Tensor | None:
+        """The gradient of the inner values; that of each B goes to `found`."""
+        if inner is None:
+            return None
+        dinner = torch.empty_like(inner)
+        for update in self.updates:
+            part = dy[:, update.columns]
+            torch.mm(part, update.B, out=dinner[:, update.inner])
+            found[update.layer.B] = torch.mm(inner[:, update.inner].t(), part).t()
+        return dinner
+
+    def backward_input(self, dy: Tensor, dinner: Tensor | None, noise: Noise | None) -> Tensor:
+        """The gradient of x [T, K]."""
+        dx = torch.mm(dy, self.weight)
+        if dinner is None:
+            return dx
+        for part, mask in self._readers(noise):
+            if mask is None:
+                dx.addmm_(dinner[:, part], self.A[part])
+            else:
+                dx.addcmul_(torch.mm(dinner[:, part], self.A[part]), mask)
+        return dx
+
+    def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None, found: Gradients) -> None:
+        """Puts the gradient of each A into `found`."""
+        if dinner is None:
+            return
+        dA = torch.empty_like(self.A)
+        for part, mask in self._readers(noise):
+            torch.mm(dinner[:, part].t(), _masked(x, mask), out=dA[part])
+        for update in self.updates:
+            found[update.layer.A] = dA[update.inner].mul_(update.layer.scale)
+
+    def _readers(self, noise: Noise | None) -> list[tuple[slice, Tensor | None]]:
+        """Which ranks read x through which dropout mask: all at once if nothing is dropped, else each layer its own."""
+        if noise is None or not any(u.layer.dropout for u in self.updates):
+            return [(slice(None), None)]
+        features, dtype = self.weight.shape[1], self.weight.dtype
+        return [(u.inner, noise.mask(u.layer.index, features, u.layer.dropout, dtype)) for u in self.updates]
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _slices(sizes: list[int]) -> list[slice]:
+    """Consecutive slices of these sizes."""
+    return [slice(a, b) for a, b in pairwise(accumulate([0, *sizes]))]
+
+
+def _merge(parts: list[Tensor]) -> Tensor:
+    """The parameters `parts`, one under the other in one tensor, of which they become views."""
+    merged = torch.cat([p.detach() for p in parts])
+    for part, rows in zip(parts, _slices([len(p) for p in parts]), strict=True):
+        part.data = merged[rows]
+    return merged
