@@ -110,7 +110,7 @@ def _scores(found: Json) -> tuple[list[Json], list[Json]]:
     """The metrics, and what stands beside the verdict: the gain that is not length, the mean over several references.
     All figures in points share one scale; one with a unit of its own has its own."""
     beside = [(name, p, "both answers cut to the same length") for name, p in found["matched"].items()]
-    beside += [(name, p, "mean over the references") for name, p in found["means"].items()]
+    beside += [(name, p, "mean over the references") for name, p in found["means"].items() if name == found["metric"]]
     named = [*found["metrics"].items(), *((name, p) for name, p, _ in beside)]
     shared = _axis(p for name, p in named if METRICS.get(name).unit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,13 @@ def _sample(found: Comparison) -> Table | None:
     return table
 
 
+def printable(text: str) -> str:
+    """The text without control characters: what a model says must not move the cursor or rename the window."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
 def shorten(text: str, limit: int) -> str:
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 2].rstrip() + " …"
 
 
@@ -134,7 +141,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def advance(self, what: str, total: int) -> Callable[[int], None]:
+    def advance(self, what: str, total: int | None) -> Callable[[int], None]:
         """Starts a line and returns what moves it on."""
         task = self._progress.add_task(what, total=total)
         return lambda done: self._progress.advance(task, done)
