@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from luthier.data.store import TokenStore
 from luthier.data.stream import Stream
 from luthier.model.causal import CausalModel
 from luthier.recipe import Recipe
+from luthier.runs import Run
 from luthier.train.engines import Engine
 from luthier.train.engines.local import Local
 from luthier.train.loop import Trainer
 
 VOCAB = 64
+WORDS = [*map(str, range(11)), "what", "is", "plus", "more"]
 
 
 def rows(folder: Path, count: int = 24, seed: int = 0, longest: int = 24) -> TokenStore:
@@ -56,6 +59,53 @@ def model(recipe: Recipe, *, recompute: bool = False) -> CausalModel:
     torch.manual_seed(0)
     module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval()
     return CausalModel(module, attach(module, recipe.adapter, recipe.train.seed), recompute=recompute)
+
+
+def base(folder: Path) -> Path:
+    """The tiny Llama as a model folder, with a tokenizer of whole words and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<|start|>", "<|end|>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<|start|>", eos_token="<|end|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config()).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def sums(path: Path, count: int = 24) -> Path:
+    """A file of questions and answers in the words that the tokenizer of `base` knows."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(count):
+        a, b = rng.randint(0, 5), rng.randint(0, 5)
+        question = " ".join(["what is", WORDS[a], "plus", WORDS[b], *["more"] * rng.randint(0, 9)])
+        lines.append(json.dumps({"prompt": question, "completion": WORDS[a + b]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(folder: Path, *overrides: str) -> Run:
+    """A run of the tiny Llama on the sums, both on disk in `folder`."""
+    if not (folder / "base").exists():
+        sums(folder / "sums.jsonl")
+        base(folder / "base")
+    tree = f"""
+        model: {{base: {folder / "base"}, compute: float32}}
+        data: {{train: [{{path: sums.jsonl}}], heldout: {{rows: 4}}, clean: {{duplicates: keep}}, length: 64}}
+        adapter: {{rank: 4, dropout: 0.1}}
+        train: {{lr: 0.01, samples_per_step: 4, epochs: 2}}
+        evaluate: {{samples: 1, generate: {{max_new_tokens: 4}}}}
+        run: {{dir: {folder / "run"}, memory: 4GiB, kernels: reference, engine: local, threads: 1}}
+    """
+    return Run.create(Recipe.parse(tree, *overrides), root=folder)
 
 
 def recipe(*overrides: str) -> Recipe:

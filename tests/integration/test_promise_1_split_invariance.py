@@ -1,0 +1,87 @@
+"""Promise 1: a step is a set of samples. How it is cut never changes what is learned, dropout included."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from luthier.train.launch import train
+from luthier.train.step import Step
+
+STEPS = 8
+WHOLE = 10_000  # tokens: all rows of a step in one micro-batch
+ALONE = 8  # tokens: every row by itself, that is, unpacked
+
+
+def losses(folder: Path, **options: Any) -> list[Step]:
+    recipe = tiny.recipe(f"train.max_steps={STEPS}", f"adapter.dropout={options.pop('dropout', 0.1)}")
+    recompute = options.pop("recompute", False)
+    return list(tiny.trainer(folder, recipe, causal=tiny.model(recipe, recompute=recompute), **options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
+    return losses(tmp_path_factory.mktemp("whole"), micro_tokens=WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("micro_tokens", "recompute", "micro_batches"),
+    [(60, False, {2, 3}), (ALONE, False, {8}), (60, True, {2, 3}), (WHOLE, True, {1})],
+    ids=["three rows a micro-batch", "unpacked", "recomputed", "whole and recomputed"],
+)
+def test_the_cut_of_a_step_does_not_change_what_is_learned(
+    tmp_path: Path, whole: list[Step], micro_tokens: int, recompute: bool, micro_batches: set[int]
+) -> None:
+    cut = losses(tmp_path, micro_tokens=micro_tokens, recompute=recompute)
+    assert {step.micro_batches for step in cut} <= micro_batches
+    assert [step.loss for step in cut] == pytest.approx([step.loss for step in whole], rel=1e-6)
+
+
+def test_dropout_is_on_and_matters(tmp_path: Path, whole: list[Step]) -> None:
+    """Without this the tests above would hold for want of noise."""
+    without = losses(tmp_path, micro_tokens=WHOLE, dropout=0.0)
+    assert max(abs(a.loss - b.loss) for a, b in zip(without, whole, strict=True)) > 1e-3
+
+
+def test_the_gradient_of_a_cut_step_is_that_of_the_whole_step(tmp_path: Path) -> None:
+    gradients = []
+    for tokens in (WHOLE, 60, ALONE):
+        trainer = tiny.trainer(tmp_path / str(tokens), tiny.recipe("train.max_norm=null"), micro_tokens=tokens)
+        for _ in range(3):  # past the first step, where A has no gradient yet
+            trainer.step()
+        gradients.append(trainer.gradient.clone())
+    scale = gradients[0].norm()
+    assert all(torch.linalg.vector_norm(g - gradients[0]) / scale < 1e-5 for g in gradients[1:])
+
+
+def test_a_mean_of_means_would_fail_this(tmp_path: Path, whole: list[Step]) -> None:
+    """The usual mistake, dividing each micro-batch by its own targets, is far outside the tolerance."""
+
+    class MeanOfMeans:
+        def __init__(self, model: Any) -> None:
+            self.model, self.lora = model, model.lora
+
+        def loss(self, micro: Any) -> torch.Tensor:
+            loss: torch.Tensor = self.model.loss(micro)
+            return loss / len(micro.targets) * 20
+
+    recipe = tiny.recipe(f"train.max_steps={STEPS}")
+    runs = [
+        list(tiny.trainer(tmp_path / str(n), recipe, causal=MeanOfMeans(tiny.model(recipe)), micro_tokens=n))
+        for n in (WHOLE, ALONE)
+    ]
+    assert [a.loss for a in runs[0]] != pytest.approx([b.loss for b in runs[1]], rel=1e-3)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    one = tiny.run(tmp_path, f"run.dir={tmp_path / 'one'}")
+    two = tiny.run(tmp_path, f"run.dir={tmp_path / 'two'}", "run.engine=ddp", "run.processes=2")
+    results = [train(run) for run in (one, two)]
+    curves = [[record["loss"] for record in run.steps() if "loss" in record] for run in (one, two)]
+    held = [[record["eval_loss"] for record in run.steps() if "eval_loss" in record] for run in (one, two)]
+    assert results[0]["steps"] == results[1]["steps"] == len(curves[0])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+    assert held[1] == pytest.approx(held[0], rel=1e-6)
+    assert [r["tokens"] for r in one.steps() if "loss" in r] == [r["tokens"] for r in two.steps() if "loss" in r]

@@ -1,0 +1,74 @@
+"""Promise 4: a non-finite loss moves nothing, and the run says which rows it was."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from luthier.errors import NotFiniteError
+from luthier.train import checkpoint, optim
+
+
+class Poisoned:
+    """A model for which the loss of sample 26 (of the fourth step), or if `sample` is None that step's gradient, is
+    `value`."""
+
+    def __init__(self, recipe: Any, value: float, sample: int | None) -> None:
+        self.model = tiny.model(recipe)
+        self.lora, self.value, self.sample = self.model.lora, value, sample
+
+    def loss(self, micro: Any) -> torch.Tensor:
+        loss = self.model.loss(micro)
+        if self.sample is None and micro.step == 3 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * self.value)
+        return loss * (self.value if self.sample in micro.samples.tolist() else 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("micro_tokens", [8, 1000])
+def test_the_run_stops_before_the_update_and_names_the_row(tmp_path: Path, value: float, micro_tokens: int) -> None:
+    recipe = tiny.recipe("train.epochs=4", "run.save.every=2")
+    run = tiny.trainer(tmp_path, recipe, causal=Poisoned(recipe, value, sample=26), micro_tokens=micro_tokens)
+    guilty = run.stream.step(3)[2]
+    assert guilty.index == 26
+    steps = iter(run)
+    for _ in range(3):
+        next(steps)
+    weights, moments = _copies(run.lora.state_dict()), _copies(optim.moments(run.optimizer))
+    with pytest.raises(NotFiniteError, match="step 4 ") as raised:
+        next(steps)
+    assert raised.value.where == str(run.stream.store.origin(guilty.row))
+    assert _equal(weights, run.lora.state_dict())
+    assert _equal(moments, optim.moments(run.optimizer))
+    assert run.progress.step == 3
+
+
+def test_a_gradient_that_is_not_finite_names_all_rows_of_the_step(tmp_path: Path) -> None:
+    recipe = tiny.recipe("train.epochs=4")
+    run = tiny.trainer(tmp_path, recipe, causal=Poisoned(recipe, math.nan, sample=None))
+    with pytest.raises(NotFiniteError, match="gradient norm nan") as raised:
+        list(run)
+    assert raised.value.where.count("rows.jsonl:") == 8
+
+
+def test_the_last_checkpoint_is_sound_and_the_log_ends_before_the_step(tmp_path: Path) -> None:
+    recipe = tiny.recipe("train.epochs=4", "run.save.every=2")
+    run = tiny.trainer(tmp_path, recipe, causal=Poisoned(recipe, math.nan, sample=26))
+    with pytest.raises(NotFiniteError):
+        list(run)
+    found = checkpoint.newest(tmp_path / "checkpoints", pytest.fail)
+    assert found is not None
+    assert found.progress.step == 2
+    assert all(torch.isfinite(tensor).all() for tensor in found.adapter.values())
+    assert "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
