@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import wraps
 from itertools import islice
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes, pass_environment
@@ -28,7 +28,7 @@ WORK = 1_000_000
 """Loop rounds and calls of one rendering."""
 SIZE = 16_000_000
 """Characters of one rendering, and of any text it makes on the way."""
-_HOSTILE = "it may be hostile: choose another data.template"
+_OTHER = "choose another data.template"
 _GROWS = ("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "format", "wordwrap")
 
 
@@ -36,35 +36,39 @@ T = TypeVar("T")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles a chat template. `date` is what it is told the day is, so that a run renders the same tomorrow."""
+    """Compiles a chat template. `day` is what it is told the day is, so that a run renders the same tomorrow.
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    Sums of texts are checked where they are kept or passed on, which is where they could grow without end; what
+    multiplies texts is checked before it is done.
+    """
 
-    def __init__(self, date: datetime) -> None:
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def __init__(self, day: datetime) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControls])
         self.work = 0
-        self.filters |= {name: _guarded(self, self.filters[name]) for name in _GROWS if name in self.filters}
+        self.filters |= {name: _guarded(self.filters[name]) for name in _GROWS if name in self.filters}
         self.filters |= {"tojson": tojson, "_counted": _counted, "_bounded": _bounded}
-        self.globals |= {"raise_exception": _raise, "strftime_now": date.strftime}
+        self.globals |= {"raise_exception": _raise, "strftime_now": day.strftime}
         self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
-    def load(self, source: str) -> Callable[..., str]:
+    def program(self, source: str) -> Callable[..., str]:
         """A function of the template's variables. It raises TemplateError for whatever goes wrong inside."""
         try:
             template = self.from_string(_limited(self.parse(source)))
         except JinjaError as error:
-            raise TemplateError(
-                f"the chat template is not valid Jinja ({error})", fix="choose data.template"
-            ) from error
+            raise TemplateError(f"the chat template is not valid Jinja ({error})", fix=_OTHER) from error
+        names = dict(template.globals)  # Jinja's own chain of dicts takes longer to read than a short template to run
 
         def render(**variables: Any) -> str:
             self.work = 0
             try:
-                return self.bounded("".join(template.generate(**variables)))
+                context = self.context_class(self, names | variables, template.name, template.blocks)
+                return self.bounded("".join(template.root_render_func(context)))
             except TemplateError:
                 raise
             except RecursionError as error:
-                raise TemplateError("the chat template calls itself without end") from error
+                raise TemplateError("the chat template calls itself without end", fix=_OTHER) from error
             except Exception as error:  # a stranger's program may raise anything
                 raise TemplateError(f"the chat template refuses: {error}") from error
 
@@ -72,25 +76,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         self.spend(1)
+        for value in (*args, *kwargs.values()):
+            self.bounded(value)
         if getattr(function, "__name__", "") in _GROWS:
             _check_growth(getattr(function, "__self__", ""), *args)
-        return self.bounded(super().call(context, function, *args, **kwargs))
+        return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(right, int):
             _check_growth(*[left] * min(right, 64))
-        elif operator != "+":
+        elif not isinstance(left, int) or not isinstance(right, int):
             _check_growth(left, right)
-        return self.bounded(super().call_binop(context, operator, left, right))
+        return super().call_binop(context, operator, left, right)
 
     def spend(self, work: int) -> None:
         self.work += work
         if self.work > WORK:
-            raise TemplateError(f"the chat template takes more than {WORK:,} steps", fix=_HOSTILE)
+            raise TemplateError(f"the chat template takes more than {WORK:,} steps", fix=_OTHER)
 
     def bounded(self, value: T) -> T:
-        if isinstance(value, str) and len(value) > SIZE:
-            raise TemplateError(f"the chat template writes more than {SIZE:,} characters", fix=_HOSTILE)
+        if isinstance(value, str | list | tuple) and len(value) > SIZE:
+            raise TemplateError(f"the chat template writes more than {SIZE:,} characters", fix=_OTHER)
         return value
 
 
@@ -154,20 +160,18 @@ _LONE = re.compile(r"(?<!\\ud[89ab][0-9a-f]{2})\\u(dc[0-9a-f]{2})")
 
 
 def _limited(tree: nodes.Template) -> nodes.Template:
-    """The same program, with its loops counted and its concatenations bounded."""
+    """The same program, with its loops counted and the values it keeps bounded."""
     for loop in tree.find_all(nodes.For):
-        loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
-    for node in list(tree.find_all((nodes.Output, nodes.Expr, nodes.Stmt))):
-        for field, value in node.iter_fields():
-            if isinstance(value, nodes.Concat):
-                setattr(node, field, _bound(value))
-            elif isinstance(value, list):
-                value[:] = [_bound(item) if isinstance(item, nodes.Concat) else item for item in value]
+        loop.iter = _filter(loop.iter, "_counted")
+    for assignment in tree.find_all(nodes.Assign):
+        assignment.node = _filter(assignment.node, "_bounded")
+    for block in tree.find_all(nodes.AssignBlock):
+        block.filter = _filter(block.filter, "_bounded")
     return tree
 
 
-def _bound(node: nodes.Concat) -> nodes.Filter:
-    return nodes.Filter(node, "_bounded", [], [], None, None, lineno=node.lineno)
+def _filter(node: nodes.Node | None, name: str) -> nodes.Filter:
+    return nodes.Filter(cast(nodes.Expr | None, node), name, [], [], None, None, lineno=node.lineno if node else 0)
 
 
 @pass_environment
@@ -183,13 +187,13 @@ def _bounded(sandbox: Sandbox, value: Any) -> Any:
     return sandbox.bounded(value)
 
 
-def _guarded(sandbox: Sandbox, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that may make a text much larger than what it is given, with its result estimated first."""
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that may make a text much larger than what it is given, refused if it would."""
 
     @wraps(function)  # keeps the marks by which Jinja passes it the environment
     def filtered(*args: Any, **kwargs: Any) -> Any:
         _check_growth(*(a for a in (*args, *kwargs.values()) if not isinstance(a, Sandbox)))
-        return sandbox.bounded(function(*args, **kwargs))
+        return function(*args, **kwargs)
 
     return filtered
 
@@ -197,7 +201,7 @@ def _guarded(sandbox: Sandbox, function: Callable[..., Any]) -> Callable[..., An
 def _check_growth(*operands: Any) -> None:
     """Refuses an operation on texts, lists and numbers that could make something huge."""
     if prod(map(_weight, operands)) > 10 * SIZE or any(isinstance(o, str) and _WIDE.search(o) for o in operands[:1]):
-        raise TemplateError("the chat template makes a huge text", fix=_HOSTILE)
+        raise TemplateError("the chat template makes a huge text", fix=_OTHER)
 
 
 _WIDE = re.compile(r"[%{][^%{}]{0,8}?\d{6}")  # `%1000000d` and `{:1000000}`

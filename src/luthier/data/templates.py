@@ -153,10 +153,10 @@ class Template:
                 continue
             if segments and segments[-1].control and segments[-1].text in self.tokenizer.strip_right:
                 part = part.lstrip()
-            if k + 1 < len(parts) and parts[k + 1] in self.tokenizer.strip_left:
+            if self.tokenizer.strip_left and "".join(parts[k + 1 : k + 2]) in self.tokenizer.strip_left:
                 part = part.rstrip()
             if part:
-                segments.append(Segment(self._restore(part), False, supervised))
+                segments.append(Segment(part if part.isascii() else self._restore(part), False, supervised))
 
     def _stop_after(self, text: str, start: int) -> int | None:
         """Where the first stop token at or after `start` ends."""
@@ -385,7 +385,7 @@ class Guard:
         return value
 
     def restore(self, text: str) -> str:
-        return text.translate(self._back) if _SURROGATE.search(text) else text
+        return text.translate(self._back)
 
     def _text(self, text: str, answer: bool) -> str:
         for name, guarded in self._bare_guarded.items():
@@ -412,7 +412,7 @@ class ChatTemplate(Template):
     def __init__(self, tokenizer: Tokenizer, source: str, day: date) -> None:
         self.tokenizer, self.source, self.day = tokenizer, source, day
         self._guard = Guard(tokenizer, source)
-        self._program = Sandbox(datetime(day.year, day.month, day.day)).load(source)
+        self._program = Sandbox(datetime(day.year, day.month, day.day)).program(source)
         self._control = _any_of(tokenizer.control)
         self._eos = ""  # put after each answer if the template puts nothing there
         super().__init__(tokenizer, self._find_stops())
@@ -501,20 +501,19 @@ class ChatTemplate(Template):
         return [self._message(m) for m in messages], [self._guard.value(tool) for tool in tools]
 
     def _message(self, message: Message) -> dict[str, Any]:
-        answer = message.role == "assistant"
-        variables = {"role": message.role, "content": message.content}
+        answer, guard = message.role == "assistant", self._guard.value
+        variables = {"role": guard(message.role), "content": guard(message.content, answer)}
+        if answer and self._eos:
+            variables["content"] = variables["content"].rstrip() + self._eos
         if message.name:
-            variables["name"] = message.name
+            variables["name"] = guard(message.name)
         if message.reasoning is not None:
             self._require("reasoning", "reasoning_content", "thinking")
-            variables |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+            variables["reasoning_content"] = variables["thinking"] = guard(message.reasoning, answer)
         if message.tool_calls:
             self._require("tool calls", "tool_calls")
-            variables["tool_calls"] = message.tool_calls  # type: ignore[assignment]
-        guarded: dict[str, Any] = self._guard.value(variables, answer)
-        if answer and self._eos:
-            guarded["content"] = guarded["content"].rstrip() + self._eos
-        return guarded
+            variables["tool_calls"] = guard(message.tool_calls, answer)
+        return variables
 
     def _require(self, what: str, *names: str) -> None:
         if not any(name in self.source for name in names):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from luthier.data.conversation import Conversation, Example, Message, Origin, Segment
+from luthier.data.words import Words, keeps_words_apart
 from luthier.errors import DataError, ModelError, TemplateError
 
 if TYPE_CHECKING:
@@ -88,10 +89,18 @@ class Tokenizer:
     def ids(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """The same without offsets, faster. `start=False`: the texts go on from other text, so that a tokenizer which
         puts a space before a text's first word must not."""
-        encoder = self._plain if start else self._inner
+        if self._words is not None:
+            return self._words.ids(texts)
+        return self._fast(self._plain if start else self._inner, texts)
+
+    def _fast(self, encoder: Backend, texts: Sequence[str]) -> list[list[int]]:
         ids = [e.ids for e in _run(encoder.encode_batch_fast, texts)]
         self._check(ids, texts)
         return ids
+
+    @cached_property
+    def _words(self) -> Words | None:
+        return Words(partial(self._fast, self._plain)) if keeps_words_apart(self._plain_data) else None
 
     def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
         """The text of ids; with `control`, special tokens are written out."""
@@ -103,14 +112,17 @@ class Tokenizer:
         return '"prepend_scheme": "first"' not in json.dumps(self._data.get("pre_tokenizer"))
 
     @cached_property
+    def _plain_data(self) -> dict[str, Any]:
+        return _without_control(self._data, self.control)
+
+    @cached_property
     def _plain(self) -> Backend:
-        return Backend.from_str(json.dumps(_without_control(self._data, self.control)))
+        return Backend.from_str(json.dumps(self._plain_data))
 
     @cached_property
     def _inner(self) -> Backend:
-        data = _without_control(self._data, self.control)
-        bare = {**data, **{k: _without_prefix(data.get(k)) for k in ("normalizer", "pre_tokenizer")}}
-        return self._plain if bare == data else Backend.from_str(json.dumps(bare))
+        bare = self._plain_data | {k: _without_prefix(self._data.get(k)) for k in ("normalizer", "pre_tokenizer")}
+        return self._plain if bare == self._plain_data else Backend.from_str(json.dumps(bare))
 
     @cached_property
     def _forbidden(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -171,15 +183,14 @@ class Encoder:
                 return [example for c in conversations for example in self.examples([c])]
             raise DataError(error.what, where=str(conversations[0].origin), fix=error.fix) from error
         return [
-            _example(r.segments, r.prompt, ids, c.origin)
-            for r, ids, c in zip(rendered, encoded, conversations, strict=True)
+            _example(r, ids, ends, c.origin) for r, (ids, ends), c in zip(rendered, encoded, conversations, strict=True)
         ]
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """What inference is given to write each conversation's last answer."""
         rows = [self._with_system(c) for c in conversations]
         encoded = self._encode([self.template.prompt(row.prompt, row.tools) for row in rows])
-        return [[i for ids in row for i in ids] for row in encoded]
+        return [ids for ids, _ in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a generated answer, without special tokens and without the template's own end marks."""
@@ -197,8 +208,8 @@ class Encoder:
             return conversation
         return replace(conversation, messages=(Message("system", self.system), *messages))
 
-    def _encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-        """Ids of each segment of each row; every distinct text is encoded once."""
+    def _encode(self, rows: Sequence[Sequence[Segment]]) -> list[_Ids]:
+        """Every distinct text is encoded once."""
         keys = [self._keys(row) for row in rows]
         wanted = dict.fromkeys(key for row in keys for key in row if key)
         table: dict[_Key, list[int]] = {}
@@ -217,17 +228,18 @@ class Encoder:
             keys.append(None if segment.control else (text, start))
         return keys
 
-    def _row(self, row: Sequence[Segment], keys: list[_Key | None], table: dict[_Key, list[int]]) -> list[list[int]]:
-        ids: list[list[int]] = []
-        before: list[int] = []  # the ids of the stretch of text so far
+    def _row(self, row: Sequence[Segment], keys: list[_Key | None], table: dict[_Key, list[int]]) -> _Ids:
+        ids: list[int] = []
+        ends: list[int] = []
+        stretch = 0  # where the text since the last control token begins in ids
         for segment, key in zip(row, keys, strict=True):
             if key is None:
-                new, before = [self.tokenizer.control[segment.text]], []
+                ids.append(self.tokenizer.control[segment.text])
+                stretch = len(ids)
             else:
-                new = self._continue(before, table[key], segment.text)
-                before = before + new
-            ids.append(new)
-        return ids
+                ids += self._continue(ids[stretch:], table[key], segment.text)
+            ends.append(len(ids))
+        return ids, ends
 
     def _continue(self, before: list[int], whole: list[int], text: str) -> list[int]:
         """The ids that follow `before`: the rest of `whole`, or, if a token straddles the border, those of `text`."""
@@ -238,12 +250,14 @@ class Encoder:
 
 
 _Key = tuple[str, bool]  # a text, and whether it is encoded like the start of a text
+_Ids = tuple[list[int], list[int]]  # the ids of a row, and where in them each segment ends
 
 
-def _example(segments: Sequence[Segment], prompt: int, ids: list[list[int]], origin: Origin) -> Example:
-    flat = [i for part in ids for i in part]
-    supervised = [int(s.supervised) for s, part in zip(segments, ids, strict=True) for _ in part]
-    return Example(flat, supervised, sum(map(len, ids[:prompt])), origin)
+def _example(rendering: Rendering, ids: list[int], ends: list[int], origin: Origin) -> Example:
+    supervised: list[int] = []
+    for segment, end in zip(rendering.segments, ends, strict=True):
+        supervised += [int(segment.supervised)] * (end - len(supervised))
+    return Example(ids, supervised, ends[rendering.prompt - 1] if rendering.prompt else 0, origin)
 
 
 def _run(encode: Callable[..., list[Any]], texts: Sequence[str]) -> list[Any]:
