@@ -119,7 +119,7 @@ def _student(freedom: int) -> float:
 
 
 def figure(value: float) -> str:
-    """A figure for people: 9.8, 0.012, 13.4; at least two significant digits."""
+    """A figure for people: 13.4, 9.8, 0.4, 0.012."""
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.1f}" if abs(value) >= 1.0 else f"{value:.2g}"
