@@ -1,0 +1,212 @@
+"""Answers to prompts: in batches for evaluation, token by token for a chat.
+
+A row's answer depends on its own prompt, the sampling and the model: not on the rows it shares a batch with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from luthier.errors import ModelError
+from luthier.machine import machine
+from luthier.model.decode import Decoder, decoder
+
+if TYPE_CHECKING:
+    from luthier.model.causal import CausalModel
+
+MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits of large vocabularies fill memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the fields mean what they mean in transformers. `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 17
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer: its tokens without the one that ended it, and whether one did (or the limit of tokens)."""
+
+    ids: list[int]
+    stopped: bool
+
+
+@torch.inference_mode()
+def generate(
+    model: CausalModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    *,
+    max_tokens_in_flight: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """An answer to each prompt, in their order.
+
+    Args:
+        stop_ids: tokens that end an answer; never part of it.
+        max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory.
+        progress: is told (answers done, answers in all).
+
+    Raises:
+        ModelError: a prompt has no tokens.
+    """
+    if not all(prompts):
+        raise ModelError("a prompt has no tokens", fix="choose a template that writes something before the answer")
+    if not prompts:
+        return []
+    budget = max_tokens_in_flight or _budget(model)
+    answers: dict[int, Generation] = {}
+    engine = decoder(model, merge=True)
+    for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget):
+        for row, answer in _answer(engine, [prompts[i] for i in rows], sampling, stop_ids):
+            answers[rows[row]] = answer
+            if progress:
+                progress(len(answers), len(prompts))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:
+    """The answer's tokens as they come, without the one that ends it. The same tokens as `generate` gives."""
+    with torch.inference_mode():
+        engine = decoder(model, merge=False)
+        pick = _Picker([prompt], sampling, model.device)
+        ids = pick(engine.prefill([prompt], sampling.max_new_tokens))
+    for made in range(1, sampling.max_new_tokens + 1):
+        token = int(ids)
+        if token in stop_ids:
+            return
+        yield token
+        if made < sampling.max_new_tokens:
+            with torch.inference_mode():  # not across a yield: it would hold in the caller
+                ids = pick(engine.step(ids))
+
+
+def _answer(
+    engine: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
+) -> Iterator[tuple[int, Generation]]:
+    """(index, answer) of a batch of prompts, as they are finished."""
+    made: dict[int, list[int]] = {i: [] for i in range(len(prompts))}  # of the unfinished
+    rows = list(made)  # the prompt that each row of the decoder answers, finished or not
+    logits = engine.prefill(prompts, sampling.max_new_tokens)
+    pick = _Picker(prompts, sampling, logits.device)
+    for _ in range(sampling.max_new_tokens):
+        ids = pick(logits)
+        for row, token in zip(rows, ids.tolist(), strict=True):
+            if row in made and token in stop_ids:
+                yield row, Generation(made.pop(row), stopped=True)
+            elif row in made:
+                made[row].append(token)
+        if not made or len(next(iter(made.values()))) == sampling.max_new_tokens:
+            break
+        if len(rows) - len(made) >= len(rows) / 8:
+            kept = _without_holes([row in made for row in rows])
+            rows, index = [rows[i] for i in kept], torch.tensor(kept, device=ids.device)
+            ids = ids[index]
+            pick.keep(index)
+            engine.keep(index)
+        logits = engine.step(ids)
+    yield from ((row, Generation(tokens, stopped=False)) for row, tokens in made.items())
+
+
+def _without_holes(alive: Sequence[bool]) -> list[int]:
+    """Indices of the true ones, most of them where they are: the last fill the holes among the first."""
+    count = sum(alive)
+    tail = iter([i for i in range(count, len(alive)) if alive[i]])
+    return [i if alive[i] else next(tail) for i in range(count)]
+
+
+class _Picker:
+    """Chooses the next token of each row from logits. Random numbers depend on the seed, the row's prompt and the
+    step alone."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.step = 0
+        self.seen: Tensor | None = None  # [B, V]: what the repetition penalty falls on
+        self.prompts = prompts
+        self.noise = torch.empty(0)
+        if sampling.temperature:
+            self.noise = torch.stack([_uniform(p, sampling) for p in prompts]).to(device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """fp32 [B, V] to int64 [B]."""
+        if self.sampling.repetition_penalty != 1.0:
+            logits = self._penalised(logits)
+        if self.sampling.temperature:
+            ids = _sample(logits / self.sampling.temperature, self.sampling.top_p, self.noise[:, self.step])
+        else:
+            ids = logits.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        self.step += 1
+        return ids
+
+    def keep(self, rows: Tensor) -> None:
+        self.noise = self.noise[rows] if self.sampling.temperature else self.noise
+        self.seen = self.seen[rows] if self.seen is not None else None
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """Logits of tokens seen before, in the prompt or the answer, made less likely (arXiv:1909.05858)."""
+        if self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in enumerate(self.prompts):
+                self.seen[row, torch.tensor(prompt, device=logits.device)] = True
+        penalty = self.sampling.repetition_penalty
+        return torch.where(self.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _sample(logits: Tensor, top_p: float, noise: Tensor) -> Tensor:
+    """One token of each row by inverting the distribution at `noise` [B], which is uniform in [0, 1)."""
+    if top_p < 1.0:
+        ascending, order = logits.sort(stable=True)
+        beyond = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        beyond[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def _uniform(prompt: Sequence[int], sampling: Sampling) -> Tensor:
+    """fp64 [max_new_tokens] in [0, 1), of float32's resolution so that a product with 1 - epsilon stays below it."""
+    words = b"".join(int(i).to_bytes(4, "little") for i in chain([sampling.seed & 0xFFFFFFFF], prompt))
+    seed = int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
+    return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def _batches(lengths: Sequence[int], new_tokens: int, budget: int) -> list[list[int]]:
+    """Rows of similar length together, longest first, so that memory is largest at once; a batch of n rows holds
+    n * (its longest prompt + new_tokens) tokens, which stays within `budget` unless one row alone is longer."""
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) >= room:
+            batches.append([])
+            room = min(MAX_ROWS, budget // (lengths[row] + new_tokens))
+        batches[-1].append(row)
+    return batches
+
+
+def _budget(model: CausalModel) -> int:
+    """Tokens whose keys and values fill a quarter of the free memory."""
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else machine().available
+    return max(1, free // 4 // _bytes_per_token(model))
+
+
+def _bytes_per_token(model: CausalModel) -> int:
+    config = model.module.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
