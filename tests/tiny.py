@@ -13,7 +13,7 @@ from luthier.adapters.lora import attach
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
 from luthier.data.stream import Stream
-from luthier.model.causal import CausalModel
+from luthier.model.causal import CausalModel, Kernels
 from luthier.recipe import Recipe
 from luthier.runs import Run
 from luthier.train.engines import Engine
@@ -50,7 +50,7 @@ def config() -> Any:
     )
 
 
-def model(recipe: Recipe, *, recompute: bool = False) -> CausalModel:
+def model(recipe: Recipe, *, kernels: Kernels = "reference", recompute: bool = False) -> CausalModel:
     """A tiny Llama of random weights, the same each time, with the recipe's adapter."""
     from transformers import LlamaForCausalLM
 
@@ -58,7 +58,7 @@ def model(recipe: Recipe, *, recompute: bool = False) -> CausalModel:
 
     torch.manual_seed(0)
     module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval()
-    return CausalModel(module, attach(module, recipe.adapter, recipe.train.seed), recompute=recompute)
+    return CausalModel(module, attach(module, recipe.adapter, recipe.train.seed), kernels=kernels, recompute=recompute)
 
 
 def base(folder: Path) -> Path:

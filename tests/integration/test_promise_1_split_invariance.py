@@ -17,8 +17,8 @@ ALONE = 8  # tokens: every row by itself, that is, unpacked
 
 def losses(folder: Path, **options: Any) -> list[Step]:
     recipe = tiny.recipe(f"train.max_steps={STEPS}", f"adapter.dropout={options.pop('dropout', 0.1)}")
-    recompute = options.pop("recompute", False)
-    return list(tiny.trainer(folder, recipe, causal=tiny.model(recipe, recompute=recompute), **options))
+    how = {name: options.pop(name) for name in ("kernels", "recompute") if name in options}
+    return list(tiny.trainer(folder, recipe, causal=tiny.model(recipe, **how), **options))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,15 @@ def test_the_cut_of_a_step_does_not_change_what_is_learned(
     cut = losses(tmp_path, micro_tokens=micro_tokens, recompute=recompute)
     assert {step.micro_batches for step in cut} <= micro_batches
     assert [step.loss for step in cut] == pytest.approx([step.loss for step in whole], rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("micro_tokens", [60, WHOLE])
+def test_our_block_learns_what_the_transformers_module_learns(
+    tmp_path: Path, whole: list[Step], micro_tokens: int, recompute: bool
+) -> None:
+    ours = losses(tmp_path, micro_tokens=micro_tokens, kernels="eager", recompute=recompute)
+    assert [step.loss for step in ours] == pytest.approx([step.loss for step in whole], rel=1e-6)
 
 
 def test_dropout_is_on_and_matters(tmp_path: Path, whole: list[Step]) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from luthier.errors import MemoryPlanError, ModelError, RecipeError
 from luthier.machine import Machine
+from luthier.model import families
 from luthier.plan import Plan, budget, plan
 from luthier.recipe import Recipe
 
@@ -74,7 +76,7 @@ def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows, *
             f"the run needs about {planned.peak_bytes >> 20} MiB and may use {planned.budget_bytes >> 20} MiB",
             fix="; or ".join([*planned.advice, "allow more: run.memory=…"]),
         )
-    kernels, kernels_why = _kernels(recipe, facts, planned.seconds_per_step * rows.steps)
+    kernels, kernels_why = _kernels(recipe, config, facts, planned.seconds_per_step * rows.steps)
     return Decisions(
         place=place,
         dtype=dtype,
@@ -169,9 +171,11 @@ def _plan(
         return Plan({}, 0, allowed, layout.processes == 1, tokens, recipe.run.recompute is True, layout.processes, 0.0)
 
 
-def _kernels(recipe: Recipe, facts: Machine, seconds: float) -> tuple[str, str]:
+def _kernels(recipe: Recipe, config: dict[str, Any], facts: Machine, seconds: float) -> tuple[str, str]:
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
+    if families.find(SimpleNamespace(**{"model_type": "", "hidden_act": "", **config})) is None:
+        return "reference", "our block does not run this family"
     if facts.compiler is None:
         return "eager", "no C++ compiler on PATH"
     if seconds * _COMPILE_GAIN < _COMPILE_SECONDS:

@@ -151,7 +151,7 @@ class Trainer:
     @property
     def _evaluation_due(self) -> bool:
         step = self.progress.step
-        every = self.recipe.evaluate.every or max(1, self.steps // 5)
+        every = self.recipe.evaluate.every or math.ceil(self.steps / 5)
         due = step > self.progress.evaluated and (step % every == 0 or step == self.steps)
         return due and len(self.heldout) > 0
 
