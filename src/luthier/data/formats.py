@@ -139,12 +139,15 @@ def _found(name: str, rows: Sequence[Row], answers: bool) -> dict[str, str | lis
 
 
 def _columns_of(name: str, rows: Sequence[Row], answers: bool) -> Detection:
-    columns = _found(name, rows, answers)
-    if columns is None:
-        needs = _example_map(FORMATS.get(name))
+    """The columns of a format that the recipe names: as detected, else those called like its parts."""
+    format_: Format = FORMATS.get(name)
+    called = {part: column for part in format_.parts if (column := _named(rows, part))}
+    columns = _found(name, rows, answers) or called
+    if not _fits(format_, columns, answers):
         what = f"has no columns for format {name} (columns: {_names(rows)})"
-        raise DataError(what, where=rows[0].origin.file, fix=f"set data.columns, e.g. {needs}")
-    return Detection(name, columns)
+        fix = f"set data.columns, e.g. {_example_map(format_)}"
+        raise DataError(what, where=rows[0].origin.file, fix=fix)
+    return Detection(name, dict(columns))
 
 
 def _present(columns: Columns, rows: Sequence[Row], answers: bool) -> dict[str, str | list[str]]:
@@ -339,7 +342,7 @@ def _find_turns(keys: tuple[str, str], rows: Sequence[Row]) -> dict[str, str | l
     """The column whose lists hold objects with these keys, and the tools beside it."""
     found = [c for c in rows[0].values if _holds_turns([r.values.get(c) for r in rows], keys)]
     usual = _named(rows, "messages", "conversations", "conversation")
-    if not found:
+    if usual not in found and len(found) != 1:  # several, as in a prompt and a completion, or an answer and a worse one
         return None
     columns: dict[str, str | list[str]] = {"messages": usual if usual in found else found[0]}
     for part in ("tools", "system"):
