@@ -77,5 +77,5 @@ def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seco
 
 def _keep(found: Comparison, folder: Path) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-    write_atomic(folder / "rows.jsonl", "".join(lines).encode("utf-8", "surrogatepass"))
+    write_atomic(folder / "rows.jsonl", "".join(lines))
     write_json(folder / "comparison.json", found.as_dict())

@@ -106,7 +106,7 @@ def _whole(out: Path) -> Iterator[TextIO]:
     """A file to write that becomes `out` when the block ends well."""
     part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        with part.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

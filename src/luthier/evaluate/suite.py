@@ -56,8 +56,7 @@ def answerable(question: Conversation) -> bool:
 
 def digest(value: object) -> str:
     """SHA-256 of a value's JSON, in hexadecimal."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

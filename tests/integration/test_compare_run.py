@@ -1,0 +1,254 @@
+"""compare, predict and chat on a trained tiny run, end to end."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from math import exp
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from luthier.errors import DataError, RunError, UsageError
+from luthier.evaluate.answers import Memo
+from luthier.evaluate.compare import compare
+from luthier.evaluate.predict import predict
+from luthier.evaluate.subject import Subject
+from luthier.evaluate.suite import suite
+from luthier.model.generate import Sampling, generate
+from luthier.model.load import load_causal
+from luthier.runs import Run
+from luthier.serve.chat import Talk, chat
+from luthier.train.launch import train
+
+TEST = "data.test=[{path: sums.jsonl}]"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = tiny.run(tmp_path_factory.mktemp("trained"), TEST, "data.leaks=keep", "train.epochs=4")
+    train(run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run that a test may change."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def results(run: Run) -> Path:
+    return run.results / "compare"
+
+
+def test_compare_writes_verdict_rows_and_report(run: Run) -> None:
+    found = compare(run)
+    written = json.loads((results(run) / "comparison.json").read_text())
+    rows = [json.loads(line) for line in (results(run) / "rows.jsonl").read_text().splitlines()]
+    assert written["verdict"] == found.verdict
+    assert written["settings"]["source"] == "test"
+    assert len(rows) == len(suite(run).questions) == 24
+    assert {"prompt", "references", "base", "tuned", "scores", "words", "stopped"} <= set(rows[0])
+    assert found.sentence.partition(": ")[2][1:].split(" (")[0] in run.report.read_text()
+
+
+def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:
+    found = compare(run)
+    subject = Subject.open(run)
+    bare = load_causal(Path(run.recipe.model.base), run.recipe.model, device="cpu", dtype=torch.float32)
+    prompts = subject.encoder.prompts(suite(run).questions)
+    from luthier.model.causal import CausalModel
+
+    made = generate(CausalModel(bare, None), prompts, Sampling(max_new_tokens=4), subject.encoder.stop_ids)
+    assert [row["base"] for row in found.rows] == [subject.encoder.decode(one.ids) for one in made]
+    assert any(row["base"] != row["tuned"] for row in found.rows)
+
+
+def test_perplexity_is_exp_of_the_mean_loss_of_a_plain_forward_pass(run: Run) -> None:
+    found = compare(run).metrics["perplexity"]
+    subject = Subject.open(run)
+    total, tokens = 0.0, 0
+    for example in subject.encoder.examples(suite(run).questions):
+        with subject.side("tuned"):
+            logits = subject.model.module(torch.tensor([example.ids])).logits[0, :-1].float()
+        targets = torch.where(torch.tensor(example.supervised[1:]) == 1, torch.tensor(example.ids[1:]), -100)
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        tokens += sum(example.supervised[1:])
+    assert found.tuned == pytest.approx(exp(total / tokens), rel=1e-5)
+
+
+def test_an_untrained_adapter_is_no_evidence(run: Run) -> None:
+    weights = run.adapter / "adapter_model.safetensors"
+    save_file({k: v * ("lora_A" in k) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    found = compare(run)
+    assert found.verdict == "no evidence"
+    assert all(row["base"] == row["tuned"] for row in found.rows)
+    assert {(p.low, p.high) for p in found.metrics.values()} == {(0.0, 0.0)}
+
+
+def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
+    whole = compare(run)
+    kept = results(run) / "answers.jsonl"
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[: len(lines) // 2]) + lines[-1][:17])  # killed while writing
+    assert compare(run).rows == whole.rows
+    assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_answers_are_not_made_twice(run: Run) -> None:
+    compare(run)
+    before = (results(run) / "answers.jsonl").read_bytes()
+    compare(run)
+    assert (results(run) / "answers.jsonl").read_bytes() == before
+
+
+def test_a_new_adapter_gets_new_answers_and_the_base_keeps_its_own(run: Run) -> None:
+    compare(run)
+    before = len((results(run) / "answers.jsonl").read_text().splitlines())
+    weights = run.adapter / "adapter_model.safetensors"
+    save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    compare(run)
+    assert len((results(run) / "answers.jsonl").read_text().splitlines()) == before + before // 2
+
+
+def test_another_decoding_is_another_answer(run: Run, tmp_path: Path) -> None:
+    memo = Memo(tmp_path / "answers.jsonl")
+    from luthier.evaluate.answers import answers
+
+    subject, asked = Subject.open(run), suite(run).questions[:4]
+    for length in (1, 3):
+        answers(subject, "tuned", asked, Sampling(max_new_tokens=length), memo, lambda done: None)
+    keys = {json.loads(line)["key"] for line in memo.path.read_text().splitlines()}
+    assert len(keys) == 2 * len({tuple(prompt) for prompt in subject.encoder.prompts(asked)})
+
+
+def test_without_a_test_set_the_held_out_rows_are_used_and_said_so(run: Run) -> None:
+    (run.data / "test.jsonl").write_text("")
+    found = compare(run)
+    assert found.settings["source"] == "held-out"
+    assert found.metrics["rougeL"].n == 4
+    assert any("there is no test set" in warning for warning in found.warnings)
+
+
+def test_compare_takes_as_many_rows_as_the_recipe_says(run: Run) -> None:
+    short = Run(
+        run.folder, run.recipe.model_copy(update={"evaluate": run.recipe.evaluate.model_copy(update={"rows": 7})})
+    )
+    assert len(compare(short).rows) == 7
+
+
+def test_a_run_without_an_adapter_or_data_says_what_to_do(run: Run) -> None:
+    shutil.rmtree(run.adapter)
+    with pytest.raises(RunError, match=r"has no adapter yet; finish it: luthier train"):
+        compare(run)
+    shutil.rmtree(run.data)
+    with pytest.raises(RunError, match=r"holds no prepared data; run luthier data"):
+        compare(run)
+
+
+def asked(folder: Path) -> Path:
+    path = folder / "ask.jsonl"
+    rows = [json.dumps({"prompt": f"what is {a} plus two", "id": i}) for i, a in enumerate(("one", "two", "six"))]
+    path.write_text("\n".join([*rows, '{"prompt": 3}', "not json", rows[0]]) + "\n")
+    return path
+
+
+def test_predict_answers_every_readable_row_in_order_and_reports_the_others(run: Run, tmp_path: Path) -> None:
+    result = predict(run, asked(tmp_path), tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (result["answered"], result["bad"]) == (4, 2)
+    assert [row["line"] for row in rows] == [1, 2, 3, 6]
+    assert [row["row"]["id"] for row in rows] == [0, 1, 2, 0]
+    assert rows[0]["prediction"] == rows[3]["prediction"]
+    assert any("ask.jsonl:4" in problem for problem in result["problems"])
+
+
+def test_predict_writes_csv_with_the_row_s_own_columns(run: Run, tmp_path: Path) -> None:
+    predict(run, asked(tmp_path), tmp_path / "out.csv", base=True)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["line", "prompt", "prediction", "stopped", "row.prompt", "row.id"]
+    assert [row["row.id"] for row in rows] == ["0", "1", "2", "0"]
+
+
+def test_predict_again_makes_no_answer_again(run: Run, tmp_path: Path) -> None:
+    kept = run.results / "predict" / "answers.jsonl"
+    predict(run, asked(tmp_path), tmp_path / "out.jsonl")
+    before, first = kept.read_bytes(), (tmp_path / "out.jsonl").read_bytes()
+    predict(run, asked(tmp_path), tmp_path / "out.jsonl")
+    assert kept.read_bytes() == before
+    assert (tmp_path / "out.jsonl").read_bytes() == first
+
+
+def test_predict_refuses_what_it_cannot_write_or_read_before_loading_a_model(run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(run.adapter)
+    with pytest.raises(UsageError, match=r"cannot write '.xlsx' files"):
+        predict(run, asked(tmp_path), tmp_path / "out.xlsx")
+    with pytest.raises(DataError):
+        predict(run, tmp_path / "absent.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_chat_answers_as_compare_did(run: Run) -> None:
+    found = compare(run)
+    row = next(row for row in found.rows if row["stopped"]["tuned"])
+    out = io.StringIO()
+    chat(run, lines=[row["prompt"][-1]["content"]], out=out)
+    assert out.getvalue().strip() == row["tuned"]
+
+
+def test_chat_shows_both_sides_each_with_its_own_history(run: Run) -> None:
+    out = io.StringIO()
+    chat(run, both=True, lines=["what is one", "/reset", "/help", "what is one", "/quit", "never read"], out=out)
+    first, reset, help_, *again = (out.getvalue().split("\n")[i] for i in (0, 2, 3, 4))
+    assert first.startswith("base: ")
+    assert reset == "starting over"
+    assert help_.startswith("/reset")
+    assert again == [first]
+    assert out.getvalue().count("tuned: ") == 2
+
+
+def test_a_conversation_remembers_what_was_given_when_the_reader_stops(run: Run) -> None:
+    talk = Talk(Subject.open(run), "base", Sampling(max_new_tokens=9))
+    pieces = talk.answer("what is two plus two")
+    first = next(pieces)
+    pieces.close()
+    assert [message.role for message in talk.messages] == ["user", "assistant"]
+    assert talk.messages[-1].content == first.strip()
+
+
+def test_streamed_pieces_are_the_whole_answer(run: Run) -> None:
+    subject, sampling = Subject.open(run), Sampling(max_new_tokens=9)
+    question = suite(run).questions[0]
+    with subject.side("base"):
+        made = generate(subject.model, subject.encoder.prompts([question]), sampling, subject.encoder.stop_ids)
+    assert "".join(Talk(subject, "base", sampling).answer(question.prompt[-1].content)) == subject.encoder.decode(
+        made[0].ids
+    )
+
+
+def test_a_conversation_longer_than_the_model_reads_says_so_and_goes_on(run: Run) -> None:
+    out = io.StringIO()
+    chat(run, lines=["more " * 200, "what is one"], out=out)
+    assert "as long as the model can read; /reset starts over" in out.getvalue().splitlines()[0]
+    assert len(out.getvalue().splitlines()) == 2
+
+
+def test_chat_reads_a_pipe(run: Run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier.cli", "chat", str(run.folder), "--both"],
+        input="what is one plus two\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert done.stdout.startswith("base: ")
+    assert done.stdout.splitlines()[1].startswith("tuned: ")
