@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.adapters.lora import LoraLinear
+from luthier.model import families
 
 if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
 
-FAMILIES = {"llama", "mistral", "qwen2"}
 PREFILL_TOKENS = 2048  # tokens of prompts in one pass: enough to fill the processor, little enough for its caches
 SHARED_FROM = 8  # a common beginning shorter than this is not worth a pass of its own
 
@@ -48,12 +48,12 @@ def decoder(model: CausalModel, *, merge: bool) -> Decoder:
 
 
 def is_fast(model: CausalModel) -> bool:
-    """Whether the module is Llama-shaped: of a known family, plain linear layers, no window, no rope that moves."""
+    """Whether the module is of a family we run: plain linear layers, no window, no rope that changes with length."""
     config = model.module.config
-    if config.model_type not in FAMILIES or getattr(config, "sliding_window", None):
+    family = families.find(config)
+    if family is None or families.window(config) or config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
         return False
-    moving = config.rope_parameters.get("rope_type") in ("dynamic", "longrope")
-    return not moving and all(_is_plain(block) for block in model.module.base_model.layers)
+    return all(_is_plain(block) for block in getattr(model.module.base_model, family.layers))
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -116,12 +116,14 @@ class FastDecoder:
 
     def __init__(self, model: CausalModel, *, merge: bool) -> None:
         base, config = model.module.base_model, model.module.config
+        family = families.find(config)
+        assert family is not None
         self.device, self.dtype, self.head = model.device, model.dtype, model.head
-        self.embedding, self.rope, self.eps = base.embed_tokens.weight, base.rotary_emb, config.rms_norm_eps
-        self.norm = base.norm.weight
-        self.layers = [_Layer(block, merge) for block in base.layers]
+        self.embedding, self.rope = model.module.get_input_embeddings().weight, getattr(base, family.rotary)
+        self.norm, self.eps = getattr(base, family.norm).weight, getattr(config, family.eps)
+        self.layers = [_Layer(block, family, merge) for block in getattr(base, family.layers)]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.width = base.layers[0].self_attn.head_dim
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.bias = self.starts = torch.empty(0)
@@ -232,13 +234,13 @@ class FastDecoder:
 
 
 class _Layer:
-    def __init__(self, block: Any, merge: bool) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.before_attention, self.before_mlp = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], merge)
-        self.out = Projection([attention.o_proj], merge)
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], merge)
-        self.down = Projection([mlp.down_proj], merge)
+    def __init__(self, block: nn.Module, family: families.Family, merge: bool) -> None:
+        find: Callable[[str], Any] = block.get_submodule
+        self.before_attention, self.before_mlp = find(family.attention_norm).weight, find(family.mlp_norm).weight
+        self.qkv = Projection([find(name) for name in family.qkv], merge)
+        self.out = Projection([find(family.out)], merge)
+        self.gate_up = Projection([find(name) for name in family.gate_up], merge)
+        self.down = Projection([find(family.down)], merge)
 
 
 class Projection:

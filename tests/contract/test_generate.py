@@ -1,0 +1,211 @@
+"""Both decoders mean the same, and both mean what transformers' own `generate` means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from luthier.errors import ModelError
+from luthier.model import decode
+from luthier.model.causal import CausalModel
+from luthier.model.decode import Decoder, FastDecoder, Projection, ReferenceDecoder
+from luthier.model.generate import Generation, Sampling, _answer, _batches, _without_holes, generate, stream
+
+BEGINNING = [5, 9, 3, 7, 11, 2, 13, 17, 6, 4]
+PROMPTS = [BEGINNING + rest for rest in ([1], [8, 15, 21, 30], [8, 16], [40, 41, 42, 43, 44, 45, 46], [63] * 12)]
+STRANGERS = [[1], [2, 3, 4, 5], [60, 7, 8]]
+GREEDY = Sampling(max_new_tokens=20)
+NO_STOPS: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalModel:
+    """A tiny Llama whose adapter changes what it says."""
+    made = tiny.model(tiny.recipe())
+    assert made.lora is not None
+    generator = torch.Generator().manual_seed(1)
+    for layer in made.lora.layers.values():
+        layer.B.data.normal_(0, 0.5, generator=generator)
+    return made
+
+
+def decoders(model: CausalModel) -> dict[str, Decoder]:
+    return {
+        "reference": ReferenceDecoder(model),
+        "merged": FastDecoder(model, merge=True),
+        "as it is": FastDecoder(model, merge=False),
+    }
+
+
+@torch.inference_mode()
+def answers(decoder: Decoder, prompts: list[list[int]], sampling: Sampling, stops: frozenset[int]) -> list[Generation]:
+    return [answer for _, answer in sorted(_answer(decoder, prompts, sampling, stops), key=lambda pair: pair[0])]
+
+
+def by_transformers(model: CausalModel, prompt: list[int], **options: Any) -> list[int]:
+    """What transformers' generate adds to one prompt of its own."""
+    options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": None, **options}
+    ids = torch.tensor([prompt])
+    out = model.module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, STRANGERS, PROMPTS[:1]], ids=["shared", "strangers", "one"])
+def test_every_decoder_gives_the_logits_of_the_whole_text_at_once(model: CausalModel, prompts: list[list[int]]) -> None:
+    ahead = [33, 12, 50]
+    for name, decoder in decoders(model).items():
+        with torch.inference_mode():
+            logits = [decoder.prefill(prompts, len(ahead))]
+            logits += [decoder.step(torch.full((len(prompts),), token)) for token in ahead]
+            for row, prompt in enumerate(prompts):
+                whole = model.module(torch.tensor([prompt + ahead])).logits[0, len(prompt) - 1 :]
+                torch.testing.assert_close(torch.stack(logits)[:, row], whole, atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_greedy_answers_equal_transformers_one_prompt_at_a_time(model: CausalModel) -> None:
+    expected = [by_transformers(model, prompt) for prompt in PROMPTS]
+    for name, decoder in decoders(model).items():
+        assert [a.ids for a in answers(decoder, PROMPTS, GREEDY, NO_STOPS)] == expected, name
+
+
+def test_the_repetition_penalty_is_the_one_of_transformers(model: CausalModel) -> None:
+    sampling = Sampling(max_new_tokens=20, repetition_penalty=1.7)
+    expected = [by_transformers(model, prompt, repetition_penalty=1.7) for prompt in PROMPTS]
+    assert expected != [by_transformers(model, prompt) for prompt in PROMPTS]
+    assert [a.ids for a in generate(model, PROMPTS, sampling, NO_STOPS)] == expected
+
+
+def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model: CausalModel) -> None:
+    free = generate(model, PROMPTS, GREEDY, NO_STOPS)
+    stop = free[0].ids[5]
+    for answer, whole in zip(generate(model, PROMPTS, GREEDY, frozenset({stop})), free, strict=True):
+        assert answer.stopped == (stop in whole.ids)
+        assert answer.ids == (whole.ids[: whole.ids.index(stop)] if answer.stopped else whole.ids)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_that_finish_early_leave_the_others_as_they_are(model: CausalModel, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, tiny.VOCAB, (n,), generator=random).tolist() for n in range(3, 20)]
+    stops = frozenset(torch.randint(0, tiny.VOCAB, (6,), generator=random).tolist())
+    alone = [answers(ReferenceDecoder(model), [prompt], GREEDY, stops)[0] for prompt in prompts]
+    assert len({len(a.ids) for a in alone}) > 3
+    for name, decoder in decoders(model).items():
+        assert answers(decoder, prompts, GREEDY, stops) == alone, name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_answer_does_not_depend_on_its_batch_or_place(model: CausalModel, temperature: float) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=temperature, top_p=0.9)
+    together = generate(model, PROMPTS, sampling, NO_STOPS)
+    apart = generate(model, PROMPTS[::-1], sampling, NO_STOPS, max_tokens_in_flight=1)[::-1]
+    assert together == apart
+
+
+def test_the_seed_decides_what_is_sampled(model: CausalModel) -> None:
+    one, again, other = (
+        generate(model, PROMPTS, Sampling(max_new_tokens=12, temperature=1.0, seed=seed), NO_STOPS)
+        for seed in (1, 1, 2)
+    )
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6, 0.05])
+def test_samples_come_from_the_distribution_of_transformers(top_p: float) -> None:
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    from luthier.model.generate import _sample
+
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 2
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(0.8)(None, logits))
+    count = 20_000
+    noise = (torch.arange(count).double() + 0.5) / count
+    drawn = _sample((logits / 0.8).expand(count, -1), top_p, noise)
+    shares = torch.bincount(drawn, minlength=12) / count
+    torch.testing.assert_close(shares, warped[0].softmax(-1), atol=2e-4, rtol=0)
+
+
+def test_a_stream_gives_the_tokens_of_the_batch(model: CausalModel) -> None:
+    free = generate(model, PROMPTS, GREEDY, NO_STOPS)
+    stop = frozenset({free[1].ids[7]})
+    for sampling in (GREEDY, Sampling(max_new_tokens=9, temperature=0.7, repetition_penalty=1.2)):
+        expected = generate(model, PROMPTS, sampling, stop)
+        assert [list(stream(model, prompt, sampling, stop)) for prompt in PROMPTS] == [a.ids for a in expected]
+
+
+def test_a_stream_leaves_gradients_on_for_its_caller(model: CausalModel) -> None:
+    tokens = stream(model, PROMPTS[0], GREEDY, NO_STOPS)
+    next(tokens)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    tokens.close()
+
+
+def test_with_the_adapter_off_the_base_answers(model: CausalModel) -> None:
+    assert model.lora is not None
+    tuned = generate(model, PROMPTS, GREEDY, NO_STOPS)
+    with model.lora.disabled():
+        base = generate(model, PROMPTS, GREEDY, NO_STOPS)
+        assert base == answers(ReferenceDecoder(model), PROMPTS, GREEDY, NO_STOPS)
+    assert base != tuned
+
+
+def test_progress_counts_up_to_all_prompts(model: CausalModel) -> None:
+    told: list[tuple[int, int]] = []
+    generate(model, PROMPTS, GREEDY, NO_STOPS, progress=lambda done, total: told.append((done, total)))
+    assert told == [(i, len(PROMPTS)) for i in range(1, len(PROMPTS) + 1)]
+
+
+def test_no_prompts_have_no_answers_and_an_empty_prompt_is_refused(model: CausalModel) -> None:
+    assert generate(model, [], GREEDY, NO_STOPS) == []
+    with pytest.raises(ModelError, match="no tokens"):
+        generate(model, [[1], []], GREEDY, NO_STOPS)
+
+
+def test_batches_hold_every_row_once_within_the_budget() -> None:
+    lengths = [5, 90, 17, 17, 200, 3, 44] * 60
+    batches = _batches(lengths, new_tokens=10, budget=400)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(b) * (max(lengths[i] for i in b) + 10) <= 400 for b in batches)
+    assert all(len(b) == 1 for b in _batches(lengths, new_tokens=10, budget=1))
+
+
+def test_holes_are_filled_from_the_end() -> None:
+    assert _without_holes([True, False, True, False, True]) == [0, 4, 2]
+    assert _without_holes([True, True]) == [0, 1]
+    assert _without_holes([False, True]) == [1]
+
+
+def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalModel) -> None:
+    attention = model.module.base_model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    torch.testing.assert_close(Projection(layers, merge=True)(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Projection(layers, merge=False)(x), expected, atol=1e-5, rtol=1e-5)
+    half = tiny.model(tiny.recipe())
+    half.module.to(torch.bfloat16)
+    for layer in half.lora.layers.values():  # type: ignore[union-attr]
+        layer.B.data.normal_(0, 0.5)
+    attention = half.module.base_model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    expected = torch.cat([layer(x.bfloat16()) for layer in layers], dim=-1)
+    assert Projection(layers, merge=True).parts[0].low_rank is not None
+    torch.testing.assert_close(Projection(layers, merge=True)(x.bfloat16()), expected, atol=0.05, rtol=0.05)
+
+
+def test_only_llama_shaped_models_take_the_fast_way(model: CausalModel) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    assert decode.is_fast(model)
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    other = CausalModel(GPTNeoXForCausalLM(config).eval(), None)
+    assert not decode.is_fast(other)
+    expected = [by_transformers(other, prompt) for prompt in PROMPTS]
+    assert [a.ids for a in generate(other, PROMPTS, GREEDY, NO_STOPS)] == expected
