@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import luthier.evaluate
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.evaluate.comparison import Comparison, judge
 from luthier.evaluate.figures import Axis, chart, histogram, interval, smooth
@@ -180,3 +181,24 @@ def test_a_worse_model_is_called_worse(tmp_path: Path) -> None:
     found = compared()
     flipped = replace(found, metrics={"rougeL": replace(found.metrics["rougeL"], verdict="worse", difference=-9.0)})
     assert "Worse" in Page(render(run_with(tmp_path, flipped))).text
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("ground", ["paper", "raised", "wash"])
+@pytest.mark.parametrize("ink", ["ink", "soft", "accent"])
+def test_every_text_colour_is_readable_on_every_ground_in_light_dark_and_print(ink: str, ground: str) -> None:
+    style = (Path(luthier.evaluate.__file__).parent / "report.css").read_text()
+    for scheme in re.findall(r":root \{([^}]*)\}", style):
+        colors = {name: expand(value) for name, value in re.findall(r"--(\w+): (#\w+)", scheme)}
+        light, dark = sorted((luminance(colors[ink]), luminance(colors[ground])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, scheme
+
+
+def expand(color: str) -> str:
+    return color if len(color) == 7 else "#" + "".join(2 * c for c in color[1:])
