@@ -203,7 +203,7 @@ class NearDuplicates:
         self._tags = np.zeros((1024, bands), np.uint16)  # tells apart the keys that share a slot
         self._numbers = np.zeros(1024, np.int64)  # the row an entry came from
         self._ends = np.zeros(1025, np.int64)  # where an entry's shingles end in the store
-        self._store = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - lives as long as this
+        self._store = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - lives until `close`
         self._entries = self._rows = 0
 
     def add(self, conversation: Conversation) -> int | None:
@@ -221,6 +221,10 @@ class NearDuplicates:
                 return int(self._numbers[entry])
         self._remember(number, found, slots, tags)
         return None
+
+    def close(self) -> None:
+        """Lets go of the temporary file."""
+        self._store.close()
 
     def _keys(self, found: Shingles) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
         """For each band, its slot and its tag: 36 bits of a hash of the band's part of the signature."""

@@ -13,9 +13,8 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -180,35 +179,41 @@ class _Journey(ExitStack):
         """Every source's rows as clean conversations; bad rows go to the ledger."""
         for source in sources:
             before, digest = ledger.read, hashlib.sha256()
-            rows = read(source, root=self.root, digest=digest, bad=partial(self._unread, ledger))
-            first = list(islice(rows, _SAMPLE))
-            entry: dict[str, Any] = {"path": source.path, "part": "train" if answers else "test"}
-            if first:
-                detection = resolve(self.data, first, answers=answers)
-                entry |= {"format": detection.format, "columns": detection.columns}
-                convert = converter(self.data, detection, answers=answers)
-                yield from self._convert(chain(first, rows), convert, ledger)
-            entry |= {"sha256": digest.hexdigest(), "rows": ledger.read - before, "weight": source.weight}
-            self.files.append(entry)
+            rows = _rows_and_faults(source, self.root, digest)
+            first = list(_first_rows(rows))
+            sample = [row for row in first if isinstance(row, Row)]
+            if not sample:  # not one row that can be read: the first fault says more than their number
+                raise next(fault.error for fault in first if isinstance(fault, _Fault))
+            detection = resolve(self.data, sample, answers=answers)
+            yield from self._convert(chain(first, rows), converter(self.data, detection, answers=answers), ledger)
+            self.files.append(
+                {
+                    "path": source.path,
+                    "part": "train" if answers else "test",
+                    "format": detection.format,
+                    "columns": detection.columns,
+                    "rows": ledger.read - before,
+                    "weight": source.weight,
+                    "sha256": digest.hexdigest(),
+                }
+            )
 
     def _convert(
-        self, rows: Iterable[Row], convert: Callable[[Row], Conversation], ledger: _Ledger
+        self, rows: Iterable[Row | _Fault], convert: Callable[[Row], Conversation], ledger: _Ledger
     ) -> Iterator[Conversation]:
         for row in rows:
             ledger.read += 1
             if ledger.read % _CHUNK == 0:
                 self.progress("reading", ledger.read)
             try:
+                if isinstance(row, _Fault):
+                    raise row.error
                 conversation = self.cleaner(convert(row))
                 _check_not_emptied(conversation)
             except DataError as error:
                 self._bad(ledger, row.origin, error)
             else:
                 yield conversation
-
-    def _unread(self, ledger: _Ledger, origin: Origin, error: LuthierError) -> None:
-        ledger.read += 1
-        self._bad(ledger, origin, error)
 
     def _bad(self, ledger: _Ledger, origin: Origin, error: LuthierError) -> None:
         detail = str(error).removeprefix(str(origin)).removeprefix(": ")
@@ -231,7 +236,7 @@ class _Journey(ExitStack):
     def _unlike(self, rows: Iterator[Conversation], threshold: float) -> Iterator[Conversation]:
         """Drops rows that are nearly the same as an earlier one."""
         sample = list(islice(rows, _COMMON))
-        seen, origins = NearDuplicates(threshold, common_shingles(sample)), _Origins()
+        seen, origins = self.enter_context(closing(NearDuplicates(threshold, common_shingles(sample)))), _Origins()
         for conversation in chain(sample, rows):
             origins.add(conversation.origin)
             if (first := seen.add(conversation)) is None:
@@ -380,6 +385,34 @@ class _Journey(ExitStack):
             "cleaned": self.cleaner.counts,
             "files": self.files,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """A row that could not be read."""
+
+    origin: Origin
+    error: DataError
+
+
+def _rows_and_faults(source: recipe.Source, root: Path | None, digest: hashlib._Hash) -> Iterator[Row | _Fault]:
+    """Rows and faults in the order of the file."""
+    faults: list[_Fault] = []
+    for row in read(source, root=root, digest=digest, bad=lambda *fault: faults.append(_Fault(*fault))):
+        yield from faults
+        faults.clear()
+        yield row
+    yield from faults
+
+
+def _first_rows(rows: Iterator[Row | _Fault]) -> Iterator[Row | _Fault]:
+    """As many as it takes to see the format."""
+    seen = 0
+    for row in rows:
+        yield row
+        seen += isinstance(row, Row)
+        if seen == _SAMPLE:
+            return
 
 
 class _Ledger:
