@@ -84,6 +84,7 @@ def test_a_mean_of_means_would_fail_this(tmp_path: Path, whole: list[Step]) -> N
     assert [a.loss for a in runs[0]] != pytest.approx([b.loss for b in runs[1]], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     one = tiny.run(tmp_path, f"run.dir={tmp_path / 'one'}")
     two = tiny.run(tmp_path, f"run.dir={tmp_path / 'two'}", "run.engine=ddp", "run.processes=2")

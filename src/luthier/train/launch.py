@@ -39,7 +39,7 @@ Event = dict[str, Any]
 Progress = Callable[[Event], None]
 
 _RESTARTS = 4  # halvings of the token budget after the kernel killed a process
-_GRACE = 20.0  # seconds that the other processes have to end when one has
+_GRACE = 10.0  # seconds that the other processes have to end when one has failed
 
 
 def train(run: Run, *, console: Console | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -181,14 +181,15 @@ class _Group:
         return result
 
     def _events(self, interrupt: Interrupt) -> Iterator[Event]:
-        """Events as they come. Passes a signal on once, and ends the other processes when one has failed."""
+        """Events as they come. Passes a signal on once, and ends the other processes when one has failed. One that ends
+        as the signal asks has not failed: rank 0 may still be writing the checkpoint."""
         told, deadline = False, None
         self.first_codes: list[int] = []
         while any(p.poll() is None for p in self.processes) or any(r.is_alive() for r in self.readers):
             if interrupt.signal and not told:
                 told = True
                 self._signal(interrupt.signal)
-            codes = [p.returncode for p in self.processes if p.poll()]
+            codes = [p.returncode for p in self.processes if p.poll() not in (None, 0, 128 + interrupt.signal)]
             if codes and deadline is None:
                 self.first_codes, deadline = codes, time.monotonic() + _GRACE
             if deadline is not None and time.monotonic() > deadline:

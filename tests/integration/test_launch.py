@@ -1,0 +1,150 @@
+"""From a run folder to a trained one: what is recorded, and what happens to the processes."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from luthier.adapters import files
+from luthier.errors import RecipeError, RunError, Stopped
+from luthier.runs import Run
+from luthier.train.launch import train
+
+HERE = Path(__file__)
+
+
+class At:
+    """A tracker that does something to its process, or to its parent, once: when step 4 is logged."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.mark = folder / "acted"
+
+    def log(self, record: dict[str, Any]) -> None:
+        if record["step"] == 4 and not self.mark.exists():
+            self.mark.touch()
+            self.act()
+
+    def act(self) -> None: ...
+
+    def close(self) -> None:
+        pass
+
+
+class KilledByTheKernel(At):
+    def act(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Terminated(At):
+    def act(self) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+class Crashed(At):
+    def act(self) -> None:
+        print("the last words", file=sys.stderr, flush=True)
+        os._exit(7)
+
+
+def two(tmp_path: Path, *overrides: str) -> Run:
+    return tiny.run(tmp_path, "run.engine=ddp", "run.processes=2", "run.save.every=2", *overrides)
+
+
+def losses(run: Run) -> list[float]:
+    return [record["loss"] for record in run.steps() if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    run = tiny.run(tmp_path_factory.mktemp("local"))
+    return run, train(run)
+
+
+@pytest.fixture(autouse=True)
+def _trackers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE.parents[1])]))
+
+
+def test_the_result_has_its_promised_keys(local: tuple[Run, dict[str, Any]]) -> None:
+    run, result = local
+    keys = {"run", "steps", "resumed_from", "loss", "tokens_per_second", "peak_bytes", "predicted_peak_bytes"}
+    assert keys <= result.keys()
+    assert result["steps"] == len(losses(run)) == 9
+    assert result["resumed_from"] == 0
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_run_folder_holds_all_that_was_decided_and_made(local: tuple[Run, dict[str, Any]]) -> None:
+    run, result = local
+    assert run.manifest["decisions"]["engine"] == "local"
+    assert run.manifest["result"] == result
+    assert run.finished
+    adapter, tensors = files.load(run.adapter)
+    assert adapter.rank == 4
+    assert len(tensors) == 28
+    assert files.load_extra(run.adapter)["template"]["supervise"] == "answers"
+
+
+def test_samples_are_given_at_each_evaluation(local: tuple[Run, dict[str, Any]]) -> None:
+    run, _ = local
+    samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    evaluations = [record["step"] for record in run.steps() if "eval_loss" in record]
+    assert [sample["step"] for sample in samples] == evaluations == [2, 4, 6, 8, 9]
+    assert all(sample["prompt"] and sample["reference"] and "answer" in sample for sample in samples)
+
+
+def test_a_finished_run_is_not_trained_again(local: tuple[Run, dict[str, Any]]) -> None:
+    run, result = local
+    events: list[dict[str, Any]] = []
+    again = train(Run.open(run.folder), progress=events.append)
+    assert again == result | {"resumed_from": result["steps"]}
+    assert [event["event"] for event in events] == ["note"]
+
+
+def test_a_run_that_is_being_trained_cannot_be_trained_by_another(tmp_path: Path) -> None:
+    run = tiny.run(tmp_path)
+    with run.lock(), pytest.raises(RunError, match="is in use by process"):
+        train(run)
+
+
+@pytest.mark.slow
+def test_a_worker_that_the_kernel_kills_is_started_again_with_half_the_tokens(
+    tmp_path: Path, local: tuple[Run, dict[str, Any]]
+) -> None:
+    run = two(tmp_path, "run.micro_tokens=64", "run.track=['test_launch:KilledByTheKernel']")
+    events: list[dict[str, Any]] = []
+    result = train(run, progress=events.append)
+    assert run.manifest["decisions"]["micro_tokens"] == 32
+    assert any(event["event"] == "note" and "killed" in event["text"] for event in events)
+    assert result["resumed_from"] == 2
+    assert losses(run) == pytest.approx(losses(local[0]), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_all_processes_and_the_run_goes_on_from_there(
+    tmp_path: Path, local: tuple[Run, dict[str, Any]]
+) -> None:
+    run = two(tmp_path, "run.track=['test_launch:Terminated']")
+    with pytest.raises(Stopped) as stopped:
+        train(run)
+    assert stopped.value.exit_code == 143
+    result = train(run)
+    assert 4 <= result["resumed_from"] <= 9
+    assert losses(run) == pytest.approx(losses(local[0]), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_worker_that_crashes_ends_the_others_and_its_last_words_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"exit code 7 \(the last words\)"):
+        train(two(tmp_path, "run.track=['test_launch:Crashed']"))
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_same_error_here(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown tracker 'tensorbord'"):
+        train(two(tmp_path, "run.track=['tensorbord']"))
