@@ -19,10 +19,16 @@ _UNWANTED = re.compile(
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 _LINE_END = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
-# Joiners belong where a script or an emoji sequence needs them: after Arabic to Tibetan, Burmese to Mongolian, emoji.
-_JOINS = "\u0590-\u109f\u1700-\u18af\u1a00-\u1aaf\ua800-\uabff\U00010a00-\U00011fff"
-_EMOJI = "\u200d\u2190-\u2bff\u3030\u303d\u3297\u3299\ufe0f\U0001f000-\U0001faff"
-_STRAY_JOINER = re.compile(f"(?<![{_JOINS}])\u200c|(?<![{_JOINS}{_EMOJI}])\u200d|\u200d(?![{_JOINS}{_EMOJI}])")
+# Format characters that some texts need: joiners between the letters of scripts that shape them and inside emoji,
+# tags inside the flags of regions, direction marks in texts written from right to left. Elsewhere they hide things.
+_SHAPED = "\u0590-\u109f\u1700-\u18af\u1a00-\u1aaf\ua800-\uabff\U00010a00-\U00011fff"
+_EMOJI = "\u2190-\u2bff\u3030\u303d\u3297\u3299\ufe0f\U0001f000-\U0001faff"
+_STRAY = re.compile(
+    f"(?<![{_SHAPED}])\u200c|(?<![{_SHAPED}{_EMOJI}])\u200d|\u200d(?![{_SHAPED}{_EMOJI}])"
+    "|(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[\U000e0000-\U000e007f]"
+)
+_DIRECTION = re.compile("[\u061c\u200e\u200f]")
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
 
 
 class Cleaner:
@@ -93,14 +99,14 @@ class Cleaner:
 
     def _without_control(self, text: str) -> str:
         text, ends = _LINE_END.subn("\n", text)
-        text, unwanted = _UNWANTED.subn("", text)
-        removed = ends + unwanted
-        if not text.isascii():
-            text, joiners = _STRAY_JOINER.subn("", text)
-            removed += joiners
-        if removed:
-            self._counts["control"] += removed
-        return text
+        clean = _UNWANTED.sub("", text)
+        if not clean.isascii():
+            clean = _STRAY.sub(r"\1", clean)  # what the group holds is a flag, and stays
+            if not _RIGHT_TO_LEFT.search(clean):
+                clean = _DIRECTION.sub("", clean)
+        if ends or len(clean) < len(text):
+            self._counts["control"] += ends + len(text) - len(clean)
+        return clean
 
 
 def _repaired(text: str) -> str:

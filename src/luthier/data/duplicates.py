@@ -182,7 +182,7 @@ class NearDuplicates:
 
     Memory does not depend on the length of the rows: per band 4 MiB of table, filled as used, and 6 bytes a row;
     shingles of earlier rows go to a temporary file beyond 128 MiB. A lookup reads at most 256 entries of a table, which
-    bounds the time on sets full of half-alike rows.
+    bounds the time on sets full of half-alike rows. `close` lets go of the file.
 
     Args:
         threshold: Jaccard similarity from which a row counts as a duplicate, in (0, 1].
