@@ -134,7 +134,9 @@ def test_every_truncation_is_refused(opened: Callable[[bytes], Gguf]) -> None:
             opened(GOOD[:length])
 
 
-def test_mutated_headers_are_read_or_refused_in_bounded_time_and_memory(opened: Callable[[bytes], Gguf]) -> None:
+def test_mutated_headers_are_read_or_refused_in_bounded_time_and_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(GOOD)
     rng = random.Random(0)
     header = len(GOOD) - len(DATA)
     odd = [0, 1, 0x7F, 0x80, 0xFF]
@@ -146,9 +148,11 @@ def test_mutated_headers_are_read_or_refused_in_bounded_time_and_memory(opened: 
             at = rng.randrange(4, header)
             width = rng.choice([1, 1, 2, 4, 8])
             data[at : at + width] = bytes(rng.choice([*odd, rng.randrange(256)]) for _ in range(width))
+        with path.open("r+b") as out:  # not truncated: that is what takes time here
+            out.write(data)
         start = time.process_time()
         try:
-            file = opened(bytes(data))
+            file = Gguf(path)
             for name in file.entries:
                 file.tensor(name)
         except ModelError:

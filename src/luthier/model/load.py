@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import recipe
 from luthier.errors import ModelError
-from luthier.machine import machine
+from luthier.machine import Machine, machine
 from luthier.model import embedded
 
 if TYPE_CHECKING:
@@ -110,18 +110,27 @@ def compute_dtype(model: recipe.Model, device: torch.device | str) -> torch.dtyp
 
 
 def choose_dtype(model: recipe.Model, device: torch.device | str) -> tuple[torch.dtype, str]:
-    """`compute_dtype` and, in some words, why. `auto` is decided from what the processor has, never from a timing."""
+    """`compute_dtype` and, in some words, why."""
     import torch
 
+    name, why = dtype_name(model, torch.device(device).type, machine())
+    return getattr(torch, name), why
+
+
+def dtype_name(model: recipe.Model, place: str, facts: Machine) -> tuple[str, str]:
+    """The name of the dtype that `model.compute` means on `cpu` or `cuda`, and why. `auto` is decided from what the
+    processor has, never from a timing. Imports torch only to ask about a GPU."""
     if model.compute != "auto":
-        return getattr(torch, model.compute), "as the recipe says"
-    if torch.device(device).type == "cuda":
+        return model.compute, "as the recipe says"
+    if place == "cuda":
+        import torch
+
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU multiplies bfloat16"
-        return torch.float32, "the GPU does not multiply bfloat16"
-    if machine().fast_bfloat16:
-        return torch.bfloat16, "the processor multiplies bfloat16"
-    return torch.float32, "the processor does not multiply bfloat16, and float32 is faster then"
+            return "bfloat16", "the GPU multiplies bfloat16"
+        return "float32", "the GPU does not multiply bfloat16"
+    if facts.fast_bfloat16:
+        return "bfloat16", "the processor multiplies bfloat16"
+    return "float32", "the processor does not multiply bfloat16, and float32 is faster then"
 
 
 # Where a folder comes from.
@@ -131,9 +140,9 @@ def _folder(model: recipe.Model, progress: Callable[[str], None] | None) -> Path
     if model.base == embedded.NAME:
         return embedded.embedded_folder(progress)
     local = Path(model.base).expanduser()
-    if local.is_dir():
+    if model.base and local.is_dir():
         return local
-    if local.exists():
+    if local.is_file():
         raise ModelError("is a file, not a model's folder", where=model.base, fix="give the folder it lies in")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model.base):
         fix = f"give a local folder, a hub id such as org/name, or {embedded.NAME}"
