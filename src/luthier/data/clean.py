@@ -29,6 +29,7 @@ _STRAY = re.compile(
 )
 _DIRECTION = re.compile("[\u061c\u200e\u200f]")
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
+_IN_ASCII = re.compile("[^\t\n -~]")  # what these match of ASCII: most texts need no more than this one scan
 
 
 class Cleaner:
@@ -52,17 +53,20 @@ class Cleaner:
 
     def __call__(self, conversation: Conversation) -> Conversation:
         done: dict[str, str] = {}
-        return replace(
-            conversation,
-            messages=tuple(self._message(m, done) for m in conversation.messages),
-            references=tuple(self._once(r, done) for r in conversation.references),
-            choices=tuple(self._once(c, done) for c in conversation.choices),
-        )
+        messages = tuple([self._message(m, done) for m in conversation.messages])
+        references = tuple([self._once(r, done) for r in conversation.references])
+        choices = tuple([self._once(c, done) for c in conversation.choices])
+        if (messages, references, choices) == (conversation.messages, conversation.references, conversation.choices):
+            return conversation  # the usual case, and a new one would cost more than the cleaning
+        return replace(conversation, messages=messages, references=references, choices=choices)
 
     def _message(self, message: Message, done: dict[str, str]) -> Message:
+        content = self._once(message.content, done)
+        if content == message.content and message.reasoning is None and not message.tool_calls:
+            return message
         return replace(
             message,
-            content=self._once(message.content, done),
+            content=content,
             reasoning=None if message.reasoning is None else self._once(message.reasoning, done),
             tool_calls=self._nested(message.tool_calls, done),
         )
@@ -98,6 +102,8 @@ class Cleaner:
         return after
 
     def _without_control(self, text: str) -> str:
+        if text.isascii() and not _IN_ASCII.search(text):
+            return text
         text, ends = _LINE_END.subn("\n", text)
         clean = _UNWANTED.sub("", text)
         if not clean.isascii():

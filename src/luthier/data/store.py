@@ -7,6 +7,7 @@ import shutil
 from array import array
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,28 @@ class TokenStore:
 
     def select(self, folder: Path, rows: NDArray[np.int64]) -> TokenStore:
         """Writes the given rows, in the given order, as a store of their own."""
-        with Writer(folder) as writer:
-            for row in rows.tolist():
-                ids, supervised = self.example(row)
-                writer.add_row(ids.tobytes(), supervised.tobytes(), int(self.prompts[row]), self.origin(row))
+        with Writer(folder, self._names) as writer:
+            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+                if len(run):
+                    self._copy(writer, int(run[0]), int(run[-1]) + 1)
         return type(self).open(folder)
+
+    def _copy(self, writer: Writer, start: int, stop: int) -> None:
+        tokens = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        writer.extend(
+            self.ids[tokens].tobytes(),
+            self.supervised[tokens].tobytes(),
+            self.lengths[start:stop].tolist(),
+            self.prompts[start:stop].tolist(),
+            self._files[start:stop].tolist(),
+            self._lines[start:stop].tolist(),
+        )
 
 
 class Writer:
     """Appends rows to a store that gets its name when the `with` block ends well, and vanishes when it does not."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Iterable[str] = ()) -> None:
         self._folder, self._aside = folder, folder.with_name(folder.name + ".partial")
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
@@ -115,22 +127,32 @@ class Writer:
         self._supervised = (self._aside / "supervised").open("wb")
         self._offsets, self._prompts = array("q", [0]), array("i")
         self._files, self._lines = array("i"), array("q")
-        self._names: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._prompts)
+        self._names = {name: number for number, name in enumerate(names)}
 
     def add(self, example: Example) -> None:
-        ids, supervised = array("i", example.ids).tobytes(), bytes(example.supervised)
-        self.add_row(ids, supervised, example.prompt, example.origin)
+        self._ids.write(array("i", example.ids).tobytes())
+        self._supervised.write(bytes(example.supervised))
+        self._offsets.append(self._offsets[-1] + len(example.ids))
+        self._prompts.append(example.prompt)
+        self._files.append(self._names.setdefault(example.origin.file, len(self._names)))
+        self._lines.append(example.origin.line)
 
-    def add_row(self, ids: bytes, supervised: bytes, prompt: int, origin: Origin) -> None:
+    def extend(
+        self,
+        ids: bytes,
+        supervised: bytes,
+        lengths: list[int],
+        prompts: list[int],
+        files: list[int],
+        lines: list[int],
+    ) -> None:
+        """Appends rows as another store of the same file names has them."""
         self._ids.write(ids)
         self._supervised.write(supervised)
-        self._offsets.append(self._offsets[-1] + len(supervised))
-        self._prompts.append(prompt)
-        self._files.append(self._names.setdefault(origin.file, len(self._names)))
-        self._lines.append(origin.line)
+        self._offsets.extend(accumulate(lengths, initial=self._offsets.pop()))
+        self._prompts.extend(prompts)
+        self._files.extend(files)
+        self._lines.extend(lines)
 
     def __enter__(self) -> Writer:
         return self
