@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sized
 from datetime import datetime
 from functools import wraps
+from inspect import unwrap
 from itertools import islice
 from math import prod
 from typing import Any, TypeVar, cast
@@ -51,6 +52,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"tojson": tojson, "_counted": _counted, "_bounded": _bounded}
         self.globals |= {"raise_exception": _raise, "strftime_now": day.strftime}
         self.globals |= {"dict": _Dict(), "namespace": _Namespace}
+        del self.globals["lipsum"]  # as much filler text as is asked for, slowly
 
     def program(self, source: str) -> Callable[..., str]:
         """A function of the template's variables. It raises TemplateError for whatever goes wrong inside."""
@@ -79,7 +81,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             self.bounded(value)
         if getattr(function, "__name__", "") in _GROWS:
-            _check_growth(getattr(function, "__self__", ""), *args)
+            _check_growth(getattr(unwrap(function), "__self__", ""), *args)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

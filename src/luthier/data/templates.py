@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from functools import cache
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from luthier.data.conversation import Conversation, Message, Segment
@@ -417,6 +417,7 @@ class ChatTemplate(Template):
         self._eos = ""  # put after each answer if the template puts nothing there
         super().__init__(tokenizer, self._find_stops())
         self.reply = self._find_reply()
+        self._around = self._find_around()
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "source": self.source, "date": self.day.isoformat()}
@@ -424,21 +425,27 @@ class ChatTemplate(Template):
     def _find_stops(self) -> tuple[str | None, ...]:
         """The control token after an answer, and those the model itself stops at."""
         text = self._run(*self._variables(_PROBE, ()), False)
-        at = text.find(_PROBE[-1].content)
-        after = self._control.search(text, at) if at >= 0 else None
+        after = self._control.search(text, max(text.find(_PROBE[-1].content), 0))
         if after is None:
             self._eos = self.tokenizer.eos or ""
-        stops = [after[0] if after else self.tokenizer.eos, *self.tokenizer.ends]
-        if not any(stops):
-            raise TemplateError(
-                "neither the chat template nor the tokenizer has an end of turn", fix="name an eos_token"
-            )
-        return tuple(dict.fromkeys(name for name in stops if name))
+        return after[0] if after else None, *self.tokenizer.ends
 
     def _find_reply(self) -> str:
+        """What asking for an answer adds to a question."""
         asked = self._variables(_PROBE[:-1], ())
         without, text = (self._run(*asked, ask) for ask in (False, True))
-        return text.removeprefix(without) if text.startswith(without) else ""
+        if text.startswith(without):
+            return text.removeprefix(without)
+        parts = zip(*(self._control.split(t) for t in (without, text)), strict=False)  # one that ends in eos, say
+        return text[sum(len(a) for a, _ in takewhile(lambda pair: pair[0] == pair[1], parts)) :]
+
+    def _find_around(self) -> tuple[str, str] | None:
+        """What stands before and after an answer's text; None if the prompt does not say."""
+        messages, _ = self._variables(_PROBE, ())
+        text = self._run(messages, [], False)
+        start = self._start(text, messages[:-1], [])
+        before, found, after = text[start or 0 :].partition(messages[-1]["content"])
+        return (before, after) if found and start is not None else None
 
     def _chat(self, conversation: Conversation, supervise: str) -> Rendering:
         messages, tools = self._variables(conversation.messages, conversation.tools)
@@ -446,18 +453,27 @@ class ChatTemplate(Template):
             segments = self._prompt(conversation.messages, conversation.tools)
             return Rendering(segments, len(segments))
         text = self._run(messages, tools, False)
-        turns = self._earlier(text, messages, tools, supervise == "answers")
         start = self._start(text, messages[:-1], tools)
         if start is None:
-            raise TemplateError(
-                "the chat template writes an answer otherwise than it asks for one: the inference prompt is not the"
-                " beginning of the training text",
-                fix="choose another data.template",
-            )
+            text, start = self._grafted(text, messages, tools)
         end = self._stop_after(text, start)
         if end is None:
             text += self.stops[0]
+        turns = self._earlier(text, messages, tools, supervise == "answers")
         return self._cut(text, [*turns, (start, end or len(text), True)])
+
+    def _grafted(self, text: str, messages: Variables, tools: Variables) -> tuple[str, int]:
+        """The prompt and the answer's part of `text`: for templates that write the question differently once it is
+        answered (Mistral's show a system message only beside the last question). Also where the answer begins."""
+        prompt = self._run(messages[:-1], tools, True)
+        answer = f"{self._around[0]}{messages[-1]['content'].strip()}{self._around[1]}" if self._around else None
+        if answer is None or not text.endswith(answer):
+            raise TemplateError(
+                "the chat template's inference prompt is not the beginning of its training text, so that what is"
+                " learned would not be what is asked",
+                fix=_OTHER,
+            )
+        return prompt + answer, len(prompt)
 
     def _prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Segment]:
         variables = self._variables(messages, tools)
@@ -512,12 +528,12 @@ class ChatTemplate(Template):
             variables["reasoning_content"] = variables["thinking"] = guard(message.reasoning, answer)
         if message.tool_calls:
             self._require("tool calls", "tool_calls")
-            variables["tool_calls"] = guard(message.tool_calls, answer)
+            variables["tool_calls"] = guard(message.tool_calls)
         return variables
 
     def _require(self, what: str, *names: str) -> None:
         if not any(name in self.source for name in names):
-            raise TemplateError(f"the chat template would leave out {what}", fix="choose another data.template")
+            raise TemplateError(f"the chat template would leave out {what}", fix=_OTHER)
 
     def _run(self, messages: Variables, tools: Variables, ask: bool) -> str:
         return self._program(
@@ -527,6 +543,8 @@ class ChatTemplate(Template):
     def _restore(self, text: str) -> str:
         return self._guard.restore(text)
 
+
+_OTHER = "choose another data.template"
 
 Variables = list[dict[str, Any]]
 
