@@ -210,6 +210,16 @@ def test_tables_and_the_store_of_shingles_outgrow_their_first_size(
     assert [near.add(talk(t)) for t in texts] == list(range(1100))
 
 
+def test_rows_that_share_its_tables_do_not_hide_a_row(new_search: New) -> None:
+    rng = random.Random(9)
+    first = prose(rng, 200)
+    near = new_search(0.8)
+    near.add(talk(" ".join(first)))
+    for _ in range(60):  # 0.78 alike: below the threshold, but in many of the same slots
+        assert near.add(talk(" ".join(first[:176] + prose(rng, 24)))) is None
+    assert near.add(talk(" ".join(first))) == 0
+
+
 def test_a_long_system_message_makes_no_rows_alike(new_search: New) -> None:
     rng = random.Random(3)
     near, system = new_search(0.5), Message("system", " ".join(prose(rng, 500)))

@@ -109,6 +109,13 @@ def test_the_pieces_joined_are_the_decoded_row_and_their_flags_are_the_masks(
     ]
 
 
+def test_spaces_stay_where_a_tokenizer_drops_them_from_the_first_word() -> None:
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    model = {"type": "WordLevel", "vocab": {"▁a": 0, "▁b": 1, "?": 2}, "unk_token": "?"}
+    words = Tokenizer({"added_tokens": [], "pre_tokenizer": space, "decoder": space, "model": model})
+    assert [p.text for p in view.pieces(Example([0, 1], [0, 1], 1, Origin("f", 1)), words)] == ["a", " b"]
+
+
 def test_a_mask_that_cuts_a_character_in_two_still_shows_every_piece(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(["a😀b"])[0][0]
     found = view.pieces(Example(ids, [0, 0, 0, 1, 1, 1], 1, Origin("f", 1)), tokenizer)
