@@ -100,7 +100,7 @@ def test_a_model_whose_sizes_are_unknown_trains_a_row_at_a_time_in_one_process()
 
 
 def test_a_gpu_is_taken_where_there_is_one_by_one_process() -> None:
-    made = decided(cuda=True)
+    made = decided("model.compute=bfloat16", cuda=True)
     assert (made.place, made.engine, made.processes) == ("cuda", "local", 1)
     with pytest.raises(RecipeError, match="no CUDA device"):
         decided("run.place=cuda")

@@ -13,6 +13,7 @@ from typing import Any
 from luthier.errors import MemoryPlanError, ModelError, RecipeError
 from luthier.machine import Machine
 from luthier.model import families
+from luthier.model.load import dtype_name
 from luthier.plan import Plan, budget, plan
 from luthier.recipe import Recipe
 
@@ -69,7 +70,7 @@ def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows, *
     contradicts itself.
     """
     place, place_why = _place(recipe, cuda)
-    dtype, dtype_why = compute_name(recipe, facts, place)
+    dtype, dtype_why = dtype_name(recipe.model, place, facts)
     layout, planned = arrange(recipe, config, facts, rows, place=place, dtype=dtype)
     if not planned.fits:
         raise MemoryPlanError(
@@ -106,17 +107,6 @@ def arrange(
         if planned.fits:
             break
     return layout, planned
-
-
-def compute_name(recipe: Recipe, facts: Machine, place: str) -> tuple[str, str]:
-    """The dtype of weights and products, and why. Every GPU that torch still supports multiplies bfloat16."""
-    if recipe.model.compute != "auto":
-        return recipe.model.compute, "as the recipe says"
-    if place == "cuda":
-        return "bfloat16", "the GPU multiplies bfloat16"
-    if facts.fast_bfloat16:
-        return "bfloat16", "the processor multiplies bfloat16 in hardware"
-    return "float32", "the processor has no bfloat16 products"
 
 
 def _place(recipe: Recipe, cuda: bool) -> tuple[str, str]:

@@ -25,11 +25,11 @@ from luthier import errors
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import LuthierError, RunError
 from luthier.machine import Machine, machine
-from luthier.model.load import load_tokenizer, model_folder
+from luthier.model.load import dtype_name, load_tokenizer, model_folder
 from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.runs import Run, read_json
-from luthier.train.decide import Decisions, Rows, arrange, compute_name, decide, halved
+from luthier.train.decide import Decisions, Rows, arrange, decide, halved
 from luthier.train.interrupt import Interrupt, stopped
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def train(run: Run, *, console: Console | None = None, progress: Progress | None
             emit({"event": "note", "text": f"{run.folder} is trained already"})
             result: dict[str, Any] = run.manifest["result"]
             return result | {"resumed_from": result["steps"]}
-        prepared = prepare_data(run)
+        prepared = prepare_data(run, say=lambda text: emit({"event": "note", "text": text}))
         decisions = decisions_of(run, prepared)
         emit({"event": "decisions", **decisions.as_dict()})
         if decisions.engine == "local":
@@ -69,9 +69,9 @@ def train(run: Run, *, console: Console | None = None, progress: Progress | None
         return result
 
 
-def prepare_data(run: Run) -> Prepared:
-    """The run's data as tokens: made once, then reused."""
-    tokenizer = load_tokenizer(model_folder(run.recipe.model))
+def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared:
+    """The run's data as tokens: made once, then reused. `say` is told if the model has to be fetched first."""
+    tokenizer = load_tokenizer(model_folder(run.recipe.model, say))
     if (run.data / "report.json").exists():
         return Prepared.open(run.data, tokenizer)
     return prepare(run.recipe.data, tokenizer, seed=run.recipe.train.seed, folder=run.data, root=run.root)
@@ -92,7 +92,7 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
 
 def decide_for(recipe: Recipe, facts: Machine) -> Plan:
     """The plan of `recipe` on a machine's CPU, before its data is known."""
-    dtype, _ = compute_name(recipe, facts, "cpu")
+    dtype, _ = dtype_name(recipe.model, "cpu", facts)
     return arrange(recipe, _config(recipe), facts, None, place="cpu", dtype=dtype)[1]
 
 
@@ -141,7 +141,7 @@ class _Group:
                 "RANK": str(rank),
                 "WORLD_SIZE": str(decisions.processes),
                 "LUTHIER_RENDEZVOUS": str(self.meeting / "rendezvous"),
-                "GLOO_SOCKET_IFNAME": "lo",
+                "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
                 "OMP_NUM_THREADS": str(decisions.threads),
             }
         )
@@ -213,6 +213,9 @@ class _Group:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+        for log in map(self._log, range(len(self.processes))):
+            if log.stat().st_size == 0:
+                log.unlink()
 
     def _crashed(self) -> RunError:
         logs = [self._log(rank) for rank, process in enumerate(self.processes) if process.returncode]

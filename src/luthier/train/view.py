@@ -65,7 +65,7 @@ class _Bar:
         columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
         self.display: Progress = Display(*columns, console=console)
         self.task: TaskID | None = None
-        self.held = ""
+        self.figures = self.held = ""
 
     def __enter__(self) -> _Bar:
         self.display.start()
@@ -78,9 +78,11 @@ class _Bar:
         if event["event"] == "start":
             self._restart(event)
         elif event["event"] == "step" and self.task is not None:
-            self.display.update(self.task, completed=event["step"], figures=_figures(event) + self.held)
-        elif event["event"] == "evaluation":
+            self.figures = _figures(event)
+            self.display.update(self.task, completed=event["step"], figures=self.figures + self.held)
+        elif event["event"] == "evaluation" and self.task is not None:
             self.held = f"  held-out {event['eval_loss']:.3f}"
+            self.display.update(self.task, figures=self.figures + self.held)
         elif text := _remark(event):
             self.display.console.print(text, markup=False, highlight=False)
 

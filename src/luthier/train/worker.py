@@ -36,15 +36,15 @@ Emit = Callable[[Event], None]
 def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str, Any]:
     """Trains to the end, from the last checkpoint if there is one, and saves the adapter. Returns the result's keys."""
     torch.set_num_threads(decisions.threads)
-    folder = model_folder(run.recipe.model)
-    prepared = Prepared.open(run.data, load_tokenizer(folder))
-    model = _model(run.recipe, decisions, folder)
     trackers = Trackers(
         run.recipe.run.track if engine.rank == 0 else [],
         run.folder,
         run.recipe.model_dump(mode="json"),
         warn=lambda text: emit({"event": "note", "text": text}),
     )
+    folder = model_folder(run.recipe.model)
+    prepared = Prepared.open(run.data, load_tokenizer(folder))
+    model = _model(run.recipe, decisions, folder)
     trainer = Trainer(
         run.recipe,
         model,
@@ -56,8 +56,8 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         emit=_recording(run, trackers, emit),
         answer=lambda: _answers(model, prepared, run.recipe),
     )
-    Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
     if engine.rank == 0:
+        Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
         emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
     try:
         steps = list(trainer)
