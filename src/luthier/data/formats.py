@@ -463,19 +463,21 @@ def _json_value(row: Row, field: str, value: Any) -> Any:
         raise _fault(row, field, f"is not JSON ({error})", "write an object") from error
 
 
+_AFTER: Mapping[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
 def check_order(row: Row, field: str, messages: Sequence[Message], options: Options) -> None:
     """Raises DataError unless system comes first, then user and assistant in turn, tools answering calls."""
-    after: Mapping[str | None, tuple[str, ...]] = {
-        None: ("system", "user"),
-        "system": ("user",),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "call": ("tool",),
-        "tool": ("tool", "assistant"),
-    }
     before: str | None = None
     for i, message in enumerate(messages):
-        if message.role not in after[before]:
+        if message.role not in _AFTER[before]:
             raise _fault(row, f"{field}[{i}]", _disorder(before, message.role), "repair or remove the row")
         before = "call" if message.tool_calls else message.role
     if before in (None, "system"):
@@ -648,16 +650,13 @@ def _choices(row: Row, columns: str | list[str]) -> tuple[list[str], list[str]]:
 
 
 def _has_answer(row: Row, columns: Columns, options: Options) -> bool:
-    if "answer" not in columns:
-        return False
-    value = _value(row, _one(columns, "answer")) if options.answers else row.values.get(_one(columns, "answer"))
-    return options.answers or (value is not None and value != "")
+    return "answer" in columns and (options.answers or row.values.get(_one(columns, "answer")) not in (None, ""))
 
 
 def _answer(row: Row, columns: Columns, labels: list[str], texts: list[str]) -> int:
     """The index of the right choice: given as its label, its column, its text, a letter, or an index from 0."""
     column = _one(columns, "answer")
-    value = row.values[column]
+    value = _value(row, column)
     if isinstance(value, int) and not isinstance(value, bool):
         found = value if 0 <= value < len(texts) else None
     else:

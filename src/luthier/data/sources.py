@@ -38,6 +38,7 @@ _BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16
 _DAMAGED = (EOFError, OSError, zlib.error)
 # In JSON text: an escape that may stand for half a surrogate pair or for NUL. Most rows have none, and are not walked.
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+_PARSE = json.JSONDecoder().decode
 
 
 def read(
@@ -205,27 +206,26 @@ def _optional(module: str, extra: str, what: str) -> Any:
 def _lines(file: _File, bad: Bad) -> Iterator[tuple[int, str]]:
     """Numbered lines as text, each with its newline: UTF-8, no byte order mark, `\\r\\n` as `\\n`."""
     number = 0
-    while raw := _readline(file, number + 1):
+    while True:
         number += 1
+        try:
+            raw = file.content.readline()
+        except _DAMAGED as error:
+            raise _damaged(f"{file.name}:{number}", error) from error
         if number == 1:
             raw = _without_mark(raw, file.name)
-        origin = Origin(file.name, number)
+        if not raw:
+            return
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:
-            bad(origin, _not_utf8(str(origin), raw[error.start], error.start + 1))
+            bad(Origin(file.name, number), _not_utf8(f"{file.name}:{number}", raw[error.start], error.start + 1))
             continue
         if "\0" in line:
-            bad(origin, DataError("holds a NUL character", where=f"{origin}:{line.index(chr(0)) + 1}", fix="remove it"))
+            where = f"{file.name}:{number}:{line.index(chr(0)) + 1}"
+            bad(Origin(file.name, number), DataError("holds a NUL character", where=where, fix="remove it"))
             continue
         yield number, line[:-2] + "\n" if line.endswith("\r\n") else line
-
-
-def _readline(file: _File, number: int) -> bytes:
-    try:
-        return file.content.readline()
-    except _DAMAGED as error:
-        raise _damaged(f"{file.name}:{number}", error) from error
 
 
 def _damaged(where: str, error: BaseException) -> DataError:
@@ -265,16 +265,17 @@ def _document(file: _File, first: int, lines: list[str]) -> Iterator[Row]:
 
 def _jsonl(file: _File, bad: Bad) -> Iterator[Row]:
     for number, line in _lines(file, bad):
-        line = line.strip()
-        if not line:
+        text = line.strip()
+        if not text:
             continue
         origin = Origin(file.name, number)
         try:
-            value = json.loads(line)
+            value = _PARSE(text)
         except (ValueError, RecursionError) as error:
             bad(origin, _broken_json(str(origin), error))
             continue
-        yield from _record(value, line, origin, bad)
+        if row := _record(value, text, origin, bad):
+            yield row
 
 
 def _broken_json(where: str, error: Exception) -> DataError:
@@ -285,17 +286,22 @@ def _broken_json(where: str, error: Exception) -> DataError:
     return DataError(f"JSON that cannot be read ({type(error).__name__})", where=where, fix="remove this row")
 
 
-def _record(value: Any, text: str, origin: Origin, bad: Bad) -> Iterator[Row]:
+def _record(value: Any, text: str, origin: Origin, bad: Bad) -> Row | None:
     """The row that JSON `text` stands for, if it is an object of clean text."""
     if not isinstance(value, dict):
         bad(
             origin,
             DataError(f"is {kind(value)}, not an object", where=str(origin), fix="each row is {column: value, …}"),
         )
-    elif _SUSPECT.search(text) and (flaw := _flaw(value)):
+        return None
+    return Row(value, origin) if not _SUSPECT.search(text) or _is_clean(value, origin, bad) else None
+
+
+def _is_clean(value: dict[str, Any], origin: Origin, bad: Bad) -> bool:
+    flaw = _flaw(value)
+    if flaw:
         bad(origin, DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
-    else:
-        yield Row(value, origin)
+    return not flaw
 
 
 def _flaw(value: Any, path: str = "") -> tuple[str, str] | None:
@@ -329,31 +335,31 @@ def _json(file: _File, bad: Bad) -> Iterator[Row]:
 def _elements(cursor: _Cursor, bad: Bad) -> Iterator[Row]:
     cursor.take("[")
     while cursor.peek() != "]":
-        origin = Origin(cursor.file.name, cursor.line)
-        value, text = cursor.value()
-        yield from _record(value, text, origin, bad)
+        if row := _next_record(cursor, bad):
+            yield row
         if cursor.peek() != "]":
             cursor.take(",")
     cursor.take("]")
+
+
+def _next_record(cursor: _Cursor, bad: Bad) -> Row | None:
+    origin = Origin(cursor.file.name, cursor.line)
+    return _record(*cursor.value(), origin, bad)
 
 
 def _objects(cursor: _Cursor, bad: Bad) -> Iterator[Row]:
     """One object after another (JSON lines under another name), or a single one: a row, or the holder of the rows."""
     origin = Origin(cursor.file.name, cursor.line)
     value, text = cursor.value()
-    if cursor.peek():
-        yield from _record(value, text, origin, bad)
-        while cursor.peek():
-            origin = Origin(cursor.file.name, cursor.line)
-            value, text = cursor.value()
-            yield from _record(value, text, origin, bad)
-        return
-    rows = _held_rows(value, origin) if isinstance(value, dict) else None
-    if rows is None:
-        yield from _record(value, text, origin, bad)
-        return
-    for number, row in enumerate(rows, 1):
-        yield from _record(row, text, Origin(cursor.file.name, number), bad)
+    alone = not cursor.peek()
+    held = _held_rows(value, origin) if alone and isinstance(value, dict) else None
+    numbered = enumerate(held, 1) if held is not None else [(origin.line, value)]
+    for line, each in numbered:
+        if row := _record(each, text, Origin(origin.file, line), bad):
+            yield row
+    while cursor.peek():
+        if row := _next_record(cursor, bad):
+            yield row
 
 
 def _held_rows(value: dict[str, Any], origin: Origin) -> list[Any] | None:
@@ -495,16 +501,11 @@ def _parquet(file: _File, bad: Bad) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield from _clean_row(values, Origin(file.name, number), bad)
+                    origin = Origin(file.name, number)
+                    if _is_clean(values, origin, bad):
+                        yield Row(values, origin)
     except (arrow_error, *_DAMAGED) as error:
         raise _damaged(file.name, error) from error
-
-
-def _clean_row(values: dict[str, Any], origin: Origin, bad: Bad) -> Iterator[Row]:
-    if flaw := _flaw(values):
-        bad(origin, DataError(flaw[1], where=f"{origin}: {flaw[0]}", fix="remove it"))
-    else:
-        yield Row(values, origin)
 
 
 def _hub(source: Source, digest: _Hash, bad: Bad) -> Iterator[Row]:
@@ -514,7 +515,9 @@ def _hub(source: Source, digest: _Hash, bad: Bad) -> Iterator[Row]:
         rows = datasets.load_dataset(name, split=source.split or "train", streaming=True)
         for number, values in enumerate(rows, 1):
             digest.update(json.dumps(values, sort_keys=True, default=str).encode(errors="surrogatepass"))
-            yield from _clean_row(values, Origin(source.path, number), bad)
+            origin = Origin(source.path, number)
+            if _is_clean(values, origin, bad):
+                yield Row(values, origin)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fix = "check the name and the split, and that the hub is in reach"
         raise DataError(f"cannot be loaded ({error})", where=source.path, fix=fix) from error
