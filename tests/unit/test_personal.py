@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -210,6 +211,28 @@ def test_names_are_found_by_the_recogniser_that_the_recipe_names() -> None:
     redact = Redactor(["email"], names=f"{__name__}:people")
     assert redact("Ada wrote: Ada@example.com", counts) == "[NAME] wrote: [EMAIL]"
     assert counts == Counter(email=1, name=1)
+
+
+def test_an_installed_spacy_pipeline_finds_people_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("spacy")
+    pipeline = """
+import spacy
+def load():
+    nlp = spacy.blank("en")
+    ruler = nlp.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "PERSON", "pattern": "Ada Lovelace"}, {"label": "ORG", "pattern": "Acme"}])
+    return nlp
+"""
+    (tmp_path / "en_people.py").write_text(pipeline)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "Then Ada Lovelace of Acme wrote to ada@example.com."
+    redact = Redactor(["email"], names="luthier.data.names:en_people")
+    assert redact(text, Counter()) == "Then [NAME] of Acme wrote to [EMAIL]."
+
+
+def test_a_pipeline_that_is_not_installed_says_how_to_install_it() -> None:
+    with pytest.raises(RecipeError, match="spacy download en_not_there"):
+        Redactor([], names="luthier.data.names:en_not_there")
 
 
 def test_a_recogniser_that_cannot_be_loaded_is_the_recipes_error() -> None:

@@ -169,7 +169,8 @@ def _without(found: Shingles, common: Shingles) -> Shingles:
 
 _HASHES = 128
 _SLOTS = 1 << 20
-_LONGEST_CHAIN = 256
+_LONGEST_CHAIN = 128
+_MOST_CHECKED = 64
 _SPOOL = 128 << 20
 
 
@@ -181,8 +182,8 @@ class NearDuplicates:
     Datasets", chapter 3. Bands are chosen so that a pair at the threshold itself is found with probability 0.95.
 
     Memory does not depend on the length of the rows: per band 4 MiB of table, filled as used, and 6 bytes a row;
-    shingles of earlier rows go to a temporary file beyond 128 MiB. A lookup reads at most 256 entries of a table, which
-    bounds the time on sets full of half-alike rows. `close` lets go of the file.
+    shingles of earlier rows go to a temporary file beyond 128 MiB, which `close` lets go. A lookup reads at most 128
+    entries of a slot and checks 64 rows: that bounds the time on sets full of half-alike rows, and may miss some there.
 
     Args:
         threshold: Jaccard similarity from which a row counts as a duplicate, in (0, 1].
@@ -234,17 +235,20 @@ class NearDuplicates:
         return (keys >> np.uint64(44)).astype(np.int64), (keys >> np.uint64(28)).astype(np.uint16)
 
     def _candidates(self, slots: NDArray[np.int64], tags: NDArray[np.uint16]) -> list[int]:
-        """Entries that share a band with the row, oldest first."""
-        bands, found = self._bands, set()
+        """Entries that share bands with the row, those that share most first, then the oldest."""
+        bands, found = self._bands, []
         entries = self._heads[bands, slots]
         for _ in range(_LONGEST_CHAIN):
             alive = entries > 0
             if not alive.any():
                 break
             bands, tags, entries = bands[alive], tags[alive], entries[alive] - np.uint32(1)
-            found.update(entries[self._tags[entries, bands] == tags].tolist())
+            found.append(entries[self._tags[entries, bands] == tags])
             entries = self._links[entries, bands]
-        return sorted(found)
+        if not any(map(len, found)):
+            return []
+        known, shared = np.unique(np.concatenate(found), return_counts=True)
+        return list(known[np.argsort(-shared, kind="stable")[:_MOST_CHECKED]].tolist())
 
     def _similar(self, entry: int, found: Shingles) -> bool:
         start, end = int(self._ends[entry]), int(self._ends[entry + 1])
