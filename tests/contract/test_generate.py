@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
+from luthier.data.stream import Stream, collate
 from luthier.errors import ModelError
 from luthier.model import decode
 from luthier.model.causal import CausalModel
@@ -152,6 +154,15 @@ def test_with_the_adapter_off_the_base_answers(model: CausalModel) -> None:
         base = generate(model, PROMPTS, GREEDY, NO_STOPS)
         assert base == answers(ReferenceDecoder(model), PROMPTS, GREEDY, NO_STOPS)
     assert base != tuned
+
+
+def test_the_dropout_of_a_training_step_is_not_in_the_answers(model: CausalModel, tmp_path: Path) -> None:
+    expected = generate(model, PROMPTS, GREEDY, NO_STOPS)
+    store = tiny.rows(tmp_path)
+    chosen = Stream(store, None, 0, samples_per_step=3).step(0)
+    model.loss(collate(store, chosen, 0)).backward()
+    for name, decoder in decoders(model).items():
+        assert answers(decoder, PROMPTS, GREEDY, NO_STOPS) == expected, name
 
 
 def test_progress_counts_up_to_all_prompts(model: CausalModel) -> None:
