@@ -97,9 +97,10 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
     whole = compare(run)
     kept = results(run) / "answers.jsonl"
     lines = kept.read_bytes().splitlines(keepends=True)
-    kept.write_bytes(b"".join(lines[: len(lines) // 2]) + lines[-1][:17])  # killed while writing
+    torn = [b"spoilt\n", *lines[: len(lines) // 2], lines[-1][:17]]  # killed while writing
+    kept.write_bytes(b"".join(torn))
     assert compare(run).rows == whole.rows
-    assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted([b"spoilt\n", *lines])
 
 
 def test_answers_are_not_made_twice(run: Run) -> None:

@@ -173,6 +173,12 @@ def test_only_questions_that_both_sides_can_be_scored_on_are_paired() -> None:
     assert found.rows[4]["scores"] == {}
 
 
+def test_rouge_on_a_script_that_it_cannot_see_is_warned_of() -> None:
+    found = judge(questions(8, "琴师做小提琴"), spoken(*["琴"] * 8), spoken(*["琴师"] * 8), ["rougeL"])
+    assert any("which 8 of 8 references lack" in warning for warning in found.warnings)
+    assert not any("references lack" in warning for warning in compared(["a"] * 8, ["b"] * 8).warnings)
+
+
 def test_stop_rate_and_lengths_are_always_reported() -> None:
     base = [Answer("one two three", False, 3) for _ in range(10)]
     found = judge(questions(10), base, spoken(*["one"] * 10), ["rougeL"])

@@ -36,8 +36,7 @@ class Memo:
         kept = whole[: whole.rfind(b"\n") + 1]
         if kept != whole:  # the last line was torn by a crash; what follows must not be glued to it
             path.write_bytes(kept)
-        records = [json.loads(line) for line in kept.splitlines()]
-        self._results: dict[str, dict[str, Any]] = {record["key"]: record for record in records}
+        self._results = {record["key"]: record for line in kept.splitlines() if (record := _record(line))}
 
     def __contains__(self, key: str) -> bool:
         return key in self._results
@@ -50,6 +49,15 @@ class Memo:
             for key, result in results.items():
                 self._results[key] = {"key": key, **result}
                 file.write(json.dumps(self._results[key]) + "\n")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of a memo; None for one that a full disk or a hand has spoilt, whose result is then made again."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+        return record if isinstance(record, dict) and "key" in record else None
+    except ValueError:
+        return None
 
 
 def answers(

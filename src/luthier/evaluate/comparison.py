@@ -3,6 +3,7 @@ out: no model, no file."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -83,7 +84,7 @@ def judge(
         matched=matched,
         lengths=_lengths(questions, base, tuned),
         stopped=stopped,
-        warnings=warnings + _warnings(found[first], METRICS.get(first), matched, stopped),
+        warnings=[*warnings, *_blind(first, questions), *_warnings(found[first], METRICS.get(first), matched, stopped)],
         rows=_rows(questions, base, tuned, table),
     )
 
@@ -184,14 +185,23 @@ def _warnings(found: Paired, metric: Metric, matched: dict[str, Paired], stopped
         said.append(f"only {found.n} questions: the interval is {width} wide; {FEW} or more say much more")
     for name, same in matched.items():
         if found.verdict == "better" and same.verdict != "better":
-            said.append(
-                f"with both answers cut to the same length {METRICS.get(name).title} does not rise: it is length"
-            )
+            title = METRICS.get(name).title
+            said.append(f"with both answers cut to the same length {title} shows no gain: it may be length alone")
     cut = 1.0 - stopped.get("tuned", 1.0)
     if cut > 0.1:
         fix = "raise evaluate.generate.max_new_tokens, or train longer"
         said.append(f"{cut:.0%} of the tuned answers did not stop by themselves: {fix}")
     return said
+
+
+def _blind(first: str, questions: Sequence[Conversation]) -> list[str]:
+    """A warning where ROUGE cannot see the references: it counts the letters a-z and digits, and no other script."""
+    references = [reference for question in questions for reference in question.references]
+    unseen = [reference for reference in references if not re.search("[a-z0-9]", reference.lower())]
+    if not first.startswith("rouge") or len(unseen) <= 0.1 * len(references):
+        return []
+    fix = "let perplexity or exact_match decide (evaluate.metrics)"
+    return [f"ROUGE counts only a-z and digits, which {len(unseen)} of {len(references)} references lack: {fix}"]
 
 
 def _rows(
