@@ -357,7 +357,7 @@ def test_rows_that_ask_the_same_are_held_out_together(made):
 
 def test_rows_much_like_a_held_out_row_are_not_trained_on(made):
     rows = [chat(q) for asked in questions(20) for q in (asked, f"{asked} now")]
-    prepared = made(rows, heldout={"rows": 8})
+    prepared = made(rows, heldout={"rows": 8}, leaks="refuse")  # which speaks of test rows
     dropped = prepared.report["rows"]["dropped"].get("near_leak", 0)
     assert dropped > 0
     assert len(prepared.train) + len(prepared.heldout) + dropped == 40

@@ -235,6 +235,22 @@ def test_a_parquet_files_digest_is_that_of_the_file(tmp_path):
     assert digest.hexdigest() == hashlib.sha256((tmp_path / "t.parquet").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow  # the import of `datasets` alone takes seconds
+def test_a_hub_data_set_is_read_by_its_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(GOOD)
+    (folder / "test.jsonl").write_bytes(b'{"text": "other"}\n')
+    (row,) = read(Source(path=f"hub:{folder}"))
+    assert (row.values, row.origin) == ({"text": "fine"}, Origin(f"hub:{folder}", 1))
+    assert next(read(Source(path=f"hub:{folder}", split="test"))).values == {"text": "other"}
+    with pytest.raises(DataError, match="cannot be loaded"):
+        list(read(Source(path=f"hub:{folder}", split="nonsense")))
+
+
 def test_reading_is_lazy(tmp_path):
     (tmp_path / "r.jsonl").write_bytes(GOOD + b"broken\n")
     rows = read(Source(path="r.jsonl"), root=tmp_path)

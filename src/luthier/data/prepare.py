@@ -248,23 +248,23 @@ class _Journey(ExitStack):
     def _unleaked(self, rows: Iterator[Conversation], tests: Sequence[Conversation]) -> Iterator[Conversation]:
         leaks = Leaks(tests) if tests else None
         for conversation in rows:
-            if leaks is None or not self._leaks(leaks, conversation, tests):
+            if leaks is None or not self._leaks(leaks, conversation, tests, refuse=self.data.leaks == "refuse"):
                 yield conversation
 
-    def _leaks(self, leaks: Leaks, conversation: Conversation, tests: Sequence[Conversation]) -> bool:
-        """Counts and lists a row that gives a test row away; whether it is to be dropped for it."""
+    def _leaks(self, leaks: Leaks, conversation: Conversation, others: Sequence[Conversation], *, refuse: bool) -> bool:
+        """Counts and lists a row that gives one of the others away; whether it is to be dropped for it."""
         leak = leaks.find(conversation)
         if leak is None:
             return False
-        reason = "near_leak" if leak.kind == "near" else "leak"
-        self.leaked["near" if leak.kind == "near" else "exact"] += 1
-        origin, other = conversation.origin, tests[leak.row].origin
+        near = leak.kind == "near"
+        self.leaked["near" if near else "exact"] += 1
+        origin, other = conversation.origin, others[leak.row].origin
         entry = {"file": origin.file, "line": origin.line, "of": str(other), "kind": leak.kind}
         _write_line(self.leaks, entry | {"similarity": round(leak.similarity, 4)})
         if self.data.leaks == "keep":
             return False
-        same = "nearly the text" if leak.kind == "near" else f"the {leak.kind}"
-        self.train.drop(reason, origin, f"has {same} of {other}", refuse=self.data.leaks == "refuse")
+        detail = f"has {'nearly the text' if near else f'the {leak.kind}'} of {other}"
+        self.train.drop("near_leak" if near else "leak", origin, detail, refuse=refuse)
         return True
 
     # --- tokens
@@ -334,7 +334,7 @@ class _Journey(ExitStack):
             heldout = [c for c, is_held in zip(self.split.conversations(), held, strict=True) if is_held]
             leaks = Leaks(heldout)
             for i, conversation in enumerate(self.split.conversations()):
-                near[i] = not held[i] and self._leaks(leaks, conversation, heldout)
+                near[i] = not held[i] and self._leaks(leaks, conversation, heldout, refuse=False)
         return held, near
 
     def _divide(self, held: NDArray[np.bool_], near: NDArray[np.bool_]) -> tuple[TokenStore, TokenStore]:
