@@ -177,10 +177,11 @@ def test_the_prompt_is_a_prefix_whatever_the_answer_begins_with(
 
 
 def test_a_token_over_the_border_is_split_there_and_counted() -> None:
-    chosen = encoder("chatml", "tokenizer")
-    row = chats.chat(Message("user", "q"), Message("assistant", "    return a"))
-    chosen.examples([row, row])
+    chosen, row = encoder("chatml", "tokenizer"), chats.chat(Message("user", "q"), Message("assistant", "    return a"))
+    prompt, (example, _) = chosen.prompts([row])[0], chosen.examples([row, row])
     assert chosen.apart == 2
+    assert example.ids[: len(prompt)] == prompt
+    assert chosen.tokenizer.decode(example.ids[len(prompt) :]) == "    return a\n"
 
 
 # --- what is supervised ---------------------------------------------------------------------------------------------

@@ -7,18 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 import chats
 from luthier.data.conversation import Message
 from luthier.data.templates import load_template
 from luthier.data.tokens import Encoder, Tokenizer
-from luthier.data.words import Words, keeps_words_apart
+from luthier.data.words import Words, keeps_words_apart, words_of
 from luthier.errors import DataError, ModelError
 
 KINDS = ["chatml", "llama3", "mistral", "gemma", "phi3", "llama2"]
-TEXT = st.text(st.sampled_from("ab Zé7.,'<|>[]\n\n\t  \u00a0\u2028世🙂_"), max_size=40) | st.text(max_size=20)
+TEXT = st.text(st.sampled_from("ab Zé7.,\r'<|>[]\n\n\t  \u00a0\u2028世🙂_"), max_size=40) | st.text(max_size=20)
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -51,6 +52,30 @@ def test_remembered_words_give_the_ids_of_the_whole_text(name: str, texts: list[
     tokenizer = chats.tokenizer(name)
     assert keeps_words_apart(tokenizer._data)
     assert tokenizer.ids(texts) == [ids for ids, _ in tokenizer.encode(texts)]
+
+
+FALCON = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "falcon"])
+@given(text=TEXT)
+@example("a.\rb")
+@example(".\n\n 's 12  345\n.\n\r\na \n b\n'll\u00a0 x")
+@quick
+def test_words_are_cut_where_every_pre_tokenizer_cuts(name: str, text: str) -> None:
+    cut = FALCON if name == "falcon" else chats.tokenizer(name)._plain.pre_tokenizer
+    assert [p for w in words_of(text) for p, _ in cut.pre_tokenize_str(w)] == [p for p, _ in cut.pre_tokenize_str(text)]
+
+
+def test_words_of_falcon_s_kind_are_remembered() -> None:
+    assert keeps_words_apart({"pre_tokenizer": json.loads(FALCON.__getstate__())})
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma", "llama2"])

@@ -35,7 +35,7 @@ class Words:
         self._size = 0
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = [_words(text) for text in texts]
+        rows = [words_of(text) for text in texts]
         if self._size > MEMORY:
             self._known, self._size = {}, 0
         if new := list(set(chain.from_iterable(rows)) - self._known.keys()):
@@ -44,7 +44,8 @@ class Words:
         return [list(chain.from_iterable(map(self._known.__getitem__, row))) for row in rows]
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """`text` in pieces that may be encoded apart."""
     return (_WORD if _NOT_PLAIN.search(text) else _PLAIN_WORD).findall(text) or [text]
 
 
