@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -30,6 +30,7 @@ WORK = 1_000_000
 SIZE = 16_000_000
 """Characters of one rendering, and of any text it makes on the way."""
 _OTHER = "choose another data.template"
+_LOOP = ("first", "last", "index", "index0", "length", "previtem", "nextitem")
 _GROWS = ("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "format", "wordwrap")
 
 
@@ -90,6 +91,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif not isinstance(left, int) or not isinstance(right, int):
             _check_growth(left, right)
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is LoopContext and attribute in _LOOP:  # what templates ask most often
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def spend(self, work: int) -> None:
         self.work += work

@@ -366,6 +366,7 @@ class Guard:
         edges = sorted({c for name in names for c in (name[0], name[-1]) if not (c.isalnum() or c.isspace())})
         self._bare = sorted(name for name in names if name[0] not in edges and name[-1] not in edges)
         stand_ins = {c: chr(0xDC00 + k) for k, c in enumerate([*edges, *sorted({name[0] for name in self._bare})])}
+        self._common = [c for c in edges if c.isascii()]
         self._edges = {ord(c): stand_ins[c] for c in edges}
         self._back = {ord(s): c for c, s in stand_ins.items()}
         self._bare_guarded = {name: stand_ins[name[0]] + name[1:] for name in self._bare}
@@ -390,6 +391,8 @@ class Guard:
     def _text(self, text: str, answer: bool) -> str:
         for name, guarded in self._bare_guarded.items():
             text = text.replace(name, guarded)
+        if text.isascii() and not any(map(text.__contains__, self._common)):  # nearly always
+            return text
         if not self._suspect.search(text):
             return text
         if not self._bare and _SURROGATE.search(text):

@@ -243,6 +243,8 @@ class Encoder:
 
     def _continue(self, before: list[int], whole: list[int], text: str) -> list[int]:
         """The ids that follow `before`: the rest of `whole`, or, if a token straddles the border, those of `text`."""
+        if not before:
+            return whole
         if whole[: len(before)] == before:
             return whole[len(before) :]
         self.apart += 1

@@ -16,7 +16,7 @@ MEMORY = 1_000_000
 _WORD = re.compile(r"\s*\S+(?:(?! \S|\n\S)\s+\S+)*(?:\n(?=\S)|\s+$)?")
 # The same, faster, for text whose only white space is single spaces and single newlines.
 _PLAIN_WORD = re.compile(r"\s?\S+\n?")
-_NOT_PLAIN = re.compile(r"\s\s|[^\S \n]|[^\S\n]\Z")
+_NOT_PLAIN = re.compile(r"\s(?:\s|(?<=[^ \n])|(?<=[^\n])\Z)")
 
 # Split patterns under which a token begins before each single space between two words, whatever the words, and ends
 # after each single newline between two words.
