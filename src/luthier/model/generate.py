@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits of large vocabularies fill memory
 
+MERGE_UP_TO = 2 << 30  # bytes of weights that may be copied to be merged; larger models run as they are
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,7 +71,8 @@ def generate(
         return []
     budget = max_tokens_in_flight or _budget(model)
     answers: dict[int, Generation] = {}
-    engine = decoder(model, merge=True)
+    size = sum(p.numel() * p.itemsize for p in model.module.parameters())
+    engine = decoder(model, merge=size <= MERGE_UP_TO)
     for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget):
         for row, answer in _answer(engine, [prompts[i] for i in rows], sampling, stop_ids):
             answers[rows[row]] = answer
