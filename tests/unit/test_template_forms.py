@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import chats
 from luthier.data.conversation import Message, Segment
 from luthier.data.templates import FORMS, Template, load_template
-from luthier.data.tokens import Encoder
+from luthier.data.tokens import Encoder, Tokenizer
 from luthier.errors import RecipeError, TemplateError
 
 QUESTION, ANSWER = Message("user", "Sum up.\n\nA: hi\n\nB: ho"), Message("assistant", "They greet.")
@@ -161,6 +162,13 @@ def test_what_a_tokenizer_s_template_would_leave_out_is_refused() -> None:
         template.render(chats.chat(chats.ONE[0], Message("assistant", "a", reasoning="b")), "answers")
 
 
+def test_a_message_that_a_template_is_silent_about_is_refused() -> None:
+    silent = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}\n{% endif %}{% endfor %}"
+    for role in ("system", "tool"):
+        with pytest.raises(TemplateError, match=f"would leave out the {role} message"):
+            jinja(silent).prompt([Message(role, "Be brief."), chats.ONE[0]])
+
+
 def test_what_does_not_fit_is_said_when_the_template_is_loaded() -> None:
     with pytest.raises(RecipeError, match="did you mean 'alpaca'"):
         load_template("alpacca", chats.tokenizer("base"))
@@ -178,6 +186,32 @@ def test_the_template_s_own_refusal_names_the_row() -> None:
     tokenizer = chats.tokenizer("gemma")
     with pytest.raises(TemplateError, match=r"chat\.jsonl:1: the chat template refuses: System role not supported"):
         Encoder(tokenizer, load_template("auto", tokenizer)).examples([chats.chat(chats.SYSTEM, *chats.ONE)])
+
+
+def test_a_row_whose_prompt_fails_is_named_too() -> None:
+    tokenizer = chats.tokenizer("gemma")
+    rows = [chats.chat(*chats.ONE), chats.chat(chats.SYSTEM, *chats.ONE)]
+    with pytest.raises(TemplateError, match=r"chat\.jsonl:1: the chat template refuses"):
+        Encoder(tokenizer, load_template("auto", tokenizer)).prompts(rows)
+
+
+def test_an_end_of_turn_that_is_not_special_is_still_no_part_of_an_answer() -> None:
+    """Some tokenizers forget to call their turn markers special."""
+    source = "{% for m in messages %}<tool_call>{{ m.content }}</tool_call>{% endfor %}"
+    template = jinja(source + "{% if add_generation_prompt %}<tool_call>{% endif %}", "qwen3")
+    assert template.stops[0] == "</tool_call>"
+    row = chats.chat(Message("user", "a"), Message("assistant", "b</tool_call><tool_call>c"))
+    assert written(template.render(row, "last")).endswith("«b</tool_call><tool_call>c{</tool_call>}»")
+
+
+def test_a_control_token_without_brackets_stays_text_too() -> None:
+    data = json.loads((chats.folder("base") / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    data["added_tokens"].append({"id": max(data["model"]["vocab"].values()) + 1, "content": "sop", **flags})
+    tokenizer = Tokenizer(data, config={"eos_token": "<|im_end|>"})
+    source = "sop{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    template = Template.from_spec({"version": 1, "name": "t", "source": source, "date": "2026-02-03"}, tokenizer)
+    assert written(template.prompt([Message("user", "a soprano <b>")])) == "{sop}a soprano <b>{<|im_end|>}"
 
 
 def test_an_empty_conversation_is_refused() -> None:

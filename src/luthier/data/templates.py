@@ -361,19 +361,19 @@ class Guard:
     likes: a control token in the result can only have come from the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str, structure: Iterable[str] = ()) -> None:
+        """`structure`: the control tokens that make turns in the template `source`."""
         names = set(tokenizer.control)
         edges = sorted({c for name in names for c in (name[0], name[-1]) if not (c.isalnum() or c.isspace())})
-        self._bare = sorted(name for name in names if name[0] not in edges and name[-1] not in edges)
-        stand_ins = {c: chr(0xDC00 + k) for k, c in enumerate([*edges, *sorted({name[0] for name in self._bare})])}
-        self._common = [c for c in edges if c.isascii()]
+        bare = sorted(name for name in names if name[0] not in edges and name[-1] not in edges)
+        stand_ins = {c: chr(0xDC00 + k) for k, c in enumerate([*edges, *sorted({name[0] for name in bare})])}
+        self._characters = edges
         self._edges = {ord(c): stand_ins[c] for c in edges}
         self._back = {ord(s): c for c, s in stand_ins.items()}
-        self._bare_guarded = {name: stand_ins[name[0]] + name[1:] for name in self._bare}
-        self._suspect = re.compile("[" + re.escape("".join(edges)) + "\ud800-\udfff]")
-        # An answer's markup (`<think>`) is for the template to work on, if it is no special token.
+        self._bare = {name: stand_ins[name[0]] + name[1:] for name in bare}
+        # An answer's markup (`<think>`) is for the template to work on.
         markup = {name for name in {*names, *_MARKUP.findall(source)} if _MARKUP.fullmatch(name)}
-        self._kept = _any_of(markup - tokenizer.special - set(tokenizer.ends))
+        self._kept = _any_of(markup - tokenizer.special - set(structure))
 
     def value(self, value: Any, answer: bool = False) -> Any:
         """`value` (JSON) with every text in it guarded; `answer` leaves markup that is no special token."""
@@ -389,14 +389,12 @@ class Guard:
         return text.translate(self._back)
 
     def _text(self, text: str, answer: bool) -> str:
-        for name, guarded in self._bare_guarded.items():
-            text = text.replace(name, guarded)
-        if text.isascii() and not any(map(text.__contains__, self._common)):  # nearly always
-            return text
-        if not self._suspect.search(text):
-            return text
-        if not self._bare and _SURROGATE.search(text):
+        if not text.isascii() and _SURROGATE.search(text):
             raise DataError("text holds half of a character", fix="read the file as UTF-8")
+        for name, guarded in self._bare.items():
+            text = text.replace(name, guarded)
+        if not any(map(text.__contains__, self._characters)):
+            return text
         if not answer:
             return text.translate(self._edges)
         parts = self._kept.split(text)
@@ -418,9 +416,13 @@ class ChatTemplate(Template):
         self._program = Sandbox(datetime(day.year, day.month, day.day)).program(source)
         self._control = _any_of(tokenizer.control)
         self._eos = ""  # put after each answer if the template puts nothing there
+        self._left_out: frozenset[str] = frozenset()  # roles that the template is silent about
         super().__init__(tokenizer, self._find_stops())
         self.reply = self._find_reply()
         self._around = self._find_around()
+        turn = self._control.findall(self._run(*self._variables(_PROBE[:-1], ()), True))
+        self._guard = Guard(tokenizer, source, {*self.stops, *turn})
+        self._left_out = frozenset(role for role in ("system", "tool") if self._leaves_out(role))
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "source": self.source, "date": self.day.isoformat()}
@@ -428,7 +430,7 @@ class ChatTemplate(Template):
     def _find_stops(self) -> tuple[str | None, ...]:
         """The control token after an answer, and those the model itself stops at."""
         text = self._run(*self._variables(_PROBE, ()), False)
-        after = self._control.search(text, max(text.find(_PROBE[-1].content), 0))
+        after = self._control.search(text, max(text.rfind(_PROBE[-1].content), 0))
         if after is None:
             self._eos = self.tokenizer.eos or ""
         return after[0] if after else None, *self.tokenizer.ends
@@ -449,6 +451,15 @@ class ChatTemplate(Template):
         start = self._start(text, messages[:-1], [])
         before, found, after = text[start or 0 :].partition(messages[-1]["content"])
         return (before, after) if found and start is not None else None
+
+    def _leaves_out(self, role: str) -> bool:
+        """Whether the template passes over messages of a role without an error."""
+        odd = Message(role, "MESSAGE")
+        messages = (odd, *_PROBE[:-1]) if role == "system" else (*_PROBE, odd)
+        try:
+            return odd.content not in self._run(*self._variables(messages, ()), True)
+        except TemplateError:
+            return False
 
     def _chat(self, conversation: Conversation, supervise: str) -> Rendering:
         messages, tools = self._variables(conversation.messages, conversation.tools)
@@ -520,6 +531,8 @@ class ChatTemplate(Template):
         return [self._message(m) for m in messages], [self._guard.value(tool) for tool in tools]
 
     def _message(self, message: Message) -> dict[str, Any]:
+        if message.role in self._left_out:
+            raise TemplateError(f"the chat template would leave out the {message.role} message", fix=_OTHER)
         answer, guard = message.role == "assistant", self._guard.value
         variables = {"role": guard(message.role), "content": guard(message.content, answer)}
         if answer and self._eos:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -25,6 +25,7 @@ from luthier.errors import DataError, ModelError, TemplateError
 if TYPE_CHECKING:
     from luthier.data.templates import Rendering, Template
 
+T = TypeVar("T")
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -175,32 +176,26 @@ class Encoder:
 
         Raises TemplateError or DataError with the row's file and line.
         """
-        rendered = [self._render(c) for c in conversations]
-        try:
-            encoded = self._encode([r.segments for r in rendered])
-        except DataError as error:
-            if len(conversations) > 1:  # one at a time, to name the row
-                return [example for c in conversations for example in self.examples([c])]
-            raise DataError(error.what, where=str(conversations[0].origin), fix=error.fix) from error
-        return [
-            _example(r, ids, ends, c.origin) for r, (ids, ends), c in zip(rendered, encoded, conversations, strict=True)
-        ]
+        return _all_or_each(self._examples, conversations)
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """What inference is given to write each conversation's last answer."""
-        rows = [self._with_system(c) for c in conversations]
-        encoded = self._encode([self.template.prompt(row.prompt, row.tools) for row in rows])
-        return [ids for ids, _ in encoded]
+        """What inference is given to write each conversation's last answer. Raises as `examples` does."""
+        return _all_or_each(self._prompts, conversations)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a generated answer, without special tokens and without the template's own end marks."""
         return self.template.finish(self.tokenizer.decode(ids))
 
-    def _render(self, conversation: Conversation) -> Rendering:
-        try:
-            return self.template.rendering(self._with_system(conversation), self.supervise)
-        except TemplateError as error:
-            raise TemplateError(error.what, where=str(conversation.origin), fix=error.fix) from error
+    def _examples(self, conversations: Sequence[Conversation]) -> list[Example]:
+        rendered = [self.template.rendering(self._with_system(c), self.supervise) for c in conversations]
+        encoded = self._encode([r.segments for r in rendered])
+        return [
+            _example(r, ids, ends, c.origin) for r, (ids, ends), c in zip(rendered, encoded, conversations, strict=True)
+        ]
+
+    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        rows = [self._with_system(c) for c in conversations]
+        return [ids for ids, _ in self._encode([self.template.prompt(row.prompt, row.tools) for row in rows])]
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         messages = conversation.messages
@@ -253,6 +248,16 @@ class Encoder:
 
 _Key = tuple[str, bool]  # a text, and whether it is encoded like the start of a text
 _Ids = tuple[list[int], list[int]]  # the ids of a row, and where in them each segment ends
+
+
+def _all_or_each(work: Callable[[Sequence[Conversation]], list[T]], rows: Sequence[Conversation]) -> list[T]:
+    """`work` on all rows at once; if one is at fault, on each, so that the error names its file and line."""
+    try:
+        return work(rows)
+    except (TemplateError, DataError) as error:
+        if len(rows) > 1:
+            return [one for row in rows for one in _all_or_each(work, [row])]
+        raise type(error)(error.what, where=str(rows[0].origin), fix=error.fix) from error
 
 
 def _example(rendering: Rendering, ids: list[int], ends: list[int], origin: Origin) -> Example:
