@@ -420,8 +420,9 @@ class ChatTemplate(Template):
         super().__init__(tokenizer, self._find_stops())
         self.reply = self._find_reply()
         self._around = self._find_around()
-        turn = self._control.findall(self._run(*self._variables(_PROBE[:-1], ()), True))
-        self._guard = Guard(tokenizer, source, {*self.stops, *turn})
+        messages, tools = self._variables(_PROBE[:-1], ())
+        asked = self._run(messages, tools, True)
+        self._guard = Guard(tokenizer, source, {*self.stops, *self._control.findall(asked)})
         self._left_out = frozenset(role for role in ("system", "tool") if self._leaves_out(role))
 
     def spec(self) -> dict[str, Any]:
