@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
 
 MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits of large vocabularies fill memory
-
 MERGE_UP_TO = 2 << 30  # bytes of weights that may be copied to be merged; larger models run as they are
 
 
