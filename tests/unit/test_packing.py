@@ -42,6 +42,11 @@ def test_ranks_differ_by_no_more_than_the_longest_row(lengths, ranks):
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
+def test_long_rows_are_placed_first_so_that_short_ones_fill_the_gaps():
+    assert len(micro_batches([3, 3, 3, 7, 7, 7], 10)) == 3
+    assert share([1, 1, 1, 1, 4], 2) == [[4], [0, 1, 2, 3]]
+
+
 def test_packs_and_shares_are_the_same_every_time():
     lengths = random.Random(0).choices(range(1, 99), k=500)
     assert micro_batches(lengths, 128) == micro_batches(tuple(lengths), 128)

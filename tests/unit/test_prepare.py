@@ -261,6 +261,13 @@ def test_a_row_that_cannot_be_cut_enough_is_dropped(made):
     assert prepared.report["rows"]["dropped"] == {"too_long": 1}
 
 
+def test_text_that_is_rendered_already_is_never_cut(made):
+    text = f"<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n{'b' * 99}<|im_end|>"
+    rows = [{"text": text}, {"text": text.replace("b" * 99, "b")}]
+    prepared = made(rows, format="rendered", length=80, too_long="cut")
+    assert prepared.report["rows"]["dropped"] == {"too_long": 1}
+
+
 @pytest.mark.parametrize("size", [9, 63, 64, 65, 127, 128, 400])
 def test_a_long_document_is_cut_into_windows_in_which_every_token_is_learned_once(made, size):
     text = "".join(random.Random(size).choices("abcdef ", k=size)).strip() + "."

@@ -307,6 +307,8 @@ class _Journey(ExitStack):
     def _cut(self, conversation: Conversation, example: Example) -> Example | None:
         """The row with its last question cut at the end, then its answer; both keep at least a token, and the answer
         its end of turn. None where that is not enough."""
+        if conversation.messages[0].role == "rendered":  # a cut could fall inside a control token
+            return None
         shorter = example
         for part in range(len(conversation.prompt) - 1, len(conversation.messages)):
             for _ in range(4):  # tokens may join up anew where the text was cut, so that one round can miss by a few
