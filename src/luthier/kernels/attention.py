@@ -8,9 +8,8 @@ T tokens, Q query rows, D head size), and a group is one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -18,17 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels.pointwise import EAGER, Pointwise
+
 BLOCK = 128  # query rows of a tile: fewer waste less work above the diagonal, more make better products
 KEEP = 512  # tiles with at most so many keys keep their probabilities for the backward pass, longer ones recompute them
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows that see the keys `keys`, but for what `mask` hides of the last keys."""
+    """Some query rows, and the keys that one of them may see."""
 
     rows: slice
     keys: slice
-    mask: Tensor  # [rows, m]: True where a row does not see one of the last m keys
+    seen: Tensor  # int64 [Q]: how many of the keys, from the first, each row sees
 
 
 def causal_tiles(bounds: Sequence[int]) -> list[Tile]:
@@ -37,7 +38,8 @@ def causal_tiles(bounds: Sequence[int]) -> list[Tile]:
     for start, end in pairwise(bounds):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
-            tiles.append(Tile(slice(first, last), slice(start, last), _triangle(last - first)))
+            seen = torch.arange(first - start + 1, last - start + 1)
+            tiles.append(Tile(slice(first, last), slice(start, last), seen))
     return tiles
 
 
@@ -47,50 +49,20 @@ def chosen_tiles(bounds: Sequence[int], chosen: Tensor) -> list[Tile]:
     edges = torch.searchsorted(chosen, torch.tensor(bounds)).tolist()
     for start, (first, last) in zip(bounds, pairwise(edges), strict=False):
         for low in range(first, last, BLOCK):
-            places = chosen[low : min(low + BLOCK, last)]
-            end = int(places[-1]) + 1
-            mask = torch.arange(start, end) > places[:, None]
-            tiles.append(Tile(slice(low, low + len(places)), slice(start, end), mask))
+            seen = chosen[low : min(low + BLOCK, last)] - start + 1
+            tiles.append(Tile(slice(low, low + len(seen)), slice(start, start + int(seen[-1])), seen))
     return tiles
 
 
-@lru_cache(maxsize=2 * BLOCK)
-def _triangle(size: int) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool).triu(1)
-
-
-def softmax(scores_GQRK: Tensor, mask_QM: Tensor) -> Tensor:
-    """Probabilities of a tile. `scores` is overwritten."""
-    hidden = scores_GQRK[..., scores_GQRK.shape[-1] - mask_QM.shape[1] :]
-    hidden.masked_fill_(mask_QM[None, :, None, :], float("-inf"))
-    return torch.softmax(scores_GQRK, -1)
-
-
-def softmax_backward(dp_GQK: Tensor, p_GQK: Tensor, delta_GQ: Tensor) -> Tensor:
-    """d scores = P · (dP - rowsum(dP · P)); `delta` is that sum, known as rowsum(dO · O). `dp` is overwritten."""
-    return dp_GQK.sub_(delta_GQ[..., None]).mul_(p_GQK)
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The pointwise parts of a tile, eager or compiled."""
-
-    forward: Callable[[Tensor, Tensor], Tensor] = softmax
-    backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
-
-
-EAGER = Softmax()
-
-
 def attention_forward(
-    q_GTRD: Tensor, k_GTD: Tensor, v_GTD: Tensor, tiles: Sequence[Tile], softmax: Softmax = EAGER
+    q_GTRD: Tensor, k_GTD: Tensor, v_GTD: Tensor, tiles: Sequence[Tile], parts: Pointwise = EAGER
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Attention with queries scaled already. Returns [Q, G·R·D] and the kept probabilities of each tile, or None."""
     groups, queries, repeats, size = q_GTRD.shape
     o_TGRD = q_GTRD.new_empty(queries, groups, repeats, size)
     kept: list[Tensor | None] = []
     for tile in tiles:
-        p_GQK = _probabilities(q_GTRD, k_GTD, tile, softmax)
+        p_GQK = _probabilities(q_GTRD, k_GTD, tile, parts)
         o_GQD = torch.bmm(p_GQK, v_GTD[:, tile.keys])
         o_TGRD[tile.rows] = o_GQD.view(groups, -1, repeats, size).transpose(0, 1)
         kept.append(p_GQK if p_GQK.shape[-1] <= KEEP else None)
@@ -105,20 +77,21 @@ def attention_backward(
     v_GTD: Tensor,
     kept: Sequence[Tensor | None],
     tiles: Sequence[Tile],
-    softmax: Softmax = EAGER,
+    parts: Pointwise = EAGER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the scaled queries [G, Q, R, D], the keys and the values [G, T, D]."""
     groups, queries, repeats, size = q_GTRD.shape
-    delta_GTR = (do_TH * o_TH).view(queries, groups, repeats, size).sum(-1).transpose(0, 1).contiguous()
+    delta_TGR = (do_TH * o_TH).view(queries, groups, repeats, size).sum(-1, dtype=torch.float32)
+    delta_GTR = delta_TGR.transpose(0, 1).contiguous()
     do_GTRD = do_TH.view(queries, groups, repeats, size).transpose(0, 1).contiguous()
     dq_GTRD = torch.empty_like(q_GTRD)
     dk_GTD, dv_GTD = (k_GTD.new_zeros(k_GTD.shape) for _ in range(2))
     for tile, saved in zip(tiles, kept, strict=True):
-        p_GQK = saved if saved is not None else _probabilities(q_GTRD, k_GTD, tile, softmax)
+        p_GQK = saved if saved is not None else _probabilities(q_GTRD, k_GTD, tile, parts)
         do_GQD, q_GQD, k_GKD = _rows(do_GTRD, tile), _rows(q_GTRD, tile), k_GTD[:, tile.keys]
         dv_GTD[:, tile.keys].baddbmm_(p_GQK.transpose(1, 2), do_GQD)
         dp_GQK = torch.bmm(do_GQD, v_GTD[:, tile.keys].transpose(1, 2))
-        ds_GQK = softmax.backward(dp_GQK, p_GQK, delta_GTR[:, tile.rows].reshape(groups, -1))
+        ds_GQK = parts.softmax_backward(dp_GQK, p_GQK, delta_GTR[:, tile.rows].flatten(1).contiguous())
         dq_GTRD[:, tile.rows] = torch.bmm(ds_GQK, k_GKD).view(groups, -1, repeats, size)
         dk_GTD[:, tile.keys].baddbmm_(ds_GQK.transpose(1, 2), q_GQD)
     return dq_GTRD, dk_GTD, dv_GTD
@@ -129,11 +102,11 @@ def _rows(x_GTRD: Tensor, tile: Tile) -> Tensor:
     return x_GTRD[:, tile.rows].flatten(1, 2)
 
 
-def _probabilities(q_GTRD: Tensor, k_GTD: Tensor, tile: Tile, softmax: Softmax) -> Tensor:
+def _probabilities(q_GTRD: Tensor, k_GTD: Tensor, tile: Tile, parts: Pointwise) -> Tensor:
     q_GQD = _rows(q_GTRD, tile)
     scores = torch.bmm(q_GQD, k_GTD[:, tile.keys].transpose(1, 2))
     groups, _, repeats, _ = q_GTRD.shape
-    return softmax.forward(scores.view(groups, -1, repeats, scores.shape[-1]), tile.mask).flatten(1, 2)
+    return parts.softmax(scores.view(groups, -1, repeats, scores.shape[-1]), tile.seen).flatten(1, 2)
 
 
 class _SegmentAttention(torch.autograd.Function):

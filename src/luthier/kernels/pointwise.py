@@ -1,21 +1,17 @@
 """The parts of a decoder block between its matrix products: norms, rotary embedding, gated activation.
 
-Each is written for few passes over memory, in place where its input is no longer needed, and is also what
-`torch.compile` fuses into one pass where a C++ compiler is present. Norms accumulate in fp32.
+These are the eager forms, written for few passes over memory, in place where an input is no longer needed. `native`
+has the same parts in C++, one pass each. Norms accumulate in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from luthier.kernels import attention
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -81,9 +77,28 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up, hidden
 
 
+def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:
+    """Softmax over keys, where query row q sees its first seen[q] keys (int64 [Q]). `scores` is overwritten."""
+    hidden = torch.arange(scores_GQRK.shape[-1], device=seen.device) >= seen[:, None]
+    scores_GQRK.masked_fill_(hidden[None, :, None], float("-inf"))
+    return torch.softmax(scores_GQRK, -1)
+
+
+def softmax_backward(dp_GQK: Tensor, p_GQK: Tensor, delta_GQ: Tensor) -> Tensor:
+    """d scores = P · (dP - delta), with delta = rowsum(dP · P), known as rowsum(dO · O). `dp` is overwritten."""
+    return dp_GQK.sub_(delta_GQ[..., None].to(dp_GQK.dtype)).mul_(p_GQK)
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(x - max) of each row of [S, V], that maximum and the sum, both fp32 [S, 1]. `logits` may be overwritten."""
+    largest = logits.amax(1, keepdim=True)
+    weights = logits.float().sub_(largest).exp_()
+    return weights.to(logits.dtype), largest.float(), weights.sum(1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Pointwise:
-    """All of the above as one value, so that a block runs with eager or compiled parts."""
+    """All of the above as one value: a block takes either these or their counterparts in `native`."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] = add_rms_norm
@@ -92,22 +107,9 @@ class Pointwise:
     unrotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = unrotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
     swiglu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = swiglu_backward
-    softmax: attention.Softmax = attention.EAGER
+    softmax: Callable[[Tensor, Tensor], Tensor] = softmax
+    softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
+    exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials
 
 
 EAGER = Pointwise()
-
-
-@lru_cache(maxsize=1)
-def compiled() -> Pointwise:
-    """The same parts through torch.compile, with sizes left open so that no new length compiles again.
-
-    The first call of each part compiles it (seconds, or minutes on a busy machine).
-    """
-    parts: dict[str, Any] = {f.name: _compile(getattr(EAGER, f.name)) for f in fields(Pointwise) if f.name != "softmax"}
-    softmax = attention.Softmax(_compile(attention.softmax), _compile(attention.softmax_backward))
-    return Pointwise(**parts, softmax=softmax)
-
-
-def _compile(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)

@@ -69,7 +69,7 @@ class Decoder:
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _pack(self, x: Tensor, micro: Micro, noise: Noise | None) -> Pack:
-        cos, sin = (table[0].chunk(2, -1)[0] for table in self.rotary(x, micro.positions[None]))
+        cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
         return Pack(cos, sin, causal_tiles(micro.bounds), noise)
 
 
@@ -124,7 +124,7 @@ class Block:
         y, qkv_inner = self.qkv.forward(n, pack.noise)
         q, k, v = self._heads(y, pack)
         del n, y
-        o, kept = attention_forward(q, k, v, pack.tiles, point.softmax)
+        o, kept = attention_forward(q, k, v, pack.tiles, point)
         z, out_inner = self.out.forward(o, self._noise(pack))
         residual = x if pack.rows is None else x[pack.rows]
         middle, n, mlp_scale = point.add_rms_norm(residual, z, self.mlp_norm, self.eps)
@@ -171,7 +171,7 @@ class Block:
     def _attention_backward(self, do: Tensor, kept: Kept, pack: Pack) -> Tensor:
         """The gradient of q|k|v [T, N]."""
         dq, dk, dv = attention_backward(
-            do, kept.attended, kept.q, kept.k, kept.v, kept.probabilities, pack.tiles, self.pointwise.softmax
+            do, kept.attended, kept.q, kept.k, kept.v, kept.probabilities, pack.tiles, self.pointwise
         )
         tokens = kept.k.shape[1]
         dy = do.new_empty(tokens, self.qkv.weight.shape[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from luthier import recipe
 from luthier.adapters.lora import Lora, Noise, attach
 from luthier.errors import ModelError
-from luthier.kernels import pointwise
+from luthier.kernels import native, pointwise
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.model import attention, families
 from luthier.model.block import Decoder
@@ -37,7 +37,8 @@ class CausalModel:
         self.module, self.lora = module, lora
         self.head: Tensor = module.get_output_embeddings().weight.detach()
         self.device, self.dtype, self.recompute = self.head.device, self.head.dtype, recompute
-        self.decoder = _decoder(module, kernels, recompute=recompute)
+        self.parts = native.parts() if kernels == "compiled" else pointwise.EAGER
+        self.decoder = None if kernels == "reference" else _decoder(module, self.parts, recompute=recompute)
         if recompute and self.decoder is None:
             module.activation_checkpointing_enable()
 
@@ -54,7 +55,7 @@ class CausalModel:
 
     def loss(self, micro: Micro) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`."""
-        return linear_cross_entropy(self.hidden(micro), self.head, micro.targets)
+        return linear_cross_entropy(self.hidden(micro), self.head, micro.targets, self.parts)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -92,15 +93,11 @@ def trim(micro: Micro) -> Micro:
     )
 
 
-def _decoder(module: Any, kernels: Kernels, *, recompute: bool) -> Decoder | None:
-    """Our own blocks, or None for the reference path."""
-    if kernels == "reference":
-        return None
+def _decoder(module: Any, parts: pointwise.Pointwise, *, recompute: bool) -> Decoder:
     family = families.find(module.config)
     if family is None:
         fix = "set run.kernels to auto or reference"
         raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
-    parts = pointwise.compiled() if kernels == "compiled" else pointwise.EAGER
     return Decoder(module, family, parts, recompute=recompute)
 
 

@@ -1,0 +1,177 @@
+"""The pointwise parts in C++, built for this processor on first use (about three seconds) and kept in the user's cache.
+
+Nothing here is needed: without a compiler, or if the build fails, the eager parts do the same. The sources use no torch
+header; tensors are passed as pointers, so every wrapper says what layout it needs and asserts it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.kernels.pointwise import Pointwise
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would be used: $CXX, else g++ or clang++; None if there is none."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def available() -> str | None:
+    """Why the native parts cannot be used, or None if they can. Builds them."""
+    try:
+        _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the C++ parts could not be built ({error})"
+    return None
+
+
+def parts() -> Pointwise:
+    """The native parts. Raises OSError or CalledProcessError if they cannot be built."""
+    _library()
+    return Pointwise(
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rms_norm_backward=rms_norm_backward,
+        rotate=rotate,
+        unrotate=unrotate,
+        swiglu=swiglu,
+        swiglu_backward=swiglu_backward,
+        softmax=softmax,
+        softmax_backward=softmax_backward,
+        exponentials=exponentials,
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
+    _call("rms_norm", x, None, weight, None, y, scale, *x.shape, ctypes.c_float(eps))
+    return y, scale
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
+    _call("rms_norm", x, update, weight, update, y, scale, *x.shape, ctypes.c_float(eps))
+    return update, y, scale
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    dx, y = torch.empty_like(x), torch.empty_like(x)
+    _call("rms_norm_backward", dy, x, scale, weight, residual, dx, y, *x.shape)
+    return dx, y
+
+
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tokens, groups, repeats, size = x_TGRD.shape
+    out = x_TGRD.new_empty(groups, tokens, repeats, size)
+    _turn(x_TGRD, cos, sin, out.transpose(0, 1), 1.0)
+    return out
+
+
+def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor) -> None:
+    _turn(dy_GTRD.transpose(0, 1), cos, sin, out_TGRD, -1.0)
+
+
+def _turn(x_TGRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor, sign: float) -> None:
+    assert x_TGRD.stride(-1) == out_TGRD.stride(-1) == 1
+    tokens, groups, repeats, size = x_TGRD.shape
+    strides = [(ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (x_TGRD, out_TGRD)]
+    pointers = [t.data_ptr() for t in (x_TGRD, out_TGRD)]  # these two alone may be views
+    shape = (tokens, groups, repeats, size // 2, ctypes.c_float(sign))
+    _call("rotate", pointers[0], strides[0], cos, sin, pointers[1], strides[1], *shape)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    rows, width = gate_up.shape
+    h = gate_up.new_empty(rows, width // 2)
+    _call("swiglu", gate_up, h, *h.shape)
+    return h
+
+
+def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.empty_like(dh)
+    _call("swiglu_backward", dh, gate_up, h, *h.shape)
+    return gate_up, h
+
+
+def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:
+    _call("softmax", scores_GQRK, seen, *scores_GQRK.shape)
+    return scores_GQRK
+
+
+def softmax_backward(dp_GQK: Tensor, p_GQK: Tensor, delta_GQ: Tensor) -> Tensor:
+    groups, queries, keys = dp_GQK.shape
+    _call("softmax_backward", dp_GQK, p_GQK, delta_GQ, groups * queries, keys)
+    return dp_GQK
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    largest, mass = (logits.new_empty(len(logits), 1, dtype=torch.float32) for _ in range(2))
+    _call("exponentials", logits, largest, mass, *logits.shape)
+    return logits, largest, mass
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Calls a function of native.cpp for the dtype of the first 16- or 32-bit float tensor among the arguments."""
+    dtype = next(a.dtype for a in arguments if isinstance(a, Tensor))
+    function = getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")
+    function(*(_pass(a) for a in arguments), torch.get_num_threads())
+
+
+def _pass(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous(), argument.stride()
+        assert argument.device.type == "cpu", argument.device
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    found = compiler()
+    if found is None:
+        raise OSError("no C++ compiler is installed")
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, found, _processor())).encode()).hexdigest()[:16]
+    path = _cache() / f"native-{key}.so"
+    if not path.exists():
+        _build(found, path)
+    return ctypes.CDLL(str(path))
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Builds aside and renames: another process may be doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(aside)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    aside.replace(path)
+
+
+def _cache() -> Path:
+    if own := os.environ.get("LUTHIER_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
