@@ -191,6 +191,7 @@ def test_holes_are_filled_from_the_end() -> None:
     assert _without_holes([False, True]) == [1]
 
 
+@torch.no_grad()
 def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalModel) -> None:
     attention = model.module.base_model.layers[0].self_attn
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
