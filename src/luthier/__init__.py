@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Public names, imported when first used (PEP 562), so that `import luthier` stays light.
-_PUBLIC = {
-    "Recipe": "luthier.recipe",
+_HOMES = {
     "LuthierError": "luthier.errors",
+    "Recipe": "luthier.recipe",
     "Run": "luthier.runs",
+    "compare": "luthier.api",
+    "fit": "luthier.api",
+    "prepare": "luthier.api",
+    "start": "luthier.api",
 }
-__all__ = [*sorted(_PUBLIC), "__version__"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "fit", "prepare", "start"]
 
 if TYPE_CHECKING:
+    from luthier.api import compare, fit, prepare, start
     from luthier.errors import LuthierError
     from luthier.recipe import Recipe
     from luthier.runs import Run
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module 'luthier' has no attribute '{name}'")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -59,6 +59,12 @@ def embedded_folder(progress: Say | None = None) -> Path:
     return folder
 
 
+def cached_folder() -> Path | None:
+    """The model's folder if it was made already; fetches nothing."""
+    folder = cache_folder() / f"{NAME}-{CONVERSION}"
+    return folder if _complete(folder) else None
+
+
 def _complete(folder: Path) -> bool:
     """Whether every file of the manifest is there in its size. Content is proven once, before the folder appears."""
     try:
