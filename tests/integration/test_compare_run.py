@@ -84,6 +84,16 @@ def test_perplexity_is_exp_of_the_mean_loss_of_a_plain_forward_pass(run: Run) ->
     assert found.tuned == pytest.approx(exp(total / tokens), rel=1e-5)
 
 
+def test_our_block_and_the_transformers_module_say_the_same(run: Run) -> None:
+    reference = compare(run, name="reference")
+    run.update_manifest(decisions=run.manifest["decisions"] | {"kernels": "eager"})
+    eager = compare(run, name="eager")
+    assert [row["tuned"] for row in eager.rows] == [row["tuned"] for row in reference.rows]
+    assert [row["nll"]["base"] for row in eager.rows] == pytest.approx(
+        [row["nll"]["base"] for row in reference.rows], rel=1e-5
+    )
+
+
 def test_an_untrained_adapter_is_no_evidence(run: Run) -> None:
     weights = run.adapter / "adapter_model.safetensors"
     save_file({k: v * ("lora_A" in k) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.conversation import Conversation, Example
+from luthier.data.packing import micro_batches
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.subject import Side, Subject
 from luthier.evaluate.suite import answerable, answered, digest, longest_first
 from luthier.runs import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from luthier.data.stream import Micro
     from luthier.model.generate import Sampling
 
@@ -23,6 +27,8 @@ Advance = Callable[[int], None]
 
 CHUNK = 128
 """Prompts generated together before their answers are kept."""
+PACK = 1024
+"""Tokens of the rows whose likelihoods are taken in one pass: enough to keep a processor busy."""
 
 
 class Memo:
@@ -122,39 +128,49 @@ def likelihoods(
     Targets are the tokens that training would supervise, so exp(mean) is the perplexity of the held-out loss.
     """
     complete = {i: full for i, question in enumerate(questions) if (full := answered(question)) is not None}
-    examples = dict(zip(complete, subject.encoder.examples(list(complete.values())), strict=True))
+    encoded = zip(complete, subject.encoder.examples(list(complete.values())), strict=True)
+    examples = {i: example for i, example in encoded if any(example.supervised[1:])}
+    keys = {i: digest(["likelihood", subject.identity(side), e.ids, e.supervised]) for i, e in examples.items()}
+    missing = [i for i, key in keys.items() if key not in memo]
+    advance(len(questions) - len(missing))
+    for pack in micro_batches([len(examples[i].ids) for i in missing], PACK):
+        rows = [missing[place] for place in pack]
+        losses = _losses(subject, side, [examples[i] for i in rows])
+        targets = [sum(examples[i].supervised[1:]) for i in rows]
+        memo.add({keys[i]: {"nll": n, "targets": t} for i, n, t in zip(rows, losses, targets, strict=True)})
+        advance(len(rows))
     filled = list(given)
-    for i in sorted(examples, key=lambda i: -len(examples[i].ids)):
-        example = examples[i]
-        key = digest(["likelihood", subject.identity(side), example.ids, example.supervised])
-        if key not in memo:
-            memo.add({key: {"nll": _nll(subject, side, example), "targets": sum(example.supervised[1:])}})
+    for i, key in keys.items():
         filled[i] = replace(filled[i], nll=memo[key]["nll"], targets=memo[key]["targets"])
-        advance(1)
-    advance(len(questions) - len(examples))
     return filled
 
 
-def _nll(subject: Subject, side: Side, example: Example) -> float:
-    """Summed negative log-likelihood (nats) of the supervised tokens. One row at a time: its value cannot depend on
-    its neighbours, and on a CPU a row fills the machine."""
+def _losses(subject: Subject, side: Side, examples: Sequence[Example]) -> list[float]:
+    """Of each row the summed negative log-likelihood (nats) of its supervised tokens, the rows packed in one pass."""
+    import torch
+
+    from luthier.kernels.loss import linear_cross_entropy
+
+    micro, counts = _packed(examples, subject.model.device), [sum(e.supervised[1:]) for e in examples]
     with subject.side(side):
-        return float(subject.model.loss(_micro(example, subject.model.device)))
+        parts = zip(torch.split(subject.model.hidden(micro), counts), torch.split(micro.targets, counts), strict=True)
+        return [float(linear_cross_entropy(hidden, subject.model.head, targets)) for hidden, targets in parts]
 
 
-def _micro(example: Example, device: Any) -> Micro:
+def _packed(examples: Sequence[Example], device: torch.device) -> Micro:
     import torch
 
     from luthier.data.stream import Micro
 
-    ids = torch.tensor(example.ids, device=device)
-    rows = torch.tensor(example.supervised[1:], device=device).nonzero()[:, 0]
+    lengths = [len(example.ids) for example in examples]
+    ids = torch.tensor([i for example in examples for i in example.ids])
+    learned = torch.tensor([bit for example in examples for bit in (0, *example.supervised[1:])]).nonzero()[:, 0]
     return Micro(
-        ids=ids,
-        positions=torch.arange(len(ids), device=device),
-        bounds=(0, len(ids)),
-        rows=rows,
-        targets=ids[rows + 1],
-        samples=torch.zeros(1, dtype=torch.int64, device=device),
+        ids=ids.to(device),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        bounds=tuple(accumulate(lengths, initial=0)),
+        rows=(learned - 1).to(device),
+        targets=ids[learned].to(device),
+        samples=torch.arange(len(examples), device=device),
         step=0,
     )

@@ -52,7 +52,7 @@ class Subject:
             recipe.model,
             adapter,
             folder=folder,
-            kernels="reference",
+            kernels=_kernels(run),
             recompute=False,
             seed=0,
             device=torch.device(device),
@@ -81,6 +81,12 @@ class Subject:
     def identity(self, side: Side) -> dict[str, Any]:
         """The facts that decide that side's answers: the base does not depend on the adapter."""
         return {name: fact for name, fact in self.facts.items() if side == "tuned" or name != "adapter"}
+
+
+def _kernels(run: Run) -> Literal["reference", "eager"]:
+    """Our block where training ran on it; nothing is compiled for an evaluation."""
+    trained_on = run.manifest.get("decisions", {}).get("kernels", "reference")
+    return "reference" if trained_on == "reference" else "eager"
 
 
 def _device(place: str) -> str:
