@@ -15,7 +15,8 @@ _FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512_vnni", "avx512f", "avx2
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can use. Memory in bytes; `busy` counts the cores that other processes were using."""
+    """What a run can use. Memory in bytes; `busy` counts tasks of others that were running, on `all_cores` cores of
+    which this process may use `cores`."""
 
     cores: int
     busy: int
@@ -23,11 +24,12 @@ class Machine:
     available: int
     flags: tuple[str, ...]
     compiler: str | None
+    all_cores: int = 0
 
     @property
     def free_cores(self) -> int:
         """Cores that other work leaves, at least one."""
-        return max(1, self.cores - self.busy)
+        return max(1, min(self.cores, (self.all_cores or self.cores) - self.busy))
 
     @property
     def fast_bfloat16(self) -> bool:
@@ -41,7 +43,7 @@ class Machine:
 def machine() -> Machine:
     """Reads the facts: cores of this process's affinity and cgroup, memory the cgroup and the kernel leave, flags."""
     total, available = _memory()
-    return Machine(_cores(), _busy(), total, available, _flags(), _compiler())
+    return Machine(_cores(), _busy(), total, available, _flags(), _compiler(), os.cpu_count() or 0)
 
 
 def _cores() -> int:
