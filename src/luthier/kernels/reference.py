@@ -26,3 +26,45 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], sc
         o_HLD = F.scaled_dot_product_attention(q_HLD, k_HLD, v_HLD, is_causal=True, scale=scale, enable_gqa=True)
         pieces.append(o_HLD[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Twin of `kernels.pointwise.rms_norm` and, through autograd, of its backward."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Twin of `kernels.pointwise.rotate`: x · cos + rotate_half(x) · sin, to [G, T, R, D]."""
+    a, b = x_TGRD.chunk(2, -1)
+    c, s = (torch.cat([table, table], -1)[:, None, None] for table in (cos, sin))
+    return (x_TGRD * c + torch.cat([-b, a], -1) * s).transpose(0, 1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Twin of `kernels.pointwise.swiglu`."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:
+    """Twin of `kernels.pointwise.softmax`."""
+    unseen = torch.arange(scores_GQRK.shape[-1]) >= seen[:, None, None]
+    return scores_GQRK.masked_fill(unseen, float("-inf")).softmax(-1)
+
+
+def dropped(seed: int, step: int, sample: int, position: int, module: int, feature: int, p: float) -> bool:
+    """Twin of `kernels.dropout.dropout_mask`, for one value."""
+    key = 0
+    for part in (seed, step, module):
+        key = _splitmix64(key + part)
+    key = _splitmix64(_splitmix64(key + sample) + position)
+    draws = _splitmix64(key + (feature // 4) * 0x9E3779B97F4A7C15)
+    lane = draws >> (16 * (feature % 4)) & 0xFFFF
+    return (lane ^ 0x8000) < round(p * 65536)
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31

@@ -1,0 +1,262 @@
+"""The contract of a family's fast path: the logits and the adapter's gradients of the transformers module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier import recipe
+from luthier.adapters.lora import attach
+from luthier.data.stream import Micro
+from luthier.errors import ModelError
+from luthier.kernels import native
+from luthier.model import attention, families
+from luthier.model.causal import CausalModel, Kernels, trim
+
+VOCAB = 97
+ALL = recipe.Adapter(rank=4, alpha=8)
+
+
+def config(family: str, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 80,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    }
+    return AutoConfig.for_model(family, **(sizes | changes))
+
+
+def module(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny model whose norms and biases are not at their start values, where a fault in them would not show."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config(family, **changes), attn_implementation=attention.NAME)
+    for name, parameter in made.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        if "bias" in name:
+            parameter.data.normal_(0, 0.2)
+    return made.to(dtype).eval()
+
+
+def model(family: str, kernels: Kernels, adapter: recipe.Adapter = ALL, **options: Any) -> CausalModel:
+    recompute, dtype = options.pop("recompute", False), options.pop("dtype", torch.float32)
+    base = module(family, dtype, **options)
+    lora = attach(base, adapter, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.layers.values():
+        layer.B.data.normal_(0, 0.05, generator=generator)
+    return CausalModel(base, lora, kernels=kernels, recompute=recompute)
+
+
+def micro(lengths: tuple[int, ...] = (7, 2, 150, 12), supervised: tuple[int, ...] | None = None) -> Micro:
+    """Random rows, of which the tokens at `supervised` (places in the pack) are learned; by default half of them."""
+    tokens, bounds = sum(lengths), (0, *torch.tensor(lengths).cumsum(0).tolist())
+    ids = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(5))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    learned = torch.tensor(supervised) if supervised else ((positions > 0) & (ids % 2 == 0)).nonzero()[:, 0]
+    return Micro(ids, positions, bounds, learned - 1, ids[learned], torch.arange(len(lengths)) + 40, step=2)
+
+
+def gradients(model: CausalModel, batch: Micro) -> tuple[Tensor, Tensor]:
+    assert model.lora is not None
+    for parameter in model.lora.parameters():
+        parameter.grad = None
+    loss = model.loss(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.lora.parameters()]
+    return loss.detach(), torch.cat([g.flatten() for g in flat])
+
+
+def error(made: Tensor, wanted: Tensor) -> float:
+    return float((made.detach().float() - wanted.detach().float()).norm() / wanted.detach().float().norm())
+
+
+def alike(one: CausalModel, other: CausalModel, batch: Micro, tolerance: float = 1e-5) -> None:
+    (loss, gradient), (wanted_loss, wanted) = gradients(one, batch), gradients(other, batch)
+    assert abs(loss - wanted_loss) <= tolerance * wanted_loss
+    assert error(gradient, wanted) <= tolerance
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "compiled" and native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_the_reference_path_gives_the_logits_of_the_untouched_module() -> None:
+    batch, made = micro(), model("llama", "reference")
+    untouched = copy.deepcopy(made.module)
+    untouched.set_attn_implementation("eager")
+    rows = torch.cat([untouched(batch.ids[None, a:b]).logits[0] for a, b in pairwise(batch.bounds)])
+    assert error(made.hidden(batch) @ made.head.t(), rows[batch.rows]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_family_has_the_logits_and_gradients_of_the_module(family: str, kernels: Kernels) -> None:
+    fast, reference, batch = model(family, kernels), model(family, "reference"), micro()
+    assert error(fast.hidden(batch), reference.hidden(batch)) <= 1e-5
+    alike(fast, reference, batch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 6},
+        {"num_key_value_heads": 1},
+        {"head_dim": 16},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_hidden_layers": 1},
+        {"tie_word_embeddings": False},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+def test_shapes_biases_and_scaled_rotations_agree(changes: dict[str, Any], kernels: Kernels) -> None:
+    alike(model("llama", kernels, **changes), model("llama", "reference", **changes), micro())
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["v_proj", "down_proj"],
+        ["o_proj"],
+        ["gate_proj"],
+        ["model.layers.1.self_attn.q_proj"],
+        ["model.layers.2.mlp.up_proj"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_any_targets_agree(targets: list[str], recompute: bool, kernels: Kernels) -> None:
+    adapter = recipe.Adapter(rank=3, alpha=5, targets=targets)
+    alike(model("qwen2", kernels, adapter, recompute=recompute), model("qwen2", "reference", adapter), micro())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_masks_are_those_of_the_reference_path(recompute: bool, kernels: Kernels) -> None:
+    adapter = recipe.Adapter(rank=4, dropout=0.3)
+    fast, reference = model("llama", kernels, adapter, recompute=recompute), model("llama", "reference", adapter)
+    alike(fast, reference, micro())
+    undropped = model("llama", "reference", ALL)
+    assert error(gradients(fast, micro())[1], gradients(undropped, micro())[1]) > 0.1
+
+
+def test_evaluation_drops_nothing(kernels: Kernels) -> None:
+    dropping = model("llama", kernels, recipe.Adapter(rank=4, alpha=8, dropout=0.3))
+    with torch.no_grad():
+        assert torch.equal(dropping.loss(micro()), model("llama", kernels).loss(micro()))
+
+
+@pytest.mark.parametrize("paths", ["reference", "eager", "compiled"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_changes_no_bit(paths: Kernels, dropout: float) -> None:
+    if paths == "compiled" and native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    adapter = recipe.Adapter(rank=4, dropout=dropout)
+    kept, remade = (gradients(model("llama", paths, adapter, recompute=r), micro()) for r in (False, True))
+    assert torch.equal(kept[0], remade[0])
+    assert torch.equal(kept[1], remade[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_promise_1_packed_and_row_by_row_give_the_same_loss_and_gradients(kernels: Kernels, dropout: float) -> None:
+    made, batch = model("llama", kernels, recipe.Adapter(rank=4, dropout=dropout)), micro()
+    whole, gradient = gradients(made, batch)
+    alone = [gradients(made, row) for row in rows(batch)]
+    assert abs(sum(loss for loss, _ in alone) - whole) <= 1e-6 * whole
+    assert error(sum((g for _, g in alone), torch.zeros(())), gradient) <= 1e-6
+
+
+def rows(batch: Micro) -> list[Micro]:
+    """The segments of a micro-batch, each as its own."""
+    made = []
+    for number, (a, b) in enumerate(pairwise(batch.bounds)):
+        mine = (batch.rows >= a) & (batch.rows < b)
+        part = replace(batch, ids=batch.ids[a:b], positions=batch.positions[a:b], bounds=(0, b - a))
+        made.append(
+            replace(part, rows=batch.rows[mine] - a, targets=batch.targets[mine], samples=batch.samples[[number]])
+        )
+    return [part for part in made if len(part.rows)]
+
+
+@pytest.mark.parametrize(
+    "supervised",
+    [(3,), (1, 2, 3, 4, 5, 6), (170,), (8, 9, 158), tuple(range(10, 159))],
+    ids=lambda s: f"{s[0]}-{s[-1]}",
+)
+def test_what_is_left_out_for_unsupervised_rows_changes_nothing(supervised: tuple[int, ...], kernels: Kernels) -> None:
+    alike(model("llama", kernels), model("llama", "reference"), micro(supervised=supervised))
+
+
+def test_tokens_after_the_last_supervised_one_are_left_out() -> None:
+    short = trim(micro(lengths=(5, 4, 6), supervised=(2, 3, 12)))
+    assert short.bounds == (0, 3, 3, 6)
+    assert short.rows.tolist() == [1, 2, 5]
+    assert short.positions.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_bfloat16_is_as_near_to_fp32_as_the_module_in_bfloat16(kernels: Kernels) -> None:
+    batch = micro()
+    _, truth = gradients(model("llama", "reference"), batch)
+    fast = gradients(model("llama", kernels, dtype=torch.bfloat16), batch)[1]
+    theirs = gradients(model("llama", "reference", dtype=torch.bfloat16), batch)[1]
+    assert error(fast, truth) <= 1.2 * error(theirs, truth)
+
+
+def test_the_module_still_runs_by_itself_on_the_merged_weights(kernels: Kernels) -> None:
+    fast, reference, ids = model("qwen2", kernels), model("qwen2", "reference"), micro().ids[None]
+    assert error(fast.module(ids).logits, reference.module(ids).logits) <= 1e-6
+
+
+def test_a_disabled_adapter_is_the_base_model(kernels: Kernels) -> None:
+    fast = model("llama", kernels)
+    base = CausalModel(module("llama"), None, kernels=kernels)
+    assert fast.lora is not None
+    with torch.no_grad(), fast.lora.disabled():
+        assert torch.equal(fast.loss(micro()), base.loss(micro()))
+    with torch.no_grad():
+        assert not torch.equal(fast.loss(micro()), base.loss(micro()))
+
+
+def test_nothing_flows_below_the_first_adapted_layer(kernels: Kernels) -> None:
+    adapter = recipe.Adapter(rank=4, targets=["model.layers.2.mlp.down_proj"])
+    loss = model("llama", kernels, adapter).loss(micro())
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    assert [type(node).__name__ for node in seen].count("_LayerBackward") == 1
+
+
+def test_a_row_longer_than_the_window_is_refused(kernels: Kernels) -> None:
+    sliding = {"sliding_window": 100}
+    for paths in (kernels, "reference"):
+        with pytest.raises(ModelError, match="100 tokens"):
+            model("mistral", paths, **sliding).loss(micro())
+        model("mistral", paths, **sliding).loss(micro(lengths=(90, 60)))
+
+
+def test_a_family_that_the_block_does_not_run_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="gemma"):
+        CausalModel(module("gemma", head_dim=8), None, kernels="eager")
+    assert families.find(SimpleNamespace(model_type="llama", hidden_act="gelu")) is None
