@@ -311,11 +311,11 @@ class _Journey(ExitStack):
             return None
         shorter = example
         for part in range(len(conversation.prompt) - 1, len(conversation.messages)):
-            for _ in range(4):  # tokens may join up anew where the text was cut, so that one round can miss by a few
-                over = len(shorter.ids) - self.data.length
-                if over <= 0:
+            # Tokens may join up anew where the text was cut, so that one round can miss by a few.
+            while (over := len(shorter.ids) - self.data.length) > 0:
+                before, conversation = conversation, _shortened(conversation, part, over, self.encoder.tokenizer)
+                if conversation == before:
                     break
-                conversation = _shortened(conversation, part, over, self.encoder.tokenizer)
                 shorter = self.encoder.examples([conversation])[0]
         if len(shorter.ids) > self.data.length:
             return None

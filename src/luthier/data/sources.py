@@ -38,6 +38,7 @@ _BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16
 _DAMAGED = (EOFError, OSError, zlib.error)
 # In JSON text: an escape that may stand for half a surrogate pair or for NUL. Most rows have none, and are not walked.
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _PARSE = json.JSONDecoder().decode
 
 
@@ -386,10 +387,11 @@ class _Cursor:
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
         while True:
-            rest = self._text[self._at :].lstrip(" \t\r\n") if self._at < len(self._text) else ""
-            self._advance(len(self._text) - len(rest))
-            if rest or not self._more(_CHUNK):
-                return rest[:1]
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None  # none at all is a match too
+            self._advance(space.end())
+            if self._at < len(self._text) or not self._more(_CHUNK):
+                return self._text[self._at : self._at + 1]
 
     def take(self, character: str) -> None:
         if self.peek() != character:

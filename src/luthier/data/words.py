@@ -38,7 +38,8 @@ class Words:
         rows = [words_of(text) for text in texts]
         if self._size > MEMORY:
             self._known, self._size = {}, 0
-        if new := list(set(chain.from_iterable(rows)) - self._known.keys()):
+        # Not `set - dict.keys()`, which walks all that is known.
+        if new := [word for word in set(chain.from_iterable(rows)) if word not in self._known]:
             self._known.update(zip(new, self._encode(new), strict=True))
             self._size += sum(map(len, new))
         return [list(chain.from_iterable(map(self._known.__getitem__, row))) for row in rows]
