@@ -9,7 +9,8 @@ clipped at 1.0). Steps are interleaved: each round, each peer does one step whil
     default       the real `SFTTrainer.train()` with TRL's defaults (padded, bf16 autocast, gradient checkpointing)
     default_fp32  the same with `bf16=False`, for processors on which bf16 is slow
     tuned         transformers + PEFT as well as they go: packed, no checkpointing, head on supervised rows only, fused
-                  AdamW, the best of {bf16, fp32} x {sdpa, eager} attention on this machine, found by timing
+                  AdamW, the best of {bf16, fp32} x {sdpa, eager} attention x {512, all} tokens a pass on this machine,
+                  found by timing
     luthier_eager, luthier_compiled   our block without and with a C++ compiler's help
 
 Before a time counts, a peer passes the parity gates: its first loss is within 2e-3 of an fp32 reference that runs
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 PEERS = ("default", "default_fp32", "tuned", "luthier_eager", "luthier_compiled")
+SMALL_PASS, LARGE_PASS = 512, 1 << 20  # tokens
 RANK, ALPHA, MAX_NORM, RATE = 16, 32, 1.0, 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LOSS_GATE, GRADIENT_GATE, ROUNDING = 2e-3, 1.2, 2e-5  # ROUNDING: what fp32 itself leaves of a gradient after 30 layers
@@ -128,20 +130,28 @@ def lora_parameters(model: Any) -> dict[str, Any]:
 
 
 class Tuned(Peer):
-    """transformers + PEFT, packed; `amp` multiplies in bf16 with weights kept in bf16."""
+    """transformers + PEFT, packed, at most `budget` tokens a pass; `amp` multiplies in bf16, with weights in bf16."""
 
-    def __init__(self, folder: Path, amp: bool, attention: str) -> None:
+    def __init__(self, folder: Path, amp: bool, attention: str, budget: int) -> None:
         import torch
 
-        self.amp, self.model = amp, peft_model(folder, torch.bfloat16 if amp else torch.float32, attention)
+        self.amp, self.budget = amp, budget
+        self.model = peft_model(folder, torch.bfloat16 if amp else torch.float32, attention)
         self.model.train()
         self.named = lora_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=RATE, weight_decay=0.0, fused=True)
 
     def step(self, samples: list[dict[str, Any]]) -> float:
+        from luthier.data.packing import micro_batches
+
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(samples)
-        return update(loss, self.named, self.optimizer)
+        total, targets = 0.0, sum(len(s["ids"]) - s["first"] for s in samples)
+        for rows in micro_batches([len(s["ids"]) for s in samples], self.budget):
+            loss = self.loss([samples[row] for row in rows]) / targets
+            loss.backward()
+            total += loss.item()
+        clip_and_update(self.named, self.optimizer)
+        return total
 
     def loss(self, samples: list[dict[str, Any]]) -> Any:
         import torch
@@ -152,25 +162,7 @@ class Tuned(Peer):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.amp):
             hidden = base.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)[0][0]
             logits = base.lm_head(hidden[rows])
-        return F.cross_entropy(logits.float(), targets)
-
-
-class Reference(Tuned):
-    """fp32, one sample at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, amp=False, attention="sdpa")
-
-    def step(self, samples: list[dict[str, Any]]) -> float:
-        counts = [len(s["ids"]) - s["first"] for s in samples]
-        total = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        for sample, count in zip(samples, counts, strict=True):
-            loss = self.loss([sample]) * count / sum(counts)
-            loss.backward()
-            total += loss.item()
-        clip_and_update(self.named, self.optimizer)
-        return total
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 class Luthier(Peer):
@@ -239,12 +231,6 @@ def pack(samples: list[dict[str, Any]]) -> tuple[Any, Any, Any, Any]:
     first = torch.tensor([s["first"] for s in samples for _ in s["ids"]])
     learned = (positions >= first).nonzero()[:, 0]
     return ids, positions, learned - 1, ids[learned]
-
-
-def update(loss: Any, named: dict[str, Any], optimizer: Any) -> float:
-    loss.backward()
-    clip_and_update(named, optimizer)
-    return float(loss)
 
 
 def clip_and_update(named: dict[str, Any], optimizer: Any) -> None:
@@ -396,21 +382,29 @@ def serve_tuned(worker: Worker, model_folder: Path, setting: str) -> None:
         # Start afresh, so that what was tried and not taken does not count as memory.
         os.dup2(worker.out.fileno(), 1)
         os.execv(sys.executable, [sys.executable, *sys.argv, "--setting", setting])
-    dtype, attention = setting.split()
-    worker.serve(Tuned(model_folder, dtype == "bf16", attention))
+    worker.serve(tuned(model_folder, setting))
+
+
+def tuned(model_folder: Path, setting: str) -> Tuned:
+    dtype, attention, budget = setting.split()
+    return Tuned(model_folder, dtype == "bf16", attention, int(budget))
 
 
 def best_setting(worker: Worker, model_folder: Path) -> str:
-    """The quickest dtype and attention on this machine, each timed on one step after a warm-up step."""
-    seconds = {}
-    for dtype in ("bf16", "fp32"):
-        for attention in ("sdpa", "eager"):
-            peer = Tuned(model_folder, dtype == "bf16", attention)
-            peer.step(worker.steps[0])
-            with Stopwatch() as times:
-                peer.step(worker.steps[0])
-            seconds[f"{dtype} {attention}"] = times["cpu"]
-    return min(seconds, key=seconds.__getitem__)
+    """The quickest setting on this machine: dtype and attention in small passes first, then the larger pass."""
+    small = [f"{dtype} {attention} {SMALL_PASS}" for dtype in ("bf16", "fp32") for attention in ("sdpa", "eager")]
+    best = min(small, key=lambda setting: trial(worker, model_folder, setting))
+    large = best.rpartition(" ")[0] + f" {LARGE_PASS}"
+    return min((best, large), key=lambda setting: trial(worker, model_folder, setting))
+
+
+def trial(worker: Worker, model_folder: Path, setting: str) -> float:
+    """CPU seconds of a step after a warm-up step."""
+    peer = tuned(model_folder, setting)
+    peer.step(worker.steps[0][:2])
+    with Stopwatch() as times:
+        peer.step(worker.steps[0])
+    return times["cpu"]
 
 
 def work(options: argparse.Namespace) -> None:
@@ -424,7 +418,7 @@ def work(options: argparse.Namespace) -> None:
     elif options.worker == "tuned":
         serve_tuned(worker, model_folder, options.setting)
     elif options.worker == "reference":
-        worker.serve(Reference(model_folder))
+        worker.serve(Tuned(model_folder, amp=False, attention="sdpa", budget=1))  # fp32, one sample at a time
     else:
         peer = Luthier(model_folder, options.worker.removeprefix("luthier_"), options)
         worker.serve(peer, first_gradient=options.rank == 0)
