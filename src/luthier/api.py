@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.machine import GIB, machine
-from luthier.recipe import Recipe, packaged
+from luthier.recipe import Recipe, flatten, packaged
 from luthier.runs import Run, read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def _quiet() -> Console:
     return Console(quiet=True)
 
 
+def _say(console: Console, text: str) -> None:
+    """A line as it is: paths hold brackets, and a broken path cannot be clicked or copied."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
     """Prepares the data, prints the report and the mask of a few rows, and writes both to the run."""
     from luthier.data import view
@@ -70,7 +75,7 @@ def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
         console.print(view.render_mask(example, prepared.encoder.tokenizer))
     shown = [prepared.train.as_example(i) for i in range(min(12, len(prepared.train)))]
     write_atomic(run.data / "data.html", view.report_html(prepared.report, shown, prepared.encoder.tokenizer))
-    console.print(f"report and mask: [bold]{run.data / 'data.html'}[/]")
+    _say(console, f"report and mask: {run.data / 'data.html'}")
     return prepared.report
 
 
@@ -84,19 +89,21 @@ def show_plan(recipe: Recipe, *, console: Console) -> Plan:
 
 
 def _print_plan(planned: Plan, console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("part", "GiB", title=f"memory, over {planned.processes} process(es)", title_justify="left", box=None)
+    table = Table("part", "GiB", box=None)
     table.columns[1].justify = "right"
     for name, amount in planned.parts.items():
         table.add_row(name, f"{amount / GIB:.2f}")
     table.add_row("[bold]peak[/]", f"[bold]{planned.peak_bytes / GIB:.2f}[/]")
     table.add_row("allowed", f"{planned.budget_bytes / GIB:.2f}")
+    console.print(f"memory, over {planned.processes} process(es)")
     console.print(table)
     console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
     console.print(f"about {planned.seconds_per_step:.1f} s a step")
     if not planned.fits:
-        console.print("[bold red]does not fit[/]: " + "; or ".join(planned.advice))
+        console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))
 
 
 def show_comparison(run: Run, *, console: Console) -> Comparison:
@@ -105,7 +112,7 @@ def show_comparison(run: Run, *, console: Console) -> Comparison:
 
     comparison = comparing.compare(run, console=console)
     console.print(comparing.render(comparison))
-    console.print(f"report: [bold]{run.report}[/]")
+    _say(console, f"report: {run.report}")
     return comparison
 
 
@@ -113,7 +120,7 @@ def demo(overrides: Sequence[str], *, console: Console) -> Comparison:
     """The main job on the embedded default, end to end. A finished part is reused, and said so."""
     run = start("tickets", *overrides)
     if run.finished:
-        console.print(f"[bold]{run.folder}[/] is trained already: reusing it (delete the folder to start anew)")
+        _say(console, f"{run.folder} is trained already: reusing it (delete the folder to start anew)")
     show_data(run, rows=1, console=console)
     fit(run, console=console)
     return show_comparison(run, console=console)
@@ -146,32 +153,39 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def _list_runs(found: list[Run], console: Console) -> dict[str, Any]:
+    from rich.markup import escape
     from rich.table import Table
 
     rows = [summary(run) for run in found]
     table = Table("run", "state", "step", "loss", "verdict", box=None)
     for row in rows:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
-        table.add_row(row["run"], row["state"], str(row["step"]), loss, row["verdict"] or "")
+        table.add_row(escape(row["run"]), row["state"], str(row["step"]), loss, row["verdict"] or "")
     console.print(table if rows else "no runs under runs/ yet: luthier train RECIPE makes one")
     return {"runs": rows}
 
 
 def _show_run(run: Run, console: Console) -> dict[str, Any]:
     result = {**summary(run), "recipe": run.recipe.model_dump(mode="json"), "manifest": run.manifest}
-    for key in ("state", "step", "loss", "verdict"):
-        console.print(f"[bold]{key:8}[/] {result[key] if result[key] is not None else '-'}")
-    for key, value in run.manifest.items():
-        console.print(f"[bold]{key:8}[/] {value}", soft_wrap=True, markup=True)
+    for key, value in flatten({k: v for k, v in result.items() if k != "recipe"}).items():
+        _say(console, f"{key.removeprefix('manifest.'):30} {_plain(value)}")
+    _say(console, f"{'recipe':30} {run.folder / 'recipe.yaml'}")
     return result
 
 
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _show_diff(mine: Run, theirs: Run, *, console: Console) -> dict[str, Any]:
+    from rich.markup import escape
     from rich.table import Table
 
     changed = mine.recipe.diff(theirs.recipe)
-    table = Table("key", str(mine.folder), str(theirs.folder), box=None)
+    table = Table("key", escape(str(mine.folder)), escape(str(theirs.folder)), box=None)
     for key, (old, new) in changed.items():
-        table.add_row(key, str(old), str(new))
+        table.add_row(key, escape(str(old)), escape(str(new)))
     console.print(table if changed else "the recipes are equal")
     return {"changed": {key: list(pair) for key, pair in changed.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit code; errors a person can act on become one paragraph on stderr."""
-    args = parser().parse_intermixed_args(argv) if argv and "--" in argv else parser().parse_args(argv)
+    args = _parse(argv)
     if args.version:
         from luthier import __version__
 
@@ -141,6 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may also stand behind flags, where argparse leaves them over."""
+    args, rest = parser().parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser().error(f"does not take '{' '.join(rest)}'; see luthier {args.verb or ''} --help")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def _console(args: argparse.Namespace) -> Console:
     """Text for people: on stdout, or on stderr where --json keeps stdout for machines."""
     from rich.console import Console
@@ -161,7 +172,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
         from luthier.runs import Run
 
         run = Run.open(path)
-        overrides = [f"run.dir={path}", *args.overrides]
+        overrides = [f"run.dir={json.dumps(str(path))}", *args.overrides]  # quoted: values are YAML
         return Recipe.load(path / "recipe.yaml", *overrides), run.root, path.name
     return Recipe.load(path, *args.overrides), path.parent, path.stem
 
@@ -176,11 +187,9 @@ def _open(args: argparse.Namespace) -> Run:
 def _init(args: argparse.Namespace) -> int:
     from luthier.scaffold import scaffold
 
-    console = _console(args)
-    path = scaffold(
-        args.base, Path(args.data), test=Path(args.test) if args.test else None, out=args.out, say=console.print
-    )
-    console.print(f"wrote [bold]{path}[/]; next: luthier data {path}")
+    test = Path(args.test) if args.test else None
+    path = scaffold(args.base, Path(args.data), test=test, out=args.out)
+    print(f"wrote {path}; next: luthier data {shlex.quote(str(path))}")
     return 0
 
 
@@ -241,7 +250,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.json:
         _emit(result)
     else:
-        console.print(f"{result['answered']} answers in [bold]{out}[/]")
+        print(f"{result['answered']} answers in {out}")
     return 0
 
 

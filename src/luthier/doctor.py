@@ -66,6 +66,7 @@ def _embedded() -> str:
 
 
 def _show(findings: dict[str, Any], facts: Machine, console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -76,8 +77,8 @@ def _show(findings: dict[str, Any], facts: Machine, console: Console) -> None:
     table.add_row("processor", f"{facts.cores} cores{busy}; {' '.join(facts.flags) or 'no known vector instructions'}")
     table.add_row("memory", f"{facts.available / GIB:.1f} GiB free of {facts.memory / GIB:.1f}")
     for name, choice in findings["choices"].items():
-        table.add_row(name, choice)
-    table.add_row("smollm2-135m", findings["embedded"])
+        table.add_row(name, escape(choice))
+    table.add_row("smollm2-135m", escape(findings["embedded"]))
     for name, present in findings["optional"].items():
-        table.add_row(name, ("present: " if present else "[dim]missing:[/] ") + _OPTIONAL[name])
+        table.add_row(name, ("present: " if present else "[dim]missing:[/] ") + escape(_OPTIONAL[name]))
     console.print(table)

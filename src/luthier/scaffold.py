@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DataError, RecipeError
 from luthier.recipe import Data, Model, Recipe, Source
-from luthier.runs import write_atomic
 
 if TYPE_CHECKING:
     from luthier.data.conversation import Conversation
@@ -42,7 +44,7 @@ evaluate:
   generate: {{max_new_tokens: {new_tokens}, temperature: 0}}
 
 # how it is run: a change here leaves the loss curve where it is
-run: {{dir: runs/{stem}, save: {{every: 25, keep: 2}}}}
+run: {{dir: {folder}, save: {{every: 25, keep: 2}}}}
 """
 
 
@@ -64,8 +66,17 @@ def scaffold(
     fields = _fields(base, data, test, path, detection, conversations, lengths)
     text = _TEMPLATE.format(**fields)
     Recipe.parse(text, name=str(path))
-    write_atomic(path, text)
+    _write_new(path, text)
     return path
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        fix = "choose another place with --out"
+        raise RecipeError(f"cannot be written ({error.strerror})", where=str(path), fix=fix) from error
 
 
 def _stem(path: Path) -> str:
@@ -108,7 +119,10 @@ def _check_test(test: Path, detection: Detection) -> None:
 def _lengths(
     base: str, conversations: Sequence[Conversation], detection: Detection, say: Callable[[str], Any]
 ) -> tuple[int, int] | None:
-    """(tokens of the longest row, tokens of the longest answer), or None where the tokenizer is out of reach."""
+    """(tokens of the longest row, tokens that 99 % of the answers keep to), or None without a tokenizer in reach.
+
+    One long answer does not make every answer slow: generation is paid for by the token.
+    """
     from luthier.data.templates import load_template
     from luthier.data.tokens import Encoder
     from luthier.errors import LuthierError
@@ -122,7 +136,8 @@ def _lengths(
     supervise = "all" if detection.format == "document" else "answers"
     encoder: Encoder = Encoder(tokenizer, load_template("auto", tokenizer), supervise, None)
     examples = encoder.examples(conversations)
-    return max(len(e.ids) for e in examples), max(len(e.ids) - e.prompt for e in examples)
+    answers = sorted(len(e.ids) - e.prompt for e in examples)
+    return max(len(e.ids) for e in examples), answers[math.ceil(0.99 * len(answers)) - 1]
 
 
 def _fields(
@@ -141,8 +156,8 @@ def _fields(
     return {
         "name": data.name,
         "rows": len(conversations),
-        "out": out,
-        "base": base,
+        "out": shlex.quote(str(out)),
+        "base": _scalar(base),
         "train": _relative(data, out),
         "test": f"[{{path: {_relative(test, out)}}}]"
         if test
@@ -157,7 +172,7 @@ def _fields(
         "lr": "1.0e-3" if small else "2.0e-4",
         "metrics": _metrics(detection, documents),
         "new_tokens": max(8, min(512, -(-answer * 5 // 4 // 8) * 8)),
-        "stem": _stem(out),
+        "folder": _scalar(f"runs/{_stem(out)}"),
     }
 
 
@@ -182,6 +197,11 @@ def _relative(path: Path, out: Path) -> str:
     """A data path as the recipe should have it: relative to the recipe's folder where that is no detour."""
     relative = os.path.relpath(path.resolve(), out.resolve().parent)
     return _inline(str(path.resolve()) if relative.startswith("../..") else relative)
+
+
+def _scalar(text: str) -> str:
+    """A string as YAML: as it is where that reads back the same, else quoted."""
+    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else _inline(text)
 
 
 def _inline(value: Any) -> str:
