@@ -1,0 +1,232 @@
+"""The real command line on a tiny model and a file of sums: what each verb prints, leaves behind and exits with."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from luthier.cli import main
+from luthier.recipe import Recipe
+
+BASE, DATA, TEST = "a base", "my [rows].jsonl", "asked later.jsonl"  # names that shells, YAML and rich stumble over
+RECIPE, RUN = "my [rows].yaml", "runs/my [rows]"
+SMALL = ["run.engine=local", "run.kernels=eager", "run.threads=1", "train.max_steps=2", "run.memory=4GiB"]
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out)
+
+
+def luthier(*words: str) -> Done:
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current folder with a model, rows and test rows, as a person has them."""
+    folder = tmp_path_factory.mktemp("desk")
+    tiny.base(folder / BASE)
+    tiny.sums(folder / DATA)
+    questions = [{"prompt": f"more plus {a} is what", "completion": str(a)} for a in range(6)]
+    (folder / TEST).write_text("".join(json.dumps(q) + "\n" for q in questions))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def journey(desk: Path) -> dict[str, Done]:
+    """Every verb of the path, once, in order."""
+    steps = {
+        "init": ["init", BASE, DATA, "--test", TEST],
+        "data": ["data", RECIPE, "--json", *SMALL],
+        "plan": ["plan", RECIPE, "--json", *SMALL],
+        "train": ["train", RECIPE, "--json", *SMALL],
+        "again": ["train", RECIPE, "--json", *SMALL],
+        "compare": ["compare", RUN, "--json"],
+        "predict": ["predict", RUN, TEST, "--json", "--out", "answers [1].csv"],
+    }
+    return {name: luthier(*words) for name, words in steps.items()}
+
+
+def test_init_writes_a_recipe_that_parses_and_names_the_next_command(journey: dict[str, Done], desk: Path) -> None:
+    done = journey["init"]
+    assert done.code == 0, done.err
+    assert f"wrote {RECIPE}; next: luthier data '{RECIPE}'" in done.out
+    recipe = Recipe.load(desk / RECIPE)
+    assert (recipe.model.base, recipe.data.train[0].path, recipe.data.test[0].path) == (BASE, DATA, TEST)
+    assert recipe.run.dir == RUN
+
+
+def test_init_never_overwrites(journey: dict[str, Done], desk: Path) -> None:
+    before = (desk / RECIPE).read_bytes()
+    done = luthier("init", BASE, DATA)
+    assert done.code == 1
+    assert "--out" in done.err
+    assert (desk / RECIPE).read_bytes() == before
+
+
+def test_init_says_where_it_cannot_write(desk: Path) -> None:
+    done = luthier("init", BASE, DATA, "--out", "no/such/folder.yaml")
+    assert (done.code, "Traceback" in done.err) == (1, False)
+    assert "no/such/folder.yaml" in done.err
+
+
+def test_init_gives_answers_the_room_that_99_percent_of_them_need(desk: Path) -> None:
+    rows = [{"prompt": "what is", "completion": " ".join(["1"] * (60 if i == 7 else 3))} for i in range(200)]
+    (desk / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert luthier("init", BASE, "uneven.jsonl").code == 0
+    assert Recipe.load(desk / "uneven.yaml").evaluate.generate.max_new_tokens == 8
+
+
+def test_data_prints_the_stable_keys(journey: dict[str, Done], desk: Path) -> None:
+    report = journey["data"].json
+    assert {"rows", "tokens", "duplicates", "leaks", "lengths"} <= report.keys()
+    assert {"read", "kept", "dropped"} <= report["rows"].keys()
+    assert report["rows"]["read"] == 24 == report["rows"]["kept"] + sum(report["rows"]["dropped"].values())
+    assert {"total", "supervised", "cut"} <= report["tokens"].keys()
+    assert f"{RUN}/data/data.html" in journey["data"].err
+    assert (desk / RUN / "data" / "data.html").is_file()
+
+
+def test_plan_prints_the_stable_keys(journey: dict[str, Done]) -> None:
+    plan = journey["plan"].json
+    assert {"peak_bytes", "parts", "fits", "micro_tokens", "recompute", "seconds_per_step"} <= plan.keys()
+    assert plan["fits"] is True
+    assert "micro-batch of" in journey["plan"].err
+
+
+def test_a_plan_that_does_not_fit_exits_with_1_and_advice(journey: dict[str, Done]) -> None:
+    done = luthier("plan", RECIPE, "run.memory=1MiB")
+    assert done.code == 1
+    assert "does not fit" in done.out + done.err
+
+
+def test_train_prints_the_stable_keys(journey: dict[str, Done], desk: Path) -> None:
+    result = journey["train"].json
+    assert result.keys() >= {"tokens_per_second", "peak_bytes", "predicted_peak_bytes", "loss"}
+    assert (result["run"], result["steps"], result["resumed_from"]) == (RUN, 2, 0)
+    assert (desk / RUN / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_second_train_reuses_and_says_so(journey: dict[str, Done]) -> None:
+    again = journey["again"]
+    assert again.json == journey["train"].json | {"resumed_from": 2}
+    assert "trained already" in again.err
+
+
+def test_compare_prints_the_stable_keys(journey: dict[str, Done], desk: Path) -> None:
+    comparison = journey["compare"].json
+    assert comparison["verdict"] in ("better", "no evidence", "worse")
+    assert {"rougeL", "perplexity"} <= comparison["metrics"].keys()
+    for scores in comparison["metrics"].values():
+        assert {"base", "tuned", "difference", "low", "high", "n"} <= scores.keys()
+    assert comparison["metrics"]["rougeL"]["n"] == 6
+    assert (desk / RUN / "report.html").is_file()
+
+
+def test_predict_answers_every_row(journey: dict[str, Done], desk: Path) -> None:
+    assert journey["predict"].json["answered"] == 6
+    assert len((desk / "answers [1].csv").read_text().splitlines()) == 7
+
+
+def test_runs_list_show_and_diff(journey: dict[str, Done], desk: Path) -> None:
+    listed = luthier("runs", "--json").json["runs"]
+    assert [(row["run"], row["state"], row["step"]) for row in listed] == [(RUN, "finished", 2)]
+    shown = luthier("runs", "show", RUN)
+    assert shown.code == 0, shown.err
+    assert "finished" in shown.out
+    assert "{" not in shown.out  # no raw dictionaries
+    assert luthier("data", RECIPE, *SMALL, "train.lr=0.5", "run.dir=runs/other").code == 0
+    changed = luthier("runs", "diff", RUN, "runs/other", "--json").json["changed"]
+    assert changed["train.lr"] == [2e-4, 0.5]
+    assert RUN in luthier("runs", "list").out
+
+
+def test_a_run_folder_stands_for_its_recipe(journey: dict[str, Done]) -> None:
+    assert luthier("train", RUN, "--json").json["run"] == RUN
+
+
+def test_overrides_may_stand_behind_flags(journey: dict[str, Done]) -> None:
+    words = ["plan", RECIPE, "run.memory=4GiB"]
+    assert luthier(*words, "--json", "run.micro_tokens=64").json["micro_tokens"] == 64
+
+
+def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
+    done = luthier("doctor")
+    assert done.code == 0, done.err
+    assert "luthier[hub]" in done.out
+    assert {"versions", "machine", "choices", "optional"} <= luthier("doctor", "--json").json.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "hint"),
+    [
+        (["tran", RECIPE], 2, "did you mean 'train'?"),
+        (["train"], 2, "RECIPE"),
+        (["train", RECIPE, "--jsn"], 2, "--jsn"),
+        (["runs", "show"], 2, "takes 1 run"),
+        (["train", RECIPE, "train.lr"], 2, "section.key=value"),
+        (["train", RECIPE, "train.lrr=1"], 1, "lr"),
+        (["train", RECIPE, "train.learning_rate=1"], 1, "here it is `train.lr`"),
+        (["train", RECIPE, "run.engine=ddpp"], 1, "run.engine"),
+        (["train", "nowhere.yaml"], 1, "luthier init"),
+        (["compare", "runs/nowhere"], 1, "runs here"),
+        (["predict", RUN, "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["init", BASE, "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["init", "no/such/base", "broken.jsonl"], 1, "broken.jsonl:2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_answered_with_a_hint_and_no_traceback(
+    journey: dict[str, Done], desk: Path, words: list[str], code: int, hint: str
+) -> None:
+    (desk / "broken.jsonl").write_text('{"prompt": "what is", "completion": "1"}\n{"prompt": "what\n')
+    done = luthier(*words)
+    assert done.code == code, done.err
+    assert hint in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_a_broken_row_is_named_by_file_and_line(desk: Path) -> None:
+    (desk / "broken.jsonl").write_text('{"prompt": "what is", "completion": "1"}\n{"prompt": "what\n')
+    (desk / "broken.yaml").write_text(f"model: {{base: {BASE}}}\ndata: {{train: [{{path: broken.jsonl}}]}}\n")
+    for verb in ("data", "train"):
+        done = luthier(verb, "broken.yaml", "--json")
+        assert (done.code, done.out) == (1, "")
+        assert "broken.jsonl:2" in done.err
+
+
+def test_the_installed_command_prints_one_json_object_and_exits_as_it_should(journey: dict[str, Done]) -> None:
+    command, quiet = [sys.executable, "-m", "luthier.cli"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    plan = subprocess.run([*command, "plan", RECIPE, "--json", *SMALL], capture_output=True, text=True, env=quiet)
+    assert Done(plan.returncode, plan.stdout, plan.stderr).json["fits"] is True
+    wrong = subprocess.run([*command, "data", "nowhere.yaml"], capture_output=True, text=True, env=quiet)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "Traceback" not in wrong.stderr
