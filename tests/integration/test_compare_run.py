@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier.errors import DataError, RunError, UsageError
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.answers import Memo, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
 from luthier.evaluate.subject import Subject
 from luthier.evaluate.suite import suite
+from luthier.evaluate.workers import fill, processes, share
+from luthier.machine import machine
 from luthier.model.generate import Sampling, generate
 from luthier.model.load import load_causal
 from luthier.runs import Run
@@ -113,9 +115,10 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
     assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted([b"spoilt\n", *lines])
 
 
-def test_answers_are_not_made_twice(run: Run) -> None:
+def test_answers_are_not_made_twice_and_need_no_model_then(run: Run) -> None:
     compare(run)
     before = (results(run) / "answers.jsonl").read_bytes()
+    (run.adapter / "adapter_config.json").unlink()
     compare(run)
     assert (results(run) / "answers.jsonl").read_bytes() == before
 
@@ -129,15 +132,40 @@ def test_a_new_adapter_gets_new_answers_and_the_base_keeps_its_own(run: Run) -> 
     assert len((results(run) / "answers.jsonl").read_text().splitlines()) == before + before // 2
 
 
+def test_two_processes_say_what_one_says(run: Run) -> None:
+    alone = compare(run, name="alone")
+    run.update_manifest(decisions=run.manifest["decisions"] | {"processes": 2})
+    assert processes(run, 1000) == min(2, machine().cores)
+    seen: list[tuple[str, int]] = []
+    fill(run, "together", 2, lambda label, done: seen.append((label, done)))
+    kept = (run.results / "together" / "answers.jsonl").read_bytes()
+    together = compare(run, name="together")
+    assert (run.results / "together" / "answers.jsonl").read_bytes() == kept  # nothing was left for the parent
+    assert [row["tuned"] for row in together.rows] == [row["tuned"] for row in alone.rows]
+    assert [r["nll"]["base"] for r in together.rows] == pytest.approx([r["nll"]["base"] for r in alone.rows], rel=1e-5)
+    assert {label for label, _ in seen} == {f"{s} {k}" for s in ("base", "tuned") for k in ("answers", "likelihoods")}
+
+
+def test_every_task_has_exactly_one_worker(run: Run) -> None:
+    tasks = plan(Subject.open(run), suite(run).questions, sampling_of(run), needs={"text", "nll"})
+    shared = [task.key for rank in range(3) for task in share(tasks, rank, 3)]
+    assert sorted(shared) == sorted({task.key for task in tasks})
+
+
+def test_few_tasks_or_a_gpu_are_one_process(run: Run) -> None:
+    run.update_manifest(decisions=run.manifest["decisions"] | {"processes": 2})
+    assert processes(run, 20) == 1
+    run.update_manifest(decisions=run.manifest["decisions"] | {"place": "cuda"})
+    assert processes(run, 1000) == 1
+
+
 def test_another_decoding_is_another_answer(run: Run, tmp_path: Path) -> None:
     memo = Memo(tmp_path / "answers.jsonl")
-    from luthier.evaluate.answers import answers
-
     subject, asked = Subject.open(run), suite(run).questions[:4]
     for length in (1, 3):
-        answers(subject, "tuned", asked, Sampling(max_new_tokens=length), memo, lambda done: None)
-    keys = {json.loads(line)["key"] for line in memo.path.read_text().splitlines()}
-    assert len(keys) == 2 * len({tuple(prompt) for prompt in subject.encoder.prompts(asked)})
+        sampling = Sampling(max_new_tokens=length)
+        work(subject, plan(subject, asked, sampling, sides=["tuned"]), sampling, memo, lambda label, done: None)
+    assert len(memo.keys()) == 2 * len({tuple(prompt) for prompt in subject.encoder.prompts(asked)})
 
 
 def test_without_a_test_set_the_held_out_rows_are_used_and_said_so(run: Run) -> None:

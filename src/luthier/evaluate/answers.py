@@ -1,19 +1,26 @@
-"""Answers and likelihoods of one side, kept as they come, so that a stopped comparison goes on where it was."""
+"""Answers and likelihoods of a subject: planned as tasks, done in any order by any process, and kept as they come.
+
+A task's key says everything that decides its result. So a stopped comparison goes on where it was, results of other
+settings do no harm, and the base's answers serve the next adapter too.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from luthier.data.conversation import Conversation, Example
 from luthier.data.packing import micro_batches
 from luthier.evaluate.metrics import Answer
-from luthier.evaluate.subject import Side, Subject
-from luthier.evaluate.suite import answerable, answered, digest, longest_first
+from luthier.evaluate.subject import SIDES, Side, Subject
+from luthier.evaluate.suite import answerable, answered, digest
 from luthier.runs import Run
 
 if TYPE_CHECKING:
@@ -22,8 +29,9 @@ if TYPE_CHECKING:
     from luthier.data.stream import Micro
     from luthier.model.generate import Sampling
 
-Advance = Callable[[int], None]
-"""Told how many more questions are done."""
+Result = dict[str, Any]
+Advance = Callable[[str, int], None]
+"""Told of a label (`base answers`) and how many more of its tasks are done."""
 
 CHUNK = 128
 """Prompts generated together before their answers are kept."""
@@ -31,70 +39,68 @@ PACK = 1024
 """Tokens of the rows whose likelihoods are taken in one pass: enough to keep a processor busy."""
 
 
-class Memo:
-    """Results by key, one JSON line each, appended as they come. A key says all that decides its result, so results of
-    other settings do no harm, and the base's answers serve the next adapter too."""
+@dataclass(frozen=True)
+class Task:
+    """One side's answer to a question's `prompt`, or the likelihood of its `example`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.exists() else b""
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:  # the last line was torn by a crash; what follows must not be glued to it
-            path.write_bytes(kept)
-        self._results = {record["key"]: record for line in kept.splitlines() if (record := _record(line))}
+    side: Side
+    question: int
+    key: str
+    prompt: list[int] | None = None
+    example: Example | None = None
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._results
+    @property
+    def label(self) -> str:
+        return f"{self.side} {'answers' if self.prompt else 'likelihoods'}"
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._results[key]
-
-    def add(self, results: dict[str, dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for key, result in results.items():
-                self._results[key] = {"key": key, **result}
-                file.write(json.dumps(self._results[key]) + "\n")
+    @property
+    def length(self) -> int:
+        """Tokens that are read."""
+        return len(self.prompt or (self.example.ids if self.example else ()))
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of a memo; None for one that a full disk or a hand has spoilt, whose result is then made again."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-        return record if isinstance(record, dict) and "key" in record else None
-    except ValueError:
-        return None
+def plan(
+    subject: Subject,
+    questions: Sequence[Conversation],
+    sampling: Sampling,
+    *,
+    sides: Sequence[Side] = SIDES,
+    needs: Collection[str] = ("text",),
+) -> list[Task]:
+    """What has to be known of the questions: their answers (`text` in `needs`), the likelihood of their first
+    references (`nll`), on each side. Targets are the tokens that training would supervise, so that exp(mean) is the
+    perplexity of the held-out loss."""
+    prompts = _prompts(subject, questions) if "text" in needs else {}
+    examples = _examples(subject, questions) if "nll" in needs else {}
+    tasks = []
+    for side in sides:
+        identity = subject.identity(side)
+        rule = {**identity, **asdict(sampling), "stop": sorted(subject.encoder.stop_ids)}
+        tasks += [Task(side, i, digest([rule, prompt]), prompt=prompt) for i, prompt in prompts.items()]
+        for i, example in examples.items():
+            key = digest(["likelihood", identity, example.ids, example.supervised])
+            tasks.append(Task(side, i, key, example=example))
+    return tasks
 
 
-def answers(
-    subject: Subject, side: Side, questions: Sequence[Conversation], sampling: Sampling, memo: Memo, advance: Advance
-) -> list[Answer]:
-    """One side's answer to each question, in their order; `text` is None where a question asks for none."""
-    asked = [i for i, question in enumerate(questions) if answerable(question)]
-    prompts = subject.encoder.prompts([questions[i] for i in asked])
-    rule = {**subject.identity(side), **asdict(sampling), "stop": sorted(subject.encoder.stop_ids)}
-    keys = [digest([rule, prompt]) for prompt in prompts]
-    missing = [i for i in longest_first([len(p) for p in prompts]) if keys[i] not in memo]
-    advance(len(questions) - len(missing))
-    for start in range(0, len(missing), CHUNK):
-        chunk = missing[start : start + CHUNK]
-        memo.add(_generated(subject, side, {keys[i]: prompts[i] for i in chunk}, sampling, advance))
-    found = {i: memo[key] for i, key in zip(asked, keys, strict=True)}
-    return [_answer(found.get(i)) for i in range(len(questions))]
+def work(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance) -> None:
+    """Does the tasks that `memo` lacks, longest first, so that what needs most memory and time comes first."""
+    missing = {task.key: task for task in tasks if task.key not in memo}
+    ordered = sorted(missing.values(), key=lambda task: -task.length)
+    for side in dict.fromkeys(task.side for task in ordered):
+        mine = [task for task in ordered if task.side == side]
+        with subject.side(side):
+            _answer(subject, [task for task in mine if task.prompt], sampling, memo, advance)
+            _weigh(subject, [task for task in mine if task.example], memo, advance)
 
 
-def _generated(
-    subject: Subject, side: Side, prompts: dict[str, list[int]], sampling: Sampling, advance: Advance
-) -> dict[str, dict[str, Any]]:
-    from luthier.model.generate import generate
-
-    asked, stops = list(prompts.values()), subject.encoder.stop_ids
-    with subject.side(side):
-        made = generate(subject.model, asked, sampling, stops, progress=lambda done, total: advance(1))
-    return {
-        key: {"text": subject.encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
-        for key, one in zip(prompts, made, strict=True)
-    }
+def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:
+    """One side's answers to `count` questions, in their order; what no task asked for is None."""
+    found: list[Result] = [{} for _ in range(count)]
+    for task in tasks:
+        if task.side == side:
+            found[task.question].update(memo[task.key])
+    return [Answer(**{k: v for k, v in result.items() if k != "key"}) for result in found]
 
 
 def sampling_of(run: Run) -> Sampling:
@@ -111,50 +117,96 @@ def sampling_of(run: Run) -> Sampling:
     )
 
 
-def _answer(found: dict[str, Any] | None) -> Answer:
-    return Answer(found["text"], found["stopped"], found["tokens"]) if found else Answer()
+class Memo:
+    """Results by key, a JSON line each, appended as they come, by one process or several."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as file:
+            whole = file.read()
+            kept = whole[: whole.rfind(b"\n") + 1]
+            file.truncate(len(kept))  # a last line torn by a crash: what follows must not be glued to it
+        self._results = {record["key"]: record for line in kept.splitlines() if (record := _record(line))}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> Result:
+        return self._results[key]
+
+    def keys(self) -> Set[str]:
+        return self._results.keys()
+
+    def add(self, results: dict[str, Result]) -> None:
+        records = {key: {"key": key, **result} for key, result in results.items()}
+        with self._locked() as file:
+            file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records.values()))
+        self._results |= records
+
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """The file, at its start to read and at its end to write, for this process alone."""
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            yield file
 
 
-def likelihoods(
-    subject: Subject,
-    side: Side,
-    questions: Sequence[Conversation],
-    given: Sequence[Answer],
-    memo: Memo,
-    advance: Advance,
-) -> list[Answer]:
-    """The answers in `given` with the likelihood of each question's first reference filled in, where there is one.
+def _record(line: bytes) -> Result | None:
+    """A line of a memo; None for one that a full disk or a hand has spoilt, whose result is then made again."""
+    try:
+        record: Result = json.loads(line)
+        return record if isinstance(record, dict) and "key" in record else None
+    except ValueError:
+        return None
 
-    Targets are the tokens that training would supervise, so exp(mean) is the perplexity of the held-out loss.
-    """
+
+def _prompts(subject: Subject, questions: Sequence[Conversation]) -> dict[int, list[int]]:
+    asked = [i for i, question in enumerate(questions) if answerable(question)]
+    return dict(zip(asked, subject.encoder.prompts([questions[i] for i in asked]), strict=True))
+
+
+def _examples(subject: Subject, questions: Sequence[Conversation]) -> dict[int, Example]:
     complete = {i: full for i, question in enumerate(questions) if (full := answered(question)) is not None}
-    encoded = zip(complete, subject.encoder.examples(list(complete.values())), strict=True)
-    examples = {i: example for i, example in encoded if any(example.supervised[1:])}
-    keys = {i: digest(["likelihood", subject.identity(side), e.ids, e.supervised]) for i, e in examples.items()}
-    missing = [i for i, key in keys.items() if key not in memo]
-    advance(len(questions) - len(missing))
-    for pack in micro_batches([len(examples[i].ids) for i in missing], PACK):
-        rows = [missing[place] for place in pack]
-        losses = _losses(subject, side, [examples[i] for i in rows])
-        targets = [sum(examples[i].supervised[1:]) for i in rows]
-        memo.add({keys[i]: {"nll": n, "targets": t} for i, n, t in zip(rows, losses, targets, strict=True)})
-        advance(len(rows))
-    filled = list(given)
-    for i, key in keys.items():
-        filled[i] = replace(filled[i], nll=memo[key]["nll"], targets=memo[key]["targets"])
-    return filled
+    examples = zip(complete, subject.encoder.examples(list(complete.values())), strict=True)
+    return {i: example for i, example in examples if any(example.supervised[1:])}
 
 
-def _losses(subject: Subject, side: Side, examples: Sequence[Example]) -> list[float]:
+def _answer(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance) -> None:
+    from luthier.model.generate import generate
+
+    encoder = subject.encoder
+    for start in range(0, len(tasks), CHUNK):
+        chunk = tasks[start : start + CHUNK]
+        prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
+        made = generate(subject.model, prompts, sampling, encoder.stop_ids, progress=done)
+        results = ({"text": encoder.decode(g.ids), "stopped": g.stopped, "tokens": len(g.ids)} for g in made)
+        memo.add(dict(zip((task.key for task in chunk), results, strict=True)))
+
+
+def _one_more(advance: Advance, label: str, done: int, total: int) -> None:
+    advance(label, 1)
+
+
+def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance) -> None:
+    for pack in micro_batches([task.length for task in tasks], PACK):
+        chunk = [tasks[i] for i in pack]
+        results = _losses(subject, [task.example for task in chunk if task.example])
+        memo.add(dict(zip((task.key for task in chunk), results, strict=True)))
+        advance(chunk[0].label, len(chunk))
+
+
+def _losses(subject: Subject, examples: Sequence[Example]) -> list[Result]:
     """Of each row the summed negative log-likelihood (nats) of its supervised tokens, the rows packed in one pass."""
     import torch
 
     from luthier.kernels.loss import linear_cross_entropy
 
     micro, counts = _packed(examples, subject.model.device), [sum(e.supervised[1:]) for e in examples]
-    with subject.side(side):
-        parts = zip(torch.split(subject.model.hidden(micro), counts), torch.split(micro.targets, counts), strict=True)
-        return [float(linear_cross_entropy(hidden, subject.model.head, targets)) for hidden, targets in parts]
+    hidden, targets = (torch.split(part, counts) for part in (subject.model.hidden(micro), micro.targets))
+    losses = [float(linear_cross_entropy(h, subject.model.head, t)) for h, t in zip(hidden, targets, strict=True)]
+    return [{"nll": nll, "targets": count} for nll, count in zip(losses, counts, strict=True)]
 
 
 def _packed(examples: Sequence[Example], device: torch.device) -> Micro:

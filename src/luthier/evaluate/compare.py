@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.answers import Memo, answers, likelihoods, sampling_of
+from luthier.evaluate.answers import Memo, Task, collect, plan, sampling_of, work
 from luthier.evaluate.comparison import Comparison, judge
-from luthier.evaluate.metrics import METRICS, Answer
 from luthier.evaluate.paired import LEVEL, RESAMPLES
 from luthier.evaluate.report import write_report
-from luthier.evaluate.subject import Side, Subject
+from luthier.evaluate.subject import SIDES, Subject
 from luthier.evaluate.suite import Suite, digest, suite
-from luthier.evaluate.terminal import progress, render
+from luthier.evaluate.terminal import Bar, progress, render
+from luthier.evaluate.workers import fill, needed, processes
 from luthier.runs import Run, versions, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -32,31 +33,35 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     Answers are kept as they come (answers.jsonl): stopped anywhere, the same command goes on, and answers that were
     made under the same settings are not made again. Raises RunError for a run without questions or without an adapter.
     """
+    needs = needed(run)  # an unknown metric is told before anything is loaded
     asked, folder, started = suite(run), run.results / name, time.monotonic()
-    metrics = run.recipe.evaluate.metrics
-    needs = {METRICS.get(metric).needs for metric in metrics}  # an unknown name is told before anything is loaded
+    subject, sampling = Subject.open(run), sampling_of(run)
+    tasks = plan(subject, asked.questions, sampling, needs=needs)
     with progress(console) as bar:
-        subject = bar.wait("loading the model", lambda: Subject.open(run))
-        memo, sampling = Memo(folder / "answers.jsonl"), sampling_of(run)
-
-        def answered_by(side: Side) -> list[Answer]:
-            given = [Answer() for _ in asked.questions]
-            if "text" in needs:
-                advance = bar.advance(f"{side} answers", len(given))
-                given = answers(subject, side, asked.questions, sampling, memo, advance)
-            if "nll" in needs:
-                advance = bar.advance(f"{side} likelihoods", len(given))
-                given = likelihoods(subject, side, asked.questions, given, memo, advance)
-            return given
-
-        base, tuned = answered_by("base"), answered_by("tuned")
-        found = bar.wait("scoring", lambda: judge(asked.questions, base, tuned, metrics))
+        memo = _done(run, name, subject, tasks, sampling, bar)
+        base, tuned = (collect(tasks, memo, len(asked.questions), side) for side in SIDES)
+        found = bar.wait("scoring", lambda: judge(asked.questions, base, tuned, run.recipe.evaluate.metrics))
     found = replace(found, settings=_settings(run, asked, subject, sampling, time.monotonic() - started))
     if asked.source == "held-out":
         found.warnings.append("there is no test set: these are the held-out rows of the training file")
     _keep(found, folder)
     write_report(run, name)
     return found
+
+
+def _done(run: Run, name: str, subject: Subject, tasks: list[Task], sampling: Sampling, bar: Bar) -> Memo:
+    """The memo of comparison `name` with every task in it."""
+    path = run.results / name / "answers.jsonl"
+    memo = Memo(path)
+    missing = len({task.key for task in tasks} - memo.keys())
+    for label, labelled in groupby(sorted(tasks, key=lambda task: task.label), key=lambda task: task.label):
+        keys = {task.key for task in labelled}
+        bar.start(label, len(keys), len(keys & memo.keys()))
+    if (count := processes(run, missing)) > 1:
+        fill(run, name, count, bar.advance)
+        memo = Memo(path)
+    work(subject, tasks, sampling, memo, bar.advance)
+    return memo
 
 
 def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seconds: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from luthier.data.conversation import Conversation, Origin, Row
 from luthier.errors import DataError, UsageError
-from luthier.evaluate.answers import Memo, answers, sampling_of
+from luthier.evaluate.answers import Memo, collect, plan, sampling_of, work
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.subject import Side, Subject
 from luthier.evaluate.suite import answerable
@@ -54,10 +54,13 @@ def predict(
     subject, sampling = Subject.open(run), sampling_of(run)
     memo, answered = Memo(run.results / "predict" / "answers.jsonl"), 0
     with _whole(out) as target, progress(console) as bar:
-        advance, write = bar.advance(f"{side} answers", None), writer(target)
+        bar.start(f"{side} answers", None)
+        write = writer(target)
         for chunk in chain([first], chunks):
-            given = answers(subject, side, [question for _, question in chunk], sampling, memo, advance)
-            for (row, question), answer in zip(chunk, given, strict=True):
+            questions = [question for _, question in chunk]
+            tasks = plan(subject, questions, sampling, sides=[side])
+            work(subject, tasks, sampling, memo, bar.advance)
+            for (row, question), answer in zip(chunk, collect(tasks, memo, len(chunk), side), strict=True):
                 write(_record(row, question, answer))
             answered += len(chunk)
     _report(problems, console)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,56 +19,67 @@ if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
 
 Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Attributes:
-    facts: what decides its answers besides the prompt: base, revision or weights, adapter, dtype.
+    """Opening one reads no weights: `model` is loaded when it is first asked for, and holds both sides.
+
+    Attributes:
+        encoder: that of training, template included.
+        facts: what decides its answers besides the prompt: base, revision or weights, adapter, dtype.
     """
 
-    model: CausalModel
+    run: Run
     encoder: Encoder
     facts: dict[str, Any]
 
     @classmethod
     def open(cls, run: Run) -> Subject:
-        """Loads the base and the adapter of `run`. Raises RunError if it is not trained, ModelError or AdapterError
-        if a file of either is missing or malformed."""
+        """Raises RunError if `run` is not trained, ModelError if its base cannot be had."""
         if not run.finished:
             raise RunError("has no adapter yet", where=str(run.folder), fix=f"finish it: luthier train {run.folder}")
+        from luthier.adapters.files import WEIGHTS
+        from luthier.model.load import compute_dtype, load_tokenizer, loaded_revision, model_folder
+
+        model = run.recipe.model
+        folder = model_folder(model)
+        facts = {
+            "base": model.base,
+            "revision": loaded_revision(folder),
+            "weights": _weights(folder),
+            "adapter": _sha256(run.adapter / WEIGHTS),
+            "dtype": str(compute_dtype(model, _device(run.recipe.run.place))).removeprefix("torch."),
+        }
+        return cls(run, _encoder(run, load_tokenizer(folder)), facts)
+
+    @cached_property
+    def model(self) -> CausalModel:
+        """The base with the adapter. Raises ModelError or AdapterError if a file of either is malformed."""
         import torch
 
         from luthier.adapters import files
         from luthier.model.causal import build
-        from luthier.model.load import compute_dtype, load_tokenizer, loaded_revision, model_folder
+        from luthier.model.load import model_folder
 
-        recipe, device = run.recipe, _device(run.recipe.run.place)
+        recipe = self.run.recipe
         if isinstance(recipe.run.threads, int):
             torch.set_num_threads(recipe.run.threads)
-        folder = model_folder(recipe.model)
-        adapter, tensors = files.load(run.adapter)
-        dtype = compute_dtype(recipe.model, device)
+        adapter, tensors = files.load(self.run.adapter)
         model = build(
             recipe.model,
             adapter,
-            folder=folder,
-            kernels=_kernels(run),
+            folder=model_folder(recipe.model),
+            kernels=_kernels(self.run),
             recompute=False,
             seed=0,
-            device=torch.device(device),
-            dtype=dtype,
+            device=torch.device(_device(recipe.run.place)),
+            dtype=getattr(torch, self.facts["dtype"]),
         )
         assert model.lora is not None
         model.lora.load_state_dict(tensors)
-        facts = {
-            "base": recipe.model.base,
-            "revision": loaded_revision(folder),
-            "weights": _weights(folder),
-            "adapter": _sha256(run.adapter / files.WEIGHTS),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        return cls(model, _encoder(run, load_tokenizer(folder)), facts)
+        return model
 
     @contextmanager
     def side(self, side: Side) -> Iterator[None]:

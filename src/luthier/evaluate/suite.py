@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -57,8 +56,3 @@ def answerable(question: Conversation) -> bool:
 def digest(value: object) -> str:
     """SHA-256 of a value's JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def longest_first(lengths: Sequence[int]) -> list[int]:
-    """Indices by falling length, so that what needs most memory and time comes first."""
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -14,7 +14,7 @@ from luthier.evaluate.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from luthier.evaluate.comparison import Comparison
@@ -140,11 +140,14 @@ class Bar:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
 
-    def advance(self, what: str, total: int | None) -> Callable[[int], None]:
-        """Starts a line and returns what moves it on."""
-        task = self._progress.add_task(what, total=total)
-        return lambda done: self._progress.advance(task, done)
+    def start(self, label: str, total: int | None, done: int = 0) -> None:
+        self._tasks[label] = self._progress.add_task(label, total=total, completed=done)
+
+    def advance(self, label: str, done: int) -> None:
+        """Moves a line that was started. May be called from any thread."""
+        self._progress.advance(self._tasks[label], done)
 
     def wait(self, what: str, work: Callable[[], T]) -> T:
         """Does `work` under a line of unknown length."""
