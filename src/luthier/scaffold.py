@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def scaffold(
         raise RecipeError("is there already", where=str(path), fix="choose another name with --out, or delete it")
     detection, conversations = _look(data)
     if test:
-        _check_test(test, detection)
+        detection = _with_test(detection, test)
     say(f"{data}: {detection.format}" + (f", columns {detection.columns}" if detection.columns else ""))
     lengths = _lengths(base, conversations, detection, say)
     fields = _fields(base, data, test, path, detection, conversations, lengths)
@@ -102,8 +103,11 @@ def _look(data: Path) -> tuple[Detection, list[Conversation]]:
     return detection, conversations
 
 
-def _check_test(test: Path, detection: Detection) -> None:
-    """Raises DataError if the test file cannot be read or has another shape than the training file."""
+def _with_test(detection: Detection, test: Path) -> Detection:
+    """The detection with the columns that only the test file has, such as several reference summaries.
+
+    Raises DataError if the test file cannot be read or has another shape than the training file.
+    """
     from luthier.data.formats import detect
     from luthier.data.sources import read
 
@@ -114,6 +118,16 @@ def _check_test(test: Path, detection: Detection) -> None:
             where=str(test),
             fix="give both files one shape, or write data.format and data.columns by hand",
         )
+    parts = {*detection.columns, *found.columns}
+    columns = {part: _either(detection.columns.get(part), found.columns.get(part)) for part in sorted(parts)}
+    return replace(detection, columns=columns)
+
+
+def _either(first: str | list[str] | None, second: str | list[str] | None) -> str | list[str]:
+    """One column map for both files: the columns of the first, then those that only the second has."""
+    names = [name for part in (first, second) if part for name in ([part] if isinstance(part, str) else part)]
+    unique = list(dict.fromkeys(names))
+    return unique[0] if len(unique) == 1 else unique
 
 
 def _lengths(
