@@ -41,10 +41,10 @@ def render(run: Run, name: str = "compare") -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((here / "report.html.jinja").read_text(encoding="utf-8"))
     style = Markup((here / "report.css").read_text(encoding="utf-8"))  # ours, and without user text
-    return template.render(style=style, version=__version__, **_compared(run, name), **_about(run))
+    return template.render(style=style, version=__version__, **_compared(run, name), **_about(run, name))
 
 
-def _about(run: Run) -> Json:
+def _about(run: Run, name: str) -> Json:
     recipe, manifest = run.recipe, run.manifest
     return {
         "title": f"{run.folder.name} · luthier",
@@ -58,7 +58,7 @@ def _about(run: Run) -> Json:
         "training": _training(run),
         "data": _data(run),
         "commands": [f"luthier train {run.folder} run.dir={run.folder}-again", f"luthier compare {run.folder}-again"],
-        "provenance": _provenance(run, manifest),
+        "provenance": _provenance(run, manifest, name),
         "decisions": _flat(manifest.get("decisions", {})),
         "recipe": recipe.dump(),
     }
@@ -310,24 +310,28 @@ def _token_lengths(lengths: Json, limit: int) -> Markup:
     if not spread:
         return Markup("")
     mark = limit if lengths["max"] > 0.5 * limit else None
-    return histogram(spread["edges"], spread["counts"], label="Rows by tokens", x_title="tokens", mark=mark)
+    title = f"tokens (dashed: data.length, {limit})" if mark else "tokens"
+    return histogram(spread["edges"], spread["counts"], label="Rows by tokens", x_title=title, mark=mark)
 
 
 # Provenance.
 
 
-def _provenance(run: Run, manifest: Json) -> list[tuple[str, str]]:
-    path = run.results / "compare" / "comparison.json"
+def _provenance(run: Run, manifest: Json, comparison: str) -> list[tuple[str, str]]:
+    path, data = run.results / comparison / "comparison.json", run.data / "report.json"
     settings = read_json(path)["settings"] if path.exists() else {}
+    files = read_json(data).get("files", []) if data.exists() else []
     known = {
         "base model": run.recipe.model.base,
         "revision": settings.get("revision") or manifest.get("revision"),
         "adapter, SHA-256": settings.get("adapter"),
         "questions, SHA-256": settings.get("questions"),
         "template, SHA-256": settings.get("template"),
+        **{f"{file['path']}, SHA-256": file["sha256"] for file in files if "path" in file},
         "number format": settings.get("dtype"),
         "decoding": ", ".join(f"{k} {v}" for k, v in settings.get("decoding", {}).items()),
         "seed": run.recipe.train.seed,
+        "time of comparison": duration(settings["seconds"]) if "seconds" in settings else None,
         **manifest.get("versions", {}),
     }
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
