@@ -18,7 +18,8 @@ from luthier.data.stream import Micro
 from luthier.errors import ModelError
 from luthier.kernels import native
 from luthier.model import attention, families
-from luthier.model.causal import CausalModel, Kernels, trim
+from luthier.model.causal import CausalModel, Kernels
+from luthier.model.pack import share_prefix, trim
 
 VOCAB = 97
 ALL = recipe.Adapter(rank=4, alpha=8)
@@ -208,9 +209,51 @@ def test_what_is_left_out_for_unsupervised_rows_changes_nothing(supervised: tupl
 
 def test_tokens_after_the_last_supervised_one_are_left_out() -> None:
     short = trim(micro(lengths=(5, 4, 6), supervised=(2, 3, 12)))
-    assert short.bounds == (0, 3, 3, 6)
+    assert short.bounds == (0, 3, 6)
+    assert short.samples.tolist() == [40, 42]
     assert short.rows.tolist() == [1, 2, 5]
     assert short.positions.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def sharing(prefix: int, lengths: tuple[int, ...] = (50, 90, 60, 200)) -> Micro:
+    """Rows that begin with the same `prefix` tokens, of which none is learned."""
+    batch = micro(lengths)
+    ids = batch.ids.clone()
+    for start in batch.bounds[:-1]:
+        ids[start : start + prefix] = torch.arange(prefix) % VOCAB
+    kept = batch.positions[batch.rows] >= prefix
+    return replace(batch, ids=ids, rows=batch.rows[kept], targets=ids[batch.rows[kept] + 1])
+
+
+@pytest.mark.parametrize("prefix", [12, 25, 33])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(prefix: int, recompute: bool, kernels: Kernels) -> None:
+    batch = sharing(prefix)
+    shorter, found = share_prefix(trim(batch))
+    assert found == prefix
+    assert len(trim(batch).ids) - len(shorter.ids) == 3 * prefix
+    alike(model("llama", kernels, recompute=recompute), model("llama", "reference"), batch)
+
+
+def test_a_prefix_ends_before_what_is_learned_and_where_rows_differ() -> None:
+    batch = sharing(25)
+    early = replace(
+        batch, rows=torch.cat([torch.tensor([10]), batch.rows]), targets=torch.cat([batch.ids[[11]], batch.targets])
+    )
+    assert share_prefix(early)[1] == 10
+    differing = replace(batch, ids=batch.ids.clone())
+    differing.ids[batch.bounds[2] + 17] += 1
+    assert share_prefix(differing)[1] == 17
+
+
+def test_a_single_row_and_rows_that_share_little_are_left_alone() -> None:
+    for batch in (sharing(25, lengths=(200,)), sharing(4)):
+        assert share_prefix(batch) == (batch, 0)
+
+
+def test_rows_with_dropout_share_no_prefix(kernels: Kernels) -> None:
+    adapter = recipe.Adapter(rank=4, dropout=0.3)
+    alike(model("llama", kernels, adapter), model("llama", "reference", adapter), sharing(25))
 
 
 def test_bfloat16_is_as_near_to_fp32_as_the_module_in_bfloat16(kernels: Kernels) -> None:

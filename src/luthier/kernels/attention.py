@@ -25,32 +25,32 @@ KEEP = 512  # tiles with at most so many keys keep their probabilities for the b
 
 @dataclass(frozen=True)
 class Tile:
-    """Some query rows, and the keys that one of them may see."""
+    """Some query rows and the keys that they may see: one stretch of tokens, or a shared prefix and one more."""
 
     rows: slice
-    keys: slice
+    keys: tuple[slice, ...]
     seen: Tensor  # int64 [Q]: how many of the keys, from the first, each row sees
 
 
-def causal_tiles(bounds: Sequence[int]) -> list[Tile]:
-    """Tiles in which every token is a query and sees its own segment up to itself."""
-    tiles = []
-    for start, end in pairwise(bounds):
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
-            seen = torch.arange(first - start + 1, last - start + 1)
-            tiles.append(Tile(slice(first, last), slice(start, last), seen))
-    return tiles
+def causal_tiles(bounds: Sequence[int], prefix: int = 0) -> list[Tile]:
+    """Tiles in which every token is a query and sees its own segment up to itself.
+
+    With a `prefix`, the first segment has that many tokens and every other segment sees it whole.
+    """
+    return chosen_tiles(bounds, torch.arange(bounds[-1]), prefix)
 
 
-def chosen_tiles(bounds: Sequence[int], chosen: Tensor) -> list[Tile]:
+def chosen_tiles(bounds: Sequence[int], chosen: Tensor, prefix: int = 0) -> list[Tile]:
     """Tiles in which only the tokens `chosen` (int64 [Q], ascending) are queries; their rows are numbered 0 to Q-1."""
     tiles = []
     edges = torch.searchsorted(chosen, torch.tensor(bounds)).tolist()
     for start, (first, last) in zip(bounds, pairwise(edges), strict=False):
+        before = (slice(0, prefix),) if prefix and start else ()
         for low in range(first, last, BLOCK):
-            seen = chosen[low : min(low + BLOCK, last)] - start + 1
-            tiles.append(Tile(slice(low, low + len(seen)), slice(start, start + int(seen[-1])), seen))
+            places = chosen[low : min(low + BLOCK, last)]
+            own = slice(start, int(places[-1]) + 1)
+            seen = places - start + 1 + sum(s.stop for s in before)
+            tiles.append(Tile(slice(low, low + len(places)), (*before, own), seen))
     return tiles
 
 
@@ -63,7 +63,7 @@ def attention_forward(
     kept: list[Tensor | None] = []
     for tile in tiles:
         p_GQK = _probabilities(q_GTRD, k_GTD, tile, parts)
-        o_GQD = torch.bmm(p_GQK, v_GTD[:, tile.keys])
+        o_GQD = torch.bmm(p_GQK, _keys(v_GTD, tile))
         o_TGRD[tile.rows] = o_GQD.view(groups, -1, repeats, size).transpose(0, 1)
         kept.append(p_GQK if p_GQK.shape[-1] <= KEEP else None)
     return o_TGRD.view(queries, -1), kept
@@ -88,12 +88,12 @@ def attention_backward(
     dk_GTD, dv_GTD = (k_GTD.new_zeros(k_GTD.shape) for _ in range(2))
     for tile, saved in zip(tiles, kept, strict=True):
         p_GQK = saved if saved is not None else _probabilities(q_GTRD, k_GTD, tile, parts)
-        do_GQD, q_GQD, k_GKD = _rows(do_GTRD, tile), _rows(q_GTRD, tile), k_GTD[:, tile.keys]
-        dv_GTD[:, tile.keys].baddbmm_(p_GQK.transpose(1, 2), do_GQD)
-        dp_GQK = torch.bmm(do_GQD, v_GTD[:, tile.keys].transpose(1, 2))
+        do_GQD, q_GQD = _rows(do_GTRD, tile), _rows(q_GTRD, tile)
+        _add(dv_GTD, tile, torch.bmm(p_GQK.transpose(1, 2), do_GQD))
+        dp_GQK = torch.bmm(do_GQD, _keys(v_GTD, tile).transpose(1, 2))
         ds_GQK = parts.softmax_backward(dp_GQK, p_GQK, delta_GTR[:, tile.rows].flatten(1).contiguous())
-        dq_GTRD[:, tile.rows] = torch.bmm(ds_GQK, k_GKD).view(groups, -1, repeats, size)
-        dk_GTD[:, tile.keys].baddbmm_(ds_GQK.transpose(1, 2), q_GQD)
+        dq_GTRD[:, tile.rows] = torch.bmm(ds_GQK, _keys(k_GTD, tile)).view(groups, -1, repeats, size)
+        _add(dk_GTD, tile, torch.bmm(ds_GQK.transpose(1, 2), q_GQD))
     return dq_GTRD, dk_GTD, dv_GTD
 
 
@@ -102,9 +102,23 @@ def _rows(x_GTRD: Tensor, tile: Tile) -> Tensor:
     return x_GTRD[:, tile.rows].flatten(1, 2)
 
 
+def _keys(x_GTD: Tensor, tile: Tile) -> Tensor:
+    """A tile's keys (or values) [G, K, D]: a view, unless there is a prefix."""
+    pieces = [x_GTD[:, part] for part in tile.keys]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _add(x_GTD: Tensor, tile: Tile, gradient_GKD: Tensor) -> None:
+    start = 0
+    for part in tile.keys:
+        end = start + part.stop - part.start
+        x_GTD[:, part] += gradient_GKD[:, start:end]
+        start = end
+
+
 def _probabilities(q_GTRD: Tensor, k_GTD: Tensor, tile: Tile, parts: Pointwise) -> Tensor:
     q_GQD = _rows(q_GTRD, tile)
-    scores = torch.bmm(q_GQD, k_GTD[:, tile.keys].transpose(1, 2))
+    scores = torch.bmm(q_GQD, _keys(k_GTD, tile).transpose(1, 2))
     groups, _, repeats, _ = q_GTRD.shape
     return parts.softmax(scores.view(groups, -1, repeats, scores.shape[-1]), tile.seen).flatten(1, 2)
 

@@ -53,24 +53,24 @@ class Decoder:
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
 
-    def hidden(self, micro: Micro, noise: Noise | None) -> Tensor:
-        """[S, H]: the final-normed hidden states at `micro.rows`."""
-        if self.window and max(b - a for a, b in pairwise(micro.bounds)) > self.window:
+    def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
+        """[S, H]: the final-normed hidden states at `micro.rows`.
+
+        With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
+        """
+        if self.window and int(micro.positions.max()) >= self.window:
             fix = f"lower data.length to the model's attention window of {self.window} tokens"
             raise ModelError("a row is longer than the model sees", fix=fix)
         for block in self.blocks:
             block.refresh()
         x: Tensor = self.embed(micro.ids)
-        pack = self._pack(x, micro, noise)
-        last = replace(pack, tiles=chosen_tiles(micro.bounds, micro.rows), rows=micro.rows)
+        cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
+        pack = Pack(cos, sin, causal_tiles(micro.bounds, prefix), noise)
+        last = replace(pack, tiles=chosen_tiles(micro.bounds, micro.rows, prefix), rows=micro.rows)
         for block in self.blocks:
             pack = last if block is self.blocks[-1] else pack
             x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def _pack(self, x: Tensor, micro: Micro, noise: Noise | None) -> Pack:
-        cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
-        return Pack(cos, sin, causal_tiles(micro.bounds), noise)
 
 
 class Kept(NamedTuple):

@@ -18,6 +18,7 @@ from luthier.kernels import native, pointwise
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.model import attention, families
 from luthier.model.block import Decoder
+from luthier.model.pack import share_prefix, trim
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -46,7 +47,10 @@ class CausalModel:
         """[S, H]: the final-normed hidden states at `micro.rows`, differentiable in the adapter."""
         if self.decoder is not None:
             micro = trim(micro)
-            return self.decoder.hidden(micro, self._set_noise(micro))
+            noise = self._set_noise(micro)
+            # Dropout tells the rows' prefixes apart: each has masks of its own.
+            micro, prefix = (micro, 0) if self._drops else share_prefix(micro)
+            return self.decoder.hidden(micro, noise, prefix)
         self._set_noise(micro)
         arguments = attention.packed_arguments(micro.positions, micro.bounds)
         with self._recomputing():
@@ -56,6 +60,10 @@ class CausalModel:
     def loss(self, micro: Micro) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`."""
         return linear_cross_entropy(self.hidden(micro), self.head, micro.targets, self.parts)
+
+    @property
+    def _drops(self) -> bool:
+        return self.lora is not None and any(x.dropout for x in self.lora.layers.values()) and torch.is_grad_enabled()
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -75,22 +83,6 @@ class CausalModel:
             noise.samples = micro.samples.repeat_interleave(lengths.to(micro.samples.device))
             noise.positions = micro.positions
         return replace(noise)
-
-
-def trim(micro: Micro) -> Micro:
-    """`micro` without the tokens after each segment's last supervised one, which nothing that is learned can see."""
-    bounds = torch.tensor(micro.bounds)
-    edges = torch.searchsorted(micro.rows.cpu(), bounds)
-    last = torch.cat([micro.rows.cpu() + 1, bounds[:1]])[edges[1:] - 1]
-    ends = torch.where(edges.diff() > 0, last, bounds[:-1])
-    kept = torch.cat([torch.arange(a, b) for a, b in zip(micro.bounds, ends.tolist(), strict=False)])
-    return replace(
-        micro,
-        ids=micro.ids[kept],
-        positions=micro.positions[kept],
-        bounds=(0, *(ends - bounds[:-1]).cumsum(0).tolist()),
-        rows=torch.searchsorted(kept.to(micro.rows.device), micro.rows),
-    )
 
 
 def _decoder(module: Any, parts: pointwise.Pointwise, *, recompute: bool) -> Decoder:
