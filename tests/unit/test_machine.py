@@ -1,0 +1,46 @@
+"""Facts about the machine, and what follows from them."""
+
+from dataclasses import replace
+
+import pytest
+
+from luthier.machine import Machine, machine
+
+PLAIN = Machine(cores=4, busy=0, memory=8, available=6, flags=(), compiler=None, all_cores=8)
+
+
+@pytest.mark.parametrize(
+    ("cores", "busy", "all_cores", "free"),
+    [
+        (4, 0, 4, 4),
+        (4, 1, 4, 3),
+        (4, 9, 4, 1),  # never none
+        (2, 6, 8, 2),  # others are busy on cores that are not ours
+        (2, 7, 8, 1),
+        (4, 0, 2, 2),  # never more than there are
+        (3, 1, 0, 2),  # not told how many there are
+    ],
+)
+def test_free_cores_are_ours_that_others_leave(cores: int, busy: int, all_cores: int, free: int) -> None:
+    assert replace(PLAIN, cores=cores, busy=busy, all_cores=all_cores).free_cores == free
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16"])
+def test_a_processor_that_multiplies_bfloat16_is_fast_at_it(flag: str) -> None:
+    assert replace(PLAIN, flags=("avx2", flag)).fast_bfloat16
+
+
+@pytest.mark.parametrize("flags", [(), ("avx2", "avx512f", "avx512_vnni"), ("amx_tile",), ("asimd",)])
+def test_a_processor_that_only_has_other_instructions_is_not(flags: tuple[str, ...]) -> None:
+    assert not replace(PLAIN, flags=flags).fast_bfloat16
+
+
+def test_facts_become_plain_values_and_back() -> None:
+    assert Machine(**PLAIN.as_dict()) == PLAIN
+
+
+def test_the_facts_of_this_machine_are_possible() -> None:
+    here = machine()
+    assert 1 <= here.free_cores <= here.cores
+    assert 0 <= here.available <= here.memory
+    assert here.busy >= 0
