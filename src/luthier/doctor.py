@@ -45,11 +45,10 @@ def _choices(facts: Machine) -> dict[str, str]:
     from luthier.model.load import choose_dtype
     from luthier.recipe import Model
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, why = choose_dtype(Model(base="any"), torch.device(place))
-    several = facts.free_cores > 1 and place == "cpu"
+    dtype, why = choose_dtype(Model(base="any"), torch.device("cpu"))
+    several = facts.free_cores > 1
     return {
-        "place": f"{place}: {'a CUDA device is present' if place == 'cuda' else 'torch sees no CUDA device'}",
+        "place": "cpu: training on a GPU is not there yet",
         "compute": f"{str(dtype).removeprefix('torch.')}: {why}",
         "engine": f"ddp: {facts.free_cores} free cores, one process each" if several else "local: one free core",
         "kernels": f"compiled where a run is long enough: {facts.compiler}"

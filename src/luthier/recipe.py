@@ -201,7 +201,8 @@ class Save(Section):
 class Run(Section):
     dir: str | None = None
     """The run folder; null: runs/<recipe name>."""
-    place: Literal["auto", "cpu", "cuda"] = "auto"
+    place: Literal["auto", "cpu"] = "auto"
+    """Where the model runs. Training on a GPU is not there yet: `auto` is the CPU, on a machine with a GPU too."""
     engine: Literal["auto", "local", "ddp"] = "auto"
     """`ddp`: one process per core (or GPU) with the adapter's gradients summed."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

@@ -27,10 +27,8 @@ SMOL = {
 ROWS = Rows(longest=256, mean=150.0, steps=60)
 
 
-def decided(
-    *overrides: str, facts: Machine = IDLE, config: dict[str, Any] = SMOL, rows: Rows = ROWS, cuda: bool = False
-) -> Decisions:
-    return decide(tiny.recipe(*overrides), config, facts, rows, cuda=cuda)
+def decided(*overrides: str, facts: Machine = IDLE, config: dict[str, Any] = SMOL, rows: Rows = ROWS) -> Decisions:
+    return decide(tiny.recipe(*overrides), config, facts, rows)
 
 
 def test_the_same_facts_give_the_same_decisions() -> None:
@@ -70,7 +68,7 @@ def test_what_the_recipe_says_is_done() -> None:
     made = decided(*wanted, "run.recompute=true", "model.compute=float32")
     assert (made.engine, made.processes, made.threads, made.micro_tokens) == ("ddp", 2, 3, 300)
     assert (made.kernels, made.recompute, made.dtype) == ("reference", True, "float32")
-    assert set(made.why.values()) == {"as the recipe says", "torch sees no CUDA device"}
+    assert set(made.why.values()) == {"as the recipe says", "training on a GPU is not there yet"}
 
 
 def test_several_processes_contradict_the_local_engine() -> None:
@@ -97,13 +95,6 @@ def test_a_family_that_our_block_does_not_run_takes_the_reference_path() -> None
 def test_a_model_whose_sizes_are_unknown_trains_a_row_at_a_time_in_one_process() -> None:
     made = decided(config={"model_type": "other"})
     assert (made.engine, made.micro_tokens, made.kernels) == ("local", 256, "reference")
-
-
-def test_a_gpu_is_taken_where_there_is_one_by_one_process() -> None:
-    made = decided("model.compute=bfloat16", cuda=True)
-    assert (made.place, made.engine, made.processes) == ("cuda", "local", 1)
-    with pytest.raises(RecipeError, match="no CUDA device"):
-        decided("run.place=cuda")
 
 
 def test_halving_ends_at_the_longest_row() -> None:

@@ -50,7 +50,7 @@ class Subject:
             "revision": loaded_revision(folder),
             "weights": _weights(folder),
             "adapter": _sha256(run.adapter / WEIGHTS),
-            "dtype": str(compute_dtype(model, _device(run.recipe.run.place))).removeprefix("torch."),
+            "dtype": str(compute_dtype(model, "cpu")).removeprefix("torch."),
         }
         return cls(run, _encoder(run, load_tokenizer(folder)), facts)
 
@@ -74,7 +74,7 @@ class Subject:
             kernels=_kernels(self.run),
             recompute=False,
             seed=0,
-            device=torch.device(_device(recipe.run.place)),
+            device=torch.device("cpu"),
             dtype=getattr(torch, self.facts["dtype"]),
         )
         assert model.lora is not None
@@ -99,14 +99,6 @@ def _kernels(run: Run) -> Literal["reference", "eager"]:
     """Our block where training ran on it; nothing is compiled for an evaluation."""
     trained_on = run.manifest.get("decisions", {}).get("kernels", "reference")
     return "reference" if trained_on == "reference" else "eager"
-
-
-def _device(place: str) -> str:
-    import torch
-
-    if place == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return place
 
 
 def _encoder(run: Run, tokenizer: Tokenizer) -> Encoder:

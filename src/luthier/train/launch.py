@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +82,9 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     asked = run.recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
     if manifest.get("asked") == asked:
         return Decisions(**manifest["decisions"])
-    facts, cuda = _facts(run.recipe)
+    facts = machine()
     rows = _rows(run.recipe, prepared)
-    decisions = decide(run.recipe, _config(run.recipe), facts, rows, cuda=cuda)
+    decisions = decide(run.recipe, _config(run.recipe), facts, rows)
     run.update_manifest(asked=asked, decisions=decisions.as_dict(), machine=facts.as_dict())
     return decisions
 
@@ -251,20 +250,6 @@ def _rebuilt(event: Event) -> LuthierError:
 def _quiet_threads() -> dict[str, str]:
     """Idle OpenMP threads that spin take the cores from those that work (libgomp's default)."""
     return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-
-
-def _facts(recipe: Recipe) -> tuple[Machine, bool]:
-    """The machine's facts, and whether it has a usable GPU, whose memory then counts. Only looks with torch, which is
-    slow to import, where a driver is present."""
-    facts = machine()
-    if recipe.run.place == "cpu" or not Path("/dev/nvidiactl").exists():
-        return facts, False
-    import torch
-
-    if not torch.cuda.is_available():
-        return facts, False
-    free, total = torch.cuda.mem_get_info()
-    return replace(facts, memory=total, available=free), True
 
 
 def _rows(recipe: Recipe, prepared: Prepared) -> Rows:
