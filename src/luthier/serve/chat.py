@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.generate import Sampling
 
 HELP = "/reset starts over, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer"
-LEAST_NEW_TOKENS = 512
+LEAST_NEW_TOKENS = 256
 """A recipe's limit is cut to its test answers; a chat may go on for longer."""
 
 
