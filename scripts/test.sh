@@ -15,4 +15,4 @@ python scripts/docs.py --check
 
 # Two processes of tests share two cores better than one process with two threads, and spinning threads share none.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
-exec python -m pytest -q -m "not gpu" "$@"
+exec python -m pytest -q -n auto -m "not gpu" "$@"
