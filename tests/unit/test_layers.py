@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "luthier"
 LAYERS = [
-    {"errors", "registry", "machine", "recipe"},
+    {"errors", "registry", "machine", "allocator", "recipe"},
     {"data"},
     {"kernels"},
     {"adapters"},

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from luthier.data.conversation import Conversation, Message, Origin
-from luthier.data.prepare import Prepared, _from_json, _to_json, heldout_conversations, prepare, test_conversations
+from luthier.data.conversation import Conversation, Message, Origin, from_json, to_json
+from luthier.data.prepare import Prepared, heldout_conversations, prepare, test_conversations
 from luthier.data.tokens import Tokenizer
 from luthier.errors import DataError
 from luthier.recipe import Data
@@ -432,4 +432,4 @@ def test_a_conversation_survives_its_file():
         choices=("x", "y"),
         answer=0,
     )
-    assert _from_json(json.loads(json.dumps(_to_json(conversation)))) == conversation
+    assert from_json(json.loads(json.dumps(to_json(conversation)))) == conversation

@@ -83,3 +83,34 @@ class Example:
     supervised: list[int]
     prompt: int
     origin: Origin
+
+
+def to_json(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as plain JSON values; what is empty is left out."""
+    values = {
+        "file": conversation.origin.file,
+        "line": conversation.origin.line,
+        "messages": [
+            {k: v for k in Message.__slots__ if (v := getattr(m, k)) or k == "content"} for m in conversation.messages
+        ],
+        "references": conversation.references,
+        "tools": conversation.tools,
+        "choices": conversation.choices,
+        "answer": conversation.answer,
+        "meta": conversation.meta,
+    }
+    return {k: v for k, v in values.items() if v not in ((), None, {})}
+
+
+def from_json(values: dict[str, Any]) -> Conversation:
+    """The inverse of `to_json`."""
+    messages = (Message(**{**m, "tool_calls": tuple(m.get("tool_calls", ()))}) for m in values["messages"])
+    return Conversation(
+        tuple(messages),
+        Origin(values["file"], values["line"]),
+        references=tuple(values.get("references", ())),
+        tools=tuple(values.get("tools", ())),
+        choices=tuple(values.get("choices", ())),
+        answer=values.get("answer"),
+        meta=values.get("meta", {}),
+    )

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from luthier import recipe
 from luthier.data.clean import Cleaner
-from luthier.data.conversation import Conversation, Example, Message, Origin, Row
+from luthier.data.conversation import Conversation, Example, Origin, Row, from_json, to_json
 from luthier.data.duplicates import Duplicates, Leaks, NearDuplicates, common_shingles, fingerprint
+from luthier.data.encode import encode
 from luthier.data.formats import converter, resolve
 from luthier.data.sources import read
 from luthier.data.store import TokenStore, Writer
@@ -271,21 +272,13 @@ class _Journey(ExitStack):
 
     def _encoded(self, rows: Iterator[Conversation]) -> Iterator[tuple[Conversation, list[Example]]]:
         """Each row with its examples: one, or a long document's windows."""
-        while chunk := list(islice(rows, _CHUNK)):
-            for conversation, example in self._examples(chunk):
-                if examples := self._fitted(conversation, example):
+        for chunk, encoded in encode(self.encoder, _chunks(rows)):
+            for conversation, example in zip(chunk, encoded, strict=True):
+                if isinstance(example, LuthierError):
+                    self._bad(self.train, conversation.origin, example)
+                elif examples := self._fitted(conversation, example):
                     yield conversation, examples
             self.progress("encoding", self.train.read)
-
-    def _examples(self, chunk: list[Conversation]) -> Iterator[tuple[Conversation, Example]]:
-        try:
-            yield from zip(chunk, self.encoder.examples(chunk), strict=True)
-        except LuthierError:  # one row that the template refuses must not take the others with it
-            for conversation in chunk:
-                try:
-                    yield conversation, self.encoder.examples([conversation])[0]
-                except LuthierError as error:
-                    self._bad(self.train, conversation.origin, error)
 
     def _fitted(self, conversation: Conversation, example: Example) -> list[Example]:
         """The examples of a row, no longer than `data.length`; none where it is dropped."""
@@ -417,6 +410,11 @@ def _first_rows(rows: Iterator[Row | _Fault]) -> Iterator[Row | _Fault]:
             return
 
 
+def _chunks(rows: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
+
+
 class _Ledger:
     """Rows read, and rows that did not arrive: each is named in a file and counted; refused ones end the journey."""
 
@@ -483,7 +481,7 @@ class _Split:
             asked = fingerprint(replace(conversation, messages=conversation.prompt))
             digest = blake2b(asked, digest_size=8, key=self._seed).digest()
             self._keys.append(int.from_bytes(digest, "little"))
-            _write_line(self._spool, _to_json(conversation))
+            _write_line(self._spool, to_json(conversation))
 
     def held(self) -> NDArray[np.bool_]:
         """bool [conversations]"""
@@ -550,43 +548,13 @@ def _lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:
 def _write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
     with path.open("w", encoding="utf-8") as out:
         for conversation in conversations:
-            _write_line(out, _to_json(conversation))
+            _write_line(out, to_json(conversation))
 
 
 def _conversations(path: Path) -> Iterator[Conversation]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
-            yield _from_json(json.loads(line))
-
-
-def _to_json(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as plain values; what is empty is left out."""
-    values = {
-        "file": conversation.origin.file,
-        "line": conversation.origin.line,
-        "messages": [
-            {k: v for k in Message.__slots__ if (v := getattr(m, k)) or k == "content"} for m in conversation.messages
-        ],
-        "references": conversation.references,
-        "tools": conversation.tools,
-        "choices": conversation.choices,
-        "answer": conversation.answer,
-        "meta": conversation.meta,
-    }
-    return {k: v for k, v in values.items() if v not in ((), None, {})}
-
-
-def _from_json(values: dict[str, Any]) -> Conversation:
-    messages = (Message(**{**m, "tool_calls": tuple(m.get("tool_calls", ()))}) for m in values["messages"])
-    return Conversation(
-        tuple(messages),
-        Origin(values["file"], values["line"]),
-        references=tuple(values.get("references", ())),
-        tools=tuple(values.get("tools", ())),
-        choices=tuple(values.get("choices", ())),
-        answer=values.get("answer"),
-        meta=values.get("meta", {}),
-    )
+            yield from_json(json.loads(line))
 
 
 def _write_line(out: TextIO, value: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class Tokenizer:
             (`<think>`). Added tokens without a bracket (words, runs of spaces) are ordinary vocabulary.
         special: the names among them that the tokenizer calls special.
         names: what chat templates call `bos_token`, `eos_token` …; absent ones are not in it.
+        spec: JSON values from which `Tokenizer(**spec)` makes the same again.
         opening: the control tokens that the tokenizer itself puts before a text, usually none or `bos`.
         ends: the control tokens that generation stops at by the model's own settings, `eos` first.
         chat_template: the Jinja source of the chat template, or None.
@@ -47,7 +48,9 @@ class Tokenizer:
     def __init__(self, data: dict[str, Any], *, config: dict[str, Any] | None = None, eos_ids: Iterable[int] = ()):
         """Args: `data`, the content of tokenizer.json; `config`, of tokenizer_config.json with its `chat_template`."""
         config = config or {}
+        eos_ids = list(eos_ids)
         self._data = data
+        self.spec: dict[str, Any] = {"data": data, "config": config, "eos_ids": eos_ids}
         self._backend = Backend.from_str(json.dumps(data))
         self.names = _names(config)
         added = {token["content"]: token for token in data.get("added_tokens") or []}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luthier import recipe
 from luthier.adapters.lora import Lora, Noise, attach
+from luthier.allocator import keep_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import native, pointwise
 from luthier.kernels.loss import linear_cross_entropy
@@ -113,6 +114,7 @@ def build(
     """
     from luthier.model.load import load_causal
 
+    keep_freed_memory()
     module = load_causal(folder, model, device=device, dtype=dtype, attention="packed")
     lora = attach(module, adapter, seed) if adapter is not None else None
     return CausalModel(module, lora, kernels=kernels, recompute=recompute)
