@@ -564,6 +564,8 @@ def headline(workload: dict[str, Any], name: str) -> float | None:
 def environment() -> dict[str, Any]:
     from importlib.metadata import version
 
+    from luthier import __version__
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     return {
@@ -571,7 +573,8 @@ def environment() -> dict[str, Any]:
         "features": sorted(flags & {"avx512f", "avx512_bf16", "amx_bf16"}),
         "compiler": bool(compiler()),
         "load": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "luthier")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+        | {"luthier": __version__},
     }
 
 
@@ -587,6 +590,7 @@ def main() -> None:
     peers = options.peers.split(",")
     if not compiler():
         peers = [p for p in peers if p != "luthier_compiled"]
+    machine = environment()
     with tempfile.TemporaryDirectory(prefix="cpu_step_model_") as place:
         model = find_model(options.model, Path(place))
         workloads = [measure(float(share), peers, model, options) for share in options.supervised.split(",")]
@@ -595,7 +599,7 @@ def main() -> None:
         "ratio_tuned": headline(workloads[0], "tuned"),
         "parity": all(row["passed"] for w in workloads for name, row in w["peers"].items() if "luthier" in name),
         "workloads": workloads,
-        "environment": environment(),
+        "environment": machine,
         "options": {k: v for k, v in vars(options).items() if k not in ("worker", "folder", "rank", "setting")},
     }
     print(json.dumps(result, indent=1) if options.json else table(result))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from luthier.errors import DataError, RunError, UsageError
+from luthier.errors import DataError, RecipeError, RunError, UsageError
 from luthier.evaluate.answers import Memo, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
@@ -59,6 +59,14 @@ def test_compare_writes_verdict_rows_and_report(run: Run) -> None:
     assert len(rows) == len(suite(run).questions) == 24
     assert {"prompt", "references", "base", "tuned", "scores", "words", "stopped"} <= set(rows[0])
     assert found.sentence.partition(": ")[2][1:].split(" (")[0] in run.report.read_text()
+
+
+def test_a_metric_that_can_decide_nothing_is_told_before_anything_is_answered(run: Run) -> None:
+    evaluate = run.recipe.evaluate.model_copy(update={"metrics": ["accuracy", "rougeL"]})  # no question has choices
+    run = Run(run.folder, run.recipe.model_copy(update={"evaluate": evaluate}))
+    with pytest.raises(RecipeError, match="'accuracy' decides the verdict but can score no question"):
+        compare(run)
+    assert not results(run).exists()
 
 
 def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:

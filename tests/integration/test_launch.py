@@ -11,9 +11,10 @@ import pytest
 
 import tiny
 from luthier.adapters import files
+from luthier.data.prepare import heldout_conversations
 from luthier.errors import RecipeError, RunError, Stopped
 from luthier.runs import Run
-from luthier.train.launch import train
+from luthier.train.launch import prepare_data, train
 
 HERE = Path(__file__)
 
@@ -90,12 +91,29 @@ def test_the_run_folder_holds_all_that_was_decided_and_made(local: tuple[Run, di
     assert files.load_extra(run.adapter)["template"]["supervise"] == "answers"
 
 
+def test_a_changed_file_is_prepared_again_until_the_run_has_begun(tmp_path: Path) -> None:
+    run, said = tiny.run(tmp_path), []
+    before = prepare_data(run, said.append)
+    assert prepare_data(run, said.append).report == before.report
+    assert said == []
+    rows = (tmp_path / "sums.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sums.jsonl").write_text("".join(rows[:-2]))
+    assert prepare_data(run, said.append).report["rows"]["read"] == before.report["rows"]["read"] - 2
+    assert said == ["sums.jsonl changed since the data was prepared: preparing it again"]
+    run.metrics.write_text('{"step": 1}\n')
+    (tmp_path / "sums.jsonl").write_text("".join(rows[:-4]))
+    assert prepare_data(run, said.append).report["rows"]["read"] == before.report["rows"]["read"] - 2
+    assert "goes on with the rows it began with" in said[1]
+
+
 def test_samples_are_given_at_each_evaluation(local: tuple[Run, dict[str, Any]]) -> None:
     run, _ = local
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     evaluations = [record["step"] for record in run.steps() if "eval_loss" in record]
     assert [sample["step"] for sample in samples] == evaluations == [2, 4, 6, 8, 9]
-    assert all(sample["prompt"] and sample["reference"] and "answer" in sample for sample in samples)
+    assert all(sample["reference"] and "answer" in sample for sample in samples)
+    asked = {c.messages[-2].content for c in heldout_conversations(run.data)}
+    assert {sample["prompt"] for sample in samples} <= asked, "the question alone, without the template's marks"
 
 
 def test_a_finished_run_is_not_trained_again(local: tuple[Run, dict[str, Any]]) -> None:

@@ -80,6 +80,11 @@ class Prepared:
         by_file = {f["path"]: f["weight"] for f in self.report["files"] if f["part"] == "train"}
         return self.train.by_file(by_file) if set(by_file.values()) != {1.0} else None
 
+    def changed(self, root: Path) -> list[str]:
+        """The files that no longer hold what was prepared. One that is gone does not count, nor a hub data set."""
+        files = {f["path"]: f["sha256"] for f in self.report["files"] if (root / f["path"]).is_file()}
+        return [path for path, before in files.items() if _sha256(root / path) != before]
+
 
 def test_conversations(folder: Path) -> list[Conversation]:
     """The test rows of prepared data, in the order of their files."""
@@ -555,6 +560,11 @@ def _conversations(path: Path) -> Iterator[Conversation]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield from_json(json.loads(line))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_line(out: TextIO, value: dict[str, Any]) -> None:

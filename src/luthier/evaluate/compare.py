@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.answers import Memo, Task, collect, plan, sampling_of, work
-from luthier.evaluate.comparison import Comparison, judge
+from luthier.evaluate.comparison import Comparison, check_decides, judge
 from luthier.evaluate.paired import LEVEL, RESAMPLES
 from luthier.evaluate.report import write_report
 from luthier.evaluate.subject import SIDES, Subject
@@ -31,10 +31,12 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     """Compares `run` with its base on its questions, keeps everything in results/`name`, and writes report.html.
 
     Answers are kept as they come (answers.jsonl): stopped anywhere, the same command goes on, and answers that were
-    made under the same settings are not made again. Raises RunError for a run without questions or without an adapter.
+    made under the same settings are not made again. Raises RunError for a run without questions or without an adapter,
+    RecipeError for a deciding metric that can score none of the questions.
     """
     needs = needed(run)  # an unknown metric is told before anything is loaded
     asked, folder, started = suite(run), run.results / name, time.monotonic()
+    check_decides(asked.questions, run.recipe.evaluate.metrics[0])  # before hours of answering, not after
     subject, sampling = Subject.open(run), sampling_of(run)
     tasks = plan(subject, asked.questions, sampling, needs=needs)
     with progress(console) as bar:

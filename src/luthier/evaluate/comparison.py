@@ -70,9 +70,7 @@ def judge(
     table = {name: _Scores.of(METRICS.get(name), questions, base, tuned) for name in metrics}
     first = metrics[0]
     if not table[first].rows:
-        raise RecipeError(
-            f"'{first}' decides the verdict but can score no question", where="evaluate.metrics", fix=_fix(first)
-        )
+        raise _undecided(first)
     warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
     table = {name: scores for name, scores in table.items() if scores.rows}
     found = {name: scores.best() for name, scores in table.items()}
@@ -87,6 +85,18 @@ def judge(
         warnings=[*warnings, *_blind(first, questions), *_warnings(found[first], METRICS.get(first), matched, stopped)],
         rows=_rows(questions, base, tuned, table),
     )
+
+
+def check_decides(questions: Sequence[Conversation], metric: str) -> None:
+    """Raises RecipeError where `metric` could score none of the questions, whatever the answers."""
+    score, anything = METRICS.get(metric).score, Answer(text="", nll=0.0, targets=1)
+    if not any(score(question, anything) for question in questions):
+        raise _undecided(metric)
+
+
+def _undecided(metric: str) -> RecipeError:
+    what = f"'{metric}' decides the verdict but can score no question"
+    return RecipeError(what, where="evaluate.metrics", fix=_fix(metric))
 
 
 @dataclass(frozen=True)

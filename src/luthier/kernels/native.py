@@ -1,6 +1,6 @@
 """The pointwise parts in C++, built for this processor on first use (about three seconds) and kept in the user's cache.
 
-Nothing here is needed: without a compiler, or if the build fails, the eager parts do the same. The sources use no torch
+Nothing here is needed: the eager parts (`run.kernels=eager`) do the same without a compiler. The sources use no torch
 header; tensors are passed as pointers, so every wrapper says what layout it needs and asserts it.
 """
 

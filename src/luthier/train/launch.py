@@ -69,10 +69,19 @@ def train(run: Run, *, console: Console | None = None, progress: Progress | None
 
 
 def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared:
-    """The run's data as tokens: made once, then reused. `say` is told if the model has to be fetched first."""
+    """The run's data as tokens: made once, then reused. A run that has not begun takes a changed file as it is now; one
+    that has begun stays with the rows it began with. `say` is told so, and if the model has to be fetched first."""
     tokenizer = load_tokenizer(model_folder(run.recipe.model, say))
+    say = say or (lambda text: None)
     if (run.data / "report.json").exists():
-        return Prepared.open(run.data, tokenizer)
+        prepared = Prepared.open(run.data, tokenizer)
+        changed = ", ".join(prepared.changed(run.root))
+        if changed and run.steps():
+            say(f"{changed} changed since this run began: it goes on with the rows it began with")
+        if not changed or run.steps():
+            return prepared
+        say(f"{changed} changed since the data was prepared: preparing it again")
+        run.update_manifest(asked=None)  # other rows, other decisions
     return prepare(run.recipe.data, tokenizer, seed=run.recipe.train.seed, folder=run.data, root=run.root)
 
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from luthier.adapters import files
-from luthier.data.prepare import Prepared
+from luthier.data.conversation import Message
+from luthier.data.prepare import Prepared, heldout_conversations
 from luthier.data.stream import Stream
 from luthier.errors import LuthierError
 from luthier.model.causal import CausalModel, build
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
 from luthier.recipe import Recipe
-from luthier.runs import Run
+from luthier.runs import Run, sync_folder
 from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
 from luthier.train.loop import Trainer
@@ -73,6 +74,7 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
             revision=loaded_revision(folder) or run.recipe.model.revision,
             extra={"template": json.loads((run.data / "template.json").read_text(encoding="utf-8"))},
         )
+        sync_folder(run.adapter)
     return _result(run, decisions, trainer, steps)
 
 
@@ -151,16 +153,22 @@ def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence
     parts = [(store.example(row)[0].tolist(), int(store.prompts[row])) for row in rows]
     sampling = Sampling(max_new_tokens=recipe.evaluate.generate.max_new_tokens)
     prompts = [ids[:prompt] for ids, prompt in parts]
+    asked = {c.origin: c.messages for c in heldout_conversations(prepared.folder)} if rows else {}
     generations = generate(model, prompts, sampling, prepared.encoder.stop_ids) if prompts else []
     return [
         {
             "row": str(store.origin(row)),
-            "prompt": decode(ids[:prompt]),
+            "prompt": _question(asked[store.origin(row)]) or decode(ids[:prompt]),
             "reference": decode(ids[prompt:]),
             "answer": decode(generation.ids),
         }
         for row, (ids, prompt), generation in zip(rows, parts, generations, strict=True)
     ]
+
+
+def _question(messages: Sequence[Message]) -> str:
+    """What the user last said, without the template around it; empty where no user is told apart."""
+    return next((message.content for message in reversed(messages) if message.role == "user"), "")
 
 
 def _result(run: Run, decisions: Decisions, trainer: Trainer, steps: list[Step]) -> dict[str, Any]:
