@@ -44,7 +44,34 @@ def decoders(model: CausalModel) -> dict[str, Decoder]:
 
 @torch.inference_mode()
 def answers(decoder: Decoder, prompts: list[list[int]], sampling: Sampling, stops: frozenset[int]) -> list[Generation]:
-    return [answer for _, answer in sorted(_answer(decoder, prompts, sampling, stops), key=lambda pair: pair[0])]
+    made = _answer(decoder, prompts, [[]] * len(prompts), sampling, stops)
+    return [answer for _, answer in sorted(made, key=lambda pair: pair[0])]
+
+
+CONTINUATIONS = [[3], [8, 1, 44, 2], [60] * 7, [5, 6], [9, 9, 9]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prompts", [PROMPTS, STRANGERS, PROMPTS[:1]], ids=["shared", "strangers", "one"])
+@pytest.mark.parametrize("kind", ["reference", "merged", "as it is"])
+def test_a_continuation_weighs_what_it_weighs_in_the_whole_text(
+    model: CausalModel, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 8)  # several passes
+    engine, continuations = decoders(model)[kind], CONTINUATIONS[: len(prompts)]
+    weights = engine.weigh(engine.prefill(prompts, 4), continuations)
+    for prompt, continuation, weight in zip(prompts, continuations, weights, strict=True):
+        logits = model.module(input_ids=torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(continuation), reduction="sum")
+        assert weight == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_answers_are_the_same_beside_references_of_some(model: CausalModel) -> None:
+    references = [[], [8, 1, 44, 2], [], [5, 6], [3]]
+    alone = generate(model, PROMPTS, GREEDY, NO_STOPS)
+    beside = generate(model, PROMPTS, GREEDY, NO_STOPS, references=references)
+    assert [one.ids for one in beside] == [one.ids for one in alone]
+    assert [one.nll is None for one in beside] == [not reference for reference in references]
 
 
 def by_transformers(model: CausalModel, prompt: list[int], **options: Any) -> list[int]:

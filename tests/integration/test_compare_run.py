@@ -69,6 +69,24 @@ def test_a_metric_that_can_decide_nothing_is_told_before_anything_is_answered(ru
     assert not results(run).exists()
 
 
+def test_a_likelihood_is_the_same_with_an_answer_and_alone(run: Run, tmp_path: Path) -> None:
+    subject, sampling, questions = Subject.open(run), sampling_of(run), suite(run).questions
+    results, calls = [], []
+    for needs in ({"text", "nll"}, {"nll"}):
+        tasks = plan(subject, questions, sampling, needs=needs)
+        memo = Memo(tmp_path / f"{len(results)}.jsonl")
+        work(subject, tasks, sampling, memo, lambda label, count: calls.append((label, count)))
+        results.append({task.key: memo[task.key] for task in tasks if task.example})
+    together, alone = results
+    assert together.keys() == alone.keys()
+    assert len(alone) == 48
+    for key, result in alone.items():
+        assert together[key]["targets"] == result["targets"]
+        assert together[key]["nll"] == pytest.approx(result["nll"], rel=1e-5)
+    told = {label: sum(c for name, c in calls if name == label) for label, _ in calls}
+    assert told == {"base answers": 24, "tuned answers": 24, "base likelihoods": 48, "tuned likelihoods": 48}
+
+
 def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:
     found = compare(run)
     subject = Subject.open(run)

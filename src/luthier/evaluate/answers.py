@@ -90,8 +90,8 @@ def work(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo
     for side in dict.fromkeys(task.side for task in ordered):
         mine = [task for task in ordered if task.side == side]
         with subject.side(side):
-            _answer(subject, [task for task in mine if task.prompt], sampling, memo, advance)
-            _weigh(subject, [task for task in mine if task.example], memo, advance)
+            _answer(subject, [task for task in mine if task.prompt], _continuing(mine), sampling, memo, advance)
+            _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
 
 
 def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:
@@ -173,16 +173,44 @@ def _examples(subject: Subject, questions: Sequence[Conversation]) -> dict[int, 
     return {i: example for i, example in examples if any(example.supervised[1:])}
 
 
-def _answer(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance) -> None:
+def _continuing(tasks: Sequence[Task]) -> dict[int, tuple[Task, list[int]]]:
+    """By question, the likelihood task that asks for what follows the question's prompt, and those tokens. So the
+    prompt need not be read again."""
+    prompts = {task.question: task.prompt for task in tasks if task.prompt}
+    found = {}
+    for task in tasks:
+        if (example := task.example) and (prompt := prompts.get(task.question)):
+            start, count = len(prompt), sum(example.supervised[1:])
+            if example.ids[:start] == prompt and all(example.supervised[start : start + count]):
+                found[task.question] = task, example.ids[start : start + count]
+    return found
+
+
+def _answer(
+    subject: Subject,
+    tasks: Sequence[Task],
+    continuing: dict[int, tuple[Task, list[int]]],
+    sampling: Sampling,
+    memo: Memo,
+    advance: Advance,
+) -> None:
     from luthier.model.generate import generate
 
     encoder = subject.encoder
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
+        weighed = [continuing.get(task.question) for task in chunk]
+        references = [w[1] if w else [] for w in weighed]
         prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
-        made = generate(subject.model, prompts, sampling, encoder.stop_ids, progress=done)
-        results = ({"text": encoder.decode(g.ids), "stopped": g.stopped, "tokens": len(g.ids)} for g in made)
-        memo.add(dict(zip((task.key for task in chunk), results, strict=True)))
+        made = generate(subject.model, prompts, sampling, encoder.stop_ids, references=references, progress=done)
+        results: dict[str, Result] = {}
+        for task, reference, one in zip(chunk, weighed, made, strict=True):
+            results[task.key] = {"text": encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
+            if reference:
+                results[reference[0].key] = {"nll": one.nll, "targets": len(reference[1])}
+        memo.add(results)
+        for label in [w[0].label for w in weighed if w]:
+            advance(label, 1)
 
 
 def _one_more(advance: Advance, label: str, done: int, total: int) -> None:
@@ -201,12 +229,11 @@ def _losses(subject: Subject, examples: Sequence[Example]) -> list[Result]:
     """Of each row the summed negative log-likelihood (nats) of its supervised tokens, the rows packed in one pass."""
     import torch
 
-    from luthier.kernels.loss import linear_cross_entropy
+    from luthier.kernels.loss import token_losses
 
     micro, counts = _packed(examples, subject.model.device), [sum(e.supervised[1:]) for e in examples]
-    hidden, targets = (torch.split(part, counts) for part in (subject.model.hidden(micro), micro.targets))
-    losses = [float(linear_cross_entropy(h, subject.model.head, t)) for h, t in zip(hidden, targets, strict=True)]
-    return [{"nll": nll, "targets": count} for nll, count in zip(losses, counts, strict=True)]
+    losses = token_losses(subject.model.hidden(micro), subject.model.head, micro.targets)
+    return [{"nll": float(row.sum()), "targets": len(row)} for row in torch.split(losses, counts)]
 
 
 def _packed(examples: Sequence[Example], device: torch.device) -> Micro:

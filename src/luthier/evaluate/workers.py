@@ -54,9 +54,13 @@ def fill(run: Run, name: str, count: int, advance: Advance) -> None:
 
 
 def share(tasks: Sequence[Task], rank: int, count: int) -> list[Task]:
-    """One worker's tasks: every `count`-th by kind and length. It depends on the tasks alone, not on what is done."""
-    unique = {task.key: task for task in tasks}
-    return sorted(unique.values(), key=lambda task: (task.label, -task.length, task.key))[rank::count]
+    """One worker's tasks: those of every `count`-th question of a side, longest first. It depends on the tasks alone,
+    not on what is done."""
+    together: dict[tuple[str, int], list[Task]] = {}
+    for task in {task.key: task for task in tasks}.values():
+        together.setdefault((task.side, task.question), []).append(task)
+    ordered = sorted(together, key=lambda place: (place[0], -max(task.length for task in together[place]), place[1]))
+    return [task for place in ordered[rank::count] for task in together[place]]
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:

@@ -54,3 +54,13 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, parts: P
     exist at once and the logits are computed once (2 products with the head, where recomputing them would take 3).
     """
     return _LinearCrossEntropy.apply(hidden, head, targets, parts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """fp32 [S]: -log softmax(hidden @ headᵀ)[target] of each row, without gradients; shapes as above."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits = torch.mm(hidden[rows], head.t()).float()
+        losses[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
+    return losses

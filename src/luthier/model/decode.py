@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.adapters.lora import LoraLinear
+from luthier.kernels.loss import token_losses
 from luthier.model import families
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class Decoder(Protocol):
 
     def step(self, ids: Tensor) -> Tensor:
         """Appends one token (int64 [B]) to each row; the logits after it: fp32 [B, V]."""
+
+    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """The negative log-likelihood (nats) of each row's continuation, at least a token, right after the prompt.
+        `logits` are those of `prefill`. What the decoder holds stays as it is."""
 
     def keep(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, and the others are forgotten. int64 [n], each either i or >= n."""
@@ -72,15 +77,26 @@ class ReferenceDecoder:
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.mask = torch.empty(0)
         self.cache: Any = None
+        self.prompts: Sequence[Sequence[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
         from transformers import DynamicCache
 
+        self.prompts = prompts
         longest = max(len(p) for p in prompts)
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         self.cache = DynamicCache(config=self.module.config)
         return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+
+    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Reads every row anew, from its first token on."""
+        losses = []
+        for prompt, continuation in zip(self.prompts, continuations, strict=True):
+            ids = torch.tensor([[*prompt, *continuation]], device=self.device)
+            seen = self.module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            losses.append(float(F.cross_entropy(seen, ids[0, len(prompt) :], reduction="sum")))
+        return losses
 
     def step(self, ids: Tensor) -> Tensor:
         self.mask = F.pad(self.mask, (0, 1), value=1)
@@ -146,6 +162,19 @@ class FastDecoder:
         ends = [self._read(rows, prompts, shared) for rows in _passes([n - shared for n in lengths])]
         return self._logits(torch.cat(ends))
 
+    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
+        firsts = torch.tensor([c[0] for c in continuations], device=self.device)
+        losses = logits.logsumexp(-1) - logits.gather(1, firsts[:, None])[:, 0]
+        longer = [row for row, continuation in enumerate(continuations) if len(continuation) > 1]
+        for part in _passes([len(continuations[row]) for row in longer]) if longer else ():
+            rows = longer[part.start : part.stop]
+            rests = [continuations[row] for row in rows]
+            owners = torch.tensor([row for row, rest in zip(rows, rests, strict=True) for _ in rest[1:]])
+            targets = torch.tensor([i for rest in rests for i in rest[1:]], device=self.device)
+            x = self._rms(self._read_on(rows, [rest[:-1] for rest in rests]), self.norm)
+            losses.index_add_(0, owners.to(self.device), token_losses(x, self.head, targets))
+        return losses.tolist()
+
     def step(self, ids: Tensor) -> Tensor:
         x = self._forward(ids, self.end - self.starts, self._attend_cache)
         self.end += 1
@@ -193,6 +222,27 @@ class FastDecoder:
         positions = torch.cat([torch.arange(shared, shared + len(rest)) for rest in rests]).to(self.device)
         x = self._forward(ids, positions, attend)
         return x[torch.tensor(bounds[1:], device=self.device) - 1]
+
+    def _read_on(self, rows: Sequence[int], rests: Sequence[Sequence[int]]) -> Tensor:
+        """The last hidden states [T, H] of tokens that follow the cached ones of some rows; nothing is written."""
+        bounds = [0, *accumulate(len(rest) for rest in rests)]
+        starts = self.starts.tolist()
+        starts = [starts[row] for row in rows]
+        biases = [self._causal(len(rest), self.end - start) for rest, start in zip(rests, starts, strict=True)]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outs = []
+            for row, start, bias, (first, last) in zip(rows, starts, biases, pairwise(bounds), strict=True):
+                keys, values = (
+                    torch.cat([cache[layer][row][:, start : self.end], own[first:last].transpose(0, 1)], 1)
+                    for cache, own in ((self.keys, k), (self.values, v))
+                )
+                outs.append(_attention(q[first:last], keys, values, bias))
+            return torch.cat(outs)
+
+        ids = torch.tensor([i for rest in rests for i in rest], device=self.device)
+        before = [torch.arange(self.end - a, self.end - a + len(r)) for a, r in zip(starts, rests, strict=True)]
+        return self._forward(ids, torch.cat(before).to(self.device), attend)
 
     def _causal(self, length: int, shared: int) -> Tensor | None:
         """[length, shared + length]: 0 where a token sees another, else -inf. None where nothing is shared."""

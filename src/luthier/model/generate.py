@@ -38,10 +38,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer: its tokens without the one that ended it, and whether one did (or the limit of tokens)."""
+    """An answer: its tokens without the one that ended it, and whether one did (or the limit of tokens).
+
+    `nll` is the negative log-likelihood (nats) of the reference that was given with the prompt."""
 
     ids: list[int]
     stopped: bool
+    nll: float | None = None
 
 
 @torch.inference_mode()
@@ -51,6 +54,7 @@ def generate(
     sampling: Sampling,
     stop_ids: frozenset[int],
     *,
+    references: Sequence[Sequence[int]] | None = None,
     max_tokens_in_flight: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
@@ -58,6 +62,8 @@ def generate(
 
     Args:
         stop_ids: tokens that end an answer; never part of it.
+        references: a continuation of each prompt, or no tokens; its likelihood comes with the answer, and the prompt
+            is read once for both.
         max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory.
         progress: is told (answers done, answers in all).
 
@@ -73,7 +79,8 @@ def generate(
     size = sum(p.numel() * p.itemsize for p in model.module.parameters())
     engine = decoder(model, merge=size <= MERGE_UP_TO)
     for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget):
-        for row, answer in _answer(engine, [prompts[i] for i in rows], sampling, stop_ids):
+        weighed = [references[i] for i in rows] if references else [[]] * len(rows)
+        for row, answer in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
             answers[rows[row]] = answer
             if progress:
                 progress(len(answers), len(prompts))
@@ -97,18 +104,23 @@ def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_i
 
 
 def _answer(
-    engine: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
+    engine: Decoder,
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
 ) -> Iterator[tuple[int, Generation]]:
     """(index, answer) of a batch of prompts, as they are finished."""
     made: dict[int, list[int]] = {i: [] for i in range(len(prompts))}  # of the unfinished
     rows = list(made)  # the prompt that each row of the decoder answers, finished or not
     logits = engine.prefill(prompts, sampling.max_new_tokens)
+    losses = _weigh(engine, logits, references)
     pick = _Picker(prompts, sampling, logits.device)
     for _ in range(sampling.max_new_tokens):
         ids = pick(logits)
         for row, token in zip(rows, ids.tolist(), strict=True):
             if row in made and token in stop_ids:
-                yield row, Generation(made.pop(row), stopped=True)
+                yield row, Generation(made.pop(row), True, losses[row])
             elif row in made:
                 made[row].append(token)
         if not made or len(next(iter(made.values()))) == sampling.max_new_tokens:
@@ -120,7 +132,15 @@ def _answer(
             pick.keep(index)
             engine.keep(index)
         logits = engine.step(ids)
-    yield from ((row, Generation(tokens, stopped=False)) for row, tokens in made.items())
+    yield from ((row, Generation(tokens, False, losses[row])) for row, tokens in made.items())
+
+
+def _weigh(engine: Decoder, logits: Tensor, references: Sequence[Sequence[int]]) -> list[float | None]:
+    """Of each row that has a reference, its negative log-likelihood."""
+    if not any(references):
+        return [None] * len(references)
+    losses = engine.weigh(logits, [reference or [0] for reference in references])
+    return [loss if reference else None for loss, reference in zip(losses, references, strict=True)]
 
 
 def _without_holes(alive: Sequence[bool]) -> list[int]:
