@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
@@ -138,22 +139,46 @@ void swiglu_backward(const S* dh, S* gate_up, S* h, int64_t rows, int64_t width,
 }
 
 // Softmax of scores [groups, queries, repeats, keys] in place; row q sees its first seen[q] keys, the others get 0.
+// A row is widened to whole blocks of lanes: with the short rows of attention, remainders would take most of the time.
 template <class S>
 void softmax(S* scores, const int64_t* seen, int64_t groups, int64_t queries, int64_t repeats, int64_t keys,
              int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < groups * queries * repeats; row++) {
-        int64_t n = seen[row / repeats % queries];
-        S* p = scores + row * keys;
-        float largest = load(p), mass = 0;
-#pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < n; i++) largest = load(p + i) > largest ? load(p + i) : largest;
-#pragma omp simd reduction(+ : mass)
-        for (int64_t i = 0; i < n; i++) mass += exponential(load(p + i) - largest);
-        float share = 1.0f / mass;
+    constexpr int64_t lanes = 16;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> row((keys + lanes - 1) / lanes * lanes);
+        float* x = row.data();
+#pragma omp for
+        for (int64_t r = 0; r < groups * queries * repeats; r++) {
+            int64_t n = seen[r / repeats % queries], blocks = (n + lanes - 1) / lanes;
+            S* p = scores + r * keys;
+            float highest[lanes], sums[lanes] = {};
+            for (int64_t i = 0; i < n; i++) x[i] = load(p + i);
+            for (int64_t i = n; i < blocks * lanes; i++) x[i] = -INFINITY;
+            for (int64_t j = 0; j < lanes; j++) highest[j] = -INFINITY;
+            for (int64_t b = 0; b < blocks; b++) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) store(p + i, exponential(load(p + i) - largest) * share);
-        for (int64_t i = n; i < keys; i++) store(p + i, 0.0f);
+                for (int64_t j = 0; j < lanes; j++) {
+                    float value = x[b * lanes + j];
+                    highest[j] = value > highest[j] ? value : highest[j];
+                }
+            }
+            float largest = highest[0], mass = 0;
+            for (int64_t j = 1; j < lanes; j++) largest = highest[j] > largest ? highest[j] : largest;
+            for (int64_t b = 0; b < blocks; b++) {
+#pragma omp simd
+                for (int64_t j = 0; j < lanes; j++) {
+                    float e = exponential(x[b * lanes + j] - largest);  // about 1e-38 past the end
+                    x[b * lanes + j] = e;
+                    sums[j] += e;
+                }
+            }
+            for (int64_t j = 0; j < lanes; j++) mass += sums[j];
+            float share = 1.0f / mass;
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) store(p + i, x[i] * share);
+            for (int64_t i = n; i < keys; i++) store(p + i, 0.0f);
+        }
     }
 }
 
