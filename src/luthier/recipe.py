@@ -44,6 +44,8 @@ _ELSEWHERE = {
     "lora_dropout": "adapter.dropout",
     "target_modules": "adapter.targets",
     "lora_target": "adapter.targets",
+    "use_rslora": "adapter.rslora",
+    "loraplus_lr_ratio": "train.lora_plus",
     "max_seq_length": "data.length",
     "max_length": "data.length",
     "sequence_len": "data.length",
@@ -77,6 +79,8 @@ class Adapter(Section):
     """Inner dimension r of the update B·A."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / √rank instead (rsLoRA, arXiv:2312.03732), so that larger ranks keep learning."""
     dropout: Fraction = 0.0
     """Share of the adapter's inputs set to zero in training; masks do not depend on how a step is cut."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
@@ -162,6 +166,8 @@ class Train(Section):
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    lora_plus: float = Field(1.0, gt=0)
+    """The learning rate of the adapters' B as a multiple of A's (LoRA+, arXiv:2402.12354, which advises 16)."""
     max_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this Euclidean norm; null leaves them."""
     keep: Literal["last", "best"] = "last"

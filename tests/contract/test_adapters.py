@@ -94,13 +94,25 @@ def test_peft_loads_our_files_and_gives_the_same_logits(tmp_path: Path, targets:
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
 
 
+def test_peft_reads_a_rank_stabilised_adapter(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder, ours = saved(tmp_path, rslora=True, rank=9)
+    config = json.loads((folder / files.CONFIG).read_text())
+    assert (config["use_rslora"], config["lora_alpha"], config["r"]) == (True, 6, 9)
+    theirs = PeftModel.from_pretrained(module(), folder)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    adapter, _ = files.load(folder)
+    assert (adapter.rslora, adapter.alpha) == (True, 6.0)
+
+
 def lora_tensors(base: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in base.named_parameters() if n.endswith((".A", ".B"))]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*q_proj"}],
+    [{}, {"use_rslora": True, "r": 16}, {"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*q_proj"}],
     ids=str,
 )
 def test_a_peft_adapter_gives_its_logits_and_trains_on(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -83,6 +83,16 @@ def test_a_killed_and_resumed_run_is_bit_identical(tmp_path: Path, whole: Path, 
     assert figures(tmp_path) == figures(whole)
 
 
+def test_rates_of_their_own_survive_a_stop(tmp_path: Path) -> None:
+    """LoRA+ groups the parameters anew; the moments must find theirs."""
+    options = ("train.lora_plus=8", "adapter.rslora=true")
+    list(trainer(tmp_path / "whole", *options))
+    with pytest.raises(Killed):
+        run_until(trainer(tmp_path / "torn", *options), 5, die)
+    list(trainer(tmp_path / "torn", *options))
+    assert state(tmp_path / "torn") == state(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("act", "code"), [(terminate, 143), (press_ctrl_c, 130)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     tmp_path: Path, whole: Path, act: Callable[[], None], code: int

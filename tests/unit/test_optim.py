@@ -55,7 +55,7 @@ def test_a_warm_up_longer_than_the_run_only_rises() -> None:
 def test_adamw_follows_its_paper() -> None:
     """Two updates of one weight, by hand: decoupled decay, bias-corrected moments."""
     weight = nn.Parameter(torch.tensor([2.0]))
-    adamw = optim.optimizer([weight], Train(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99)))
+    adamw = optim.optimizer([("w", weight)], Train(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99)))
     expected, m, v = 2.0, 0.0, 0.0
     for t, gradient in enumerate((3.0, -1.0), start=1):
         weight.grad = torch.tensor([gradient])
@@ -66,9 +66,24 @@ def test_adamw_follows_its_paper() -> None:
         assert weight.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_lora_plus_moves_b_by_its_multiple_of_a_s_rate() -> None:
+    moved = {}
+    for times in (1.0, 4.0):
+        named = [(f"x.lora_{side}.weight", nn.Parameter(torch.zeros(3))) for side in "ABAB"]
+        adamw = optim.optimizer(named, Train(lr=0.1, lora_plus=times))
+        for group in adamw.param_groups:
+            group["lr"] = 0.1 * group["times"]  # as the loop does
+        for _, weight in named:
+            weight.grad = torch.ones(3)
+        adamw.step()
+        moved[times] = [-weight.detach()[0].item() for _, weight in named]
+    assert moved[1.0] == pytest.approx([0.1] * 4)
+    assert moved[4.0] == pytest.approx([0.1, 0.4, 0.1, 0.4])
+
+
 def test_the_moments_go_round_trip() -> None:
     weights = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
-    first, second = (optim.optimizer(weights, Train()) for _ in range(2))
+    first, second = (optim.optimizer([(str(w.shape), w) for w in weights], Train()) for _ in range(2))
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     first.step()

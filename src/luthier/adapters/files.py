@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -62,9 +61,12 @@ def load(folder: Path) -> tuple[recipe.Adapter, dict[str, Tensor]]:
     targets = config.get("target_modules")
     # A string is a pattern of PEFT's; the layers that have tensors say the same.
     names = sorted(targets) if isinstance(targets, list) else sorted(set(layers))
-    stretch = math.sqrt(rank) if config.get("use_rslora") else 1.0  # rank-stabilised: scale = alpha / √rank
     adapter = recipe.Adapter(
-        rank=rank, alpha=config["lora_alpha"] * stretch, dropout=config.get("lora_dropout") or 0.0, targets=names
+        rank=rank,
+        alpha=config["lora_alpha"],
+        rslora=bool(config.get("use_rslora")),
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=names,
     )
     return adapter, tensors
 
@@ -76,22 +78,22 @@ def load_extra(folder: Path) -> dict[str, Any]:
 
 
 def _config(lora: Lora, base: str, revision: str | None) -> dict[str, Any]:
-    layer = next(iter(lora.layers.values()))
+    adapter = lora.adapter
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
-        "r": layer.rank,
-        "lora_alpha": layer.scale * layer.rank,
-        "lora_dropout": layer.dropout,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,  # readers expect integers
+        "lora_dropout": adapter.dropout,
         "target_modules": lora.targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": adapter.rslora,
     }
 
 

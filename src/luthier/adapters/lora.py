@@ -1,4 +1,5 @@
-"""LoRA: y = W x + (alpha / rank) · B A x, with W frozen (Hu et al., 2021, arXiv:2106.09685)."""
+"""LoRA: y = W x + (alpha / rank) · B A x, with W frozen (Hu et al., 2021, arXiv:2106.09685). Rank-stabilised, the
+factor is alpha / √rank (Kalajdzievski, 2023, arXiv:2312.03732)."""
 
 from __future__ import annotations
 
@@ -53,13 +54,14 @@ class LoraLinear(nn.Module):
     dtype for the products; `index` numbers the layer within its model and selects its dropout masks.
     """
 
-    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float, index: int, noise: Noise) -> None:
+    def __init__(self, base: nn.Linear, adapter: recipe.Adapter, *, index: int, noise: Noise) -> None:
         super().__init__()
-        self.base, self.rank, self.scale, self.dropout = base, rank, alpha / rank, dropout
+        self.base, self.rank, self.dropout = base, adapter.rank, adapter.dropout
+        self.scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
         self.index, self.noise, self.enabled = index, noise, True
         device = base.weight.device
-        self.A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        self.A = nn.Parameter(torch.zeros(self.rank, base.in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of `x`."""
@@ -80,15 +82,21 @@ class LoraLinear(nn.Module):
 
 
 class Lora:
-    """All the LoRA layers of one model, by their dotted names."""
+    """All the LoRA layers of one model, by their dotted names, and the settings they were attached with."""
 
-    def __init__(self, layers: dict[str, LoraLinear], targets: list[str], noise: Noise) -> None:
-        self.layers, self.targets, self.noise = layers, targets, noise
+    def __init__(
+        self, layers: dict[str, LoraLinear], adapter: recipe.Adapter, targets: list[str], noise: Noise
+    ) -> None:
+        self.layers, self.adapter, self.targets, self.noise = layers, adapter, targets, noise
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters under the names PEFT writes."""
+        for name, layer in self.layers.items():
+            yield f"{_PREFIX}{name}.lora_A.weight", layer.A
+            yield f"{_PREFIX}{name}.lora_B.weight", layer.B
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for layer in self.layers.values():
-            yield layer.A
-            yield layer.B
+        return (parameter for _, parameter in self.named_parameters())
 
     @property
     def count(self) -> int:
@@ -97,11 +105,7 @@ class Lora:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained tensors under the names PEFT writes. They share memory with the parameters."""
-        named = {}
-        for name, layer in self.layers.items():
-            named[f"{_PREFIX}{name}.lora_A.weight"] = layer.A.detach()
-            named[f"{_PREFIX}{name}.lora_B.weight"] = layer.B.detach()
-        return named
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` in. Raises AdapterError, and changes nothing, unless names and shapes are exactly ours."""
@@ -145,18 +149,11 @@ def attach(module: nn.Module, adapter: recipe.Adapter, seed: int) -> Lora:
     for index, name in enumerate(_matches(module, adapter.targets)):
         parent, _, child = name.rpartition(".")
         holder = module.get_submodule(parent)
-        layer = LoraLinear(
-            getattr(holder, child),
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            index=index,
-            noise=noise,
-        )
+        layer = LoraLinear(getattr(holder, child), adapter, index=index, noise=noise)
         layer.reset(_generator(seed, name))
         setattr(holder, child, layer)
         layers[name] = layer
-    return Lora(layers, _targets(list(layers), linear_names(module)), noise)
+    return Lora(layers, adapter, _targets(list(layers), linear_names(module)), noise)
 
 
 def linear_names(module: nn.Module) -> list[str]:

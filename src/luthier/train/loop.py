@@ -63,7 +63,7 @@ class Trainer:
         self.emit = emit if engine.rank == 0 else lambda event: None
         self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
         self.gradient = optim.flat_gradient(list(self.lora.parameters()))
-        self.optimizer = optim.optimizer(self.lora.parameters(), recipe.train)
+        self.optimizer = optim.optimizer(self.lora.named_parameters(), recipe.train)
         self.steps = stream.steps
         self.progress = Progress(step=0, micro_tokens=micro_tokens)
         self.resumed_from = self.saved = self._resume()
@@ -97,7 +97,7 @@ class Trainer:
             self.gradient.mul_(train.max_norm / norm)
         lr = optim.rate(train, number, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["times"]
         self.optimizer.step()
         self.progress.step = number + 1
         seconds = time.perf_counter() - started

@@ -12,10 +12,17 @@ from torch.nn import Parameter
 from luthier.recipe import Train
 
 
-def optimizer(parameters: Iterable[Parameter], train: Train) -> torch.optim.AdamW:
+def optimizer(parameters: Iterable[tuple[str, Parameter]], train: Train) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019): decay is decoupled from the gradient and falls on the given parameters alone,
-    which are the adapter's. State is fp32, as the parameters are; one fused kernel updates each tensor."""
-    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+    which are the adapter's, by name. State is fp32, as the parameters are; one fused kernel updates each tensor.
+
+    The rate of B is `train.lora_plus` times A's (Hayou et al. 2024, section 4): each group's `times` says so.
+    """
+    groups: dict[float, list[Parameter]] = {}
+    for name, parameter in parameters:
+        groups.setdefault(train.lora_plus if name.endswith("lora_B.weight") else 1.0, []).append(parameter)
+    parts = [{"params": group, "times": times, "lr": train.lr * times} for times, group in groups.items()]
+    return torch.optim.AdamW(parts, betas=train.betas, weight_decay=train.weight_decay, fused=True)
 
 
 def flat_gradient(parameters: list[Parameter]) -> Tensor:
