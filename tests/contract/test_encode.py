@@ -114,3 +114,10 @@ def test_many_rows_are_prepared_by_processes_as_by_one(encoder, tmp_path, monkey
     assert together.report == alone.report
     files = sorted(p.relative_to(alone.folder) for p in alone.folder.rglob("*") if p.is_file())
     assert [(together.folder / f).read_bytes() for f in files] == [(alone.folder / f).read_bytes() for f in files]
+
+
+def test_a_module_in_the_working_folder_is_not_run(encoder, rows, tmp_path, monkeypatch, started):
+    (tmp_path / "json.py").write_text("raise SystemExit('the user has a file of this name')\n")
+    monkeypatch.chdir(tmp_path)
+    assert encoded(encoder, rows[:32], 1) == comparable(attempt(encoder, rows[:32]))
+    assert started[0].returncode == -9, "the worker answered until it was ended, and did not fall over the file"

@@ -114,7 +114,7 @@ class _Workers(ExitStack):
 def _start() -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        [sys.executable, "-m", "luthier.data.encode"],
+        [sys.executable, "-P", "-m", "luthier.data.encode"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

