@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from luthier.data.conversation import Example, Origin
 from luthier.errors import DataError, RecipeError, RunError, UsageError
-from luthier.evaluate.answers import Memo, plan, sampling_of, work
+from luthier.evaluate.answers import Memo, Task, _continuing, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
 from luthier.evaluate.subject import Subject
@@ -85,6 +86,17 @@ def test_a_likelihood_is_the_same_with_an_answer_and_alone(run: Run, tmp_path: P
         assert together[key]["nll"] == pytest.approx(result["nll"], rel=1e-5)
     told = {label: sum(c for name, c in calls if name == label) for label, _ in calls}
     assert told == {"base answers": 24, "tuned answers": 24, "base likelihoods": 48, "tuned likelihoods": 48}
+
+
+def test_a_row_with_an_earlier_answer_is_weighed_whole() -> None:
+    def task(supervised: list[int]) -> list[Task]:
+        example = Example([1, 2, 3, 4, 5, 6], supervised, 4, Origin("", 1))
+        return [Task("base", 0, "a", prompt=[1, 2, 3, 4]), Task("base", 0, "b", example=example)]
+
+    assert _continuing(task([0, 0, 0, 0, 1, 1]))[0][1] == [5, 6]
+    assert _continuing(task([0, 0, 0, 0, 1, 0]))[0][1] == [5]
+    assert _continuing(task([0, 1, 0, 0, 1, 1])) == {}
+    assert _continuing(task([0, 1, 1, 0, 0, 0])) == {}
 
 
 def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:

@@ -181,7 +181,8 @@ def _continuing(tasks: Sequence[Task]) -> dict[int, tuple[Task, list[int]]]:
     for task in tasks:
         if (example := task.example) and (prompt := prompts.get(task.question)):
             start, count = len(prompt), sum(example.supervised[1:])
-            if example.ids[:start] == prompt and all(example.supervised[start : start + count]):
+            # An earlier answer of the conversation may be supervised too: then the row is weighed whole.
+            if example.ids[:start] == prompt and sum(example.supervised[start : start + count]) == count:
                 found[task.question] = task, example.ids[start : start + count]
     return found
 
