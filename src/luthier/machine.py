@@ -4,13 +4,74 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from luthier.errors import UsageError
+from luthier.registry import nearest
 
 GIB = 1024**3
 _FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "asimd", "bf16")
+
+
+class _Known(NamedTuple):
+    memory: int  # MiB, as the driver counts it
+    tflops: float  # dense matrix products of bf16 (fp16 where there is no bf16), accumulated in fp32
+    bandwidth: float  # of its memory, GB/s
+    capability: tuple[int, int]
+
+
+# From NVIDIA's data sheets and architecture white papers (Turing, Ampere GA102, Ada, Hopper, Blackwell); rates without
+# sparsity. Consumer cards do half their fp16 rate where they accumulate in fp32, as training does.
+GPUS = {
+    "RTX 3060": _Known(12288, 25.6, 360, (8, 6)),
+    "RTX 3080": _Known(10240, 59.5, 760, (8, 6)),
+    "RTX 3090": _Known(24576, 71.0, 936, (8, 6)),
+    "RTX 4060 Ti": _Known(16380, 44.0, 288, (8, 9)),
+    "RTX 4070": _Known(12282, 58.3, 504, (8, 9)),
+    "RTX 4080": _Known(16376, 97.5, 717, (8, 9)),
+    "RTX 4090": _Known(24564, 165.2, 1008, (8, 9)),
+    "RTX 5080": _Known(16303, 112.6, 960, (12, 0)),
+    "RTX 5090": _Known(32607, 209.5, 1792, (12, 0)),
+    "RTX A6000": _Known(49140, 154.8, 768, (8, 6)),
+    "T4": _Known(15360, 65.0, 320, (7, 5)),
+    "V100": _Known(16384, 125.0, 900, (7, 0)),
+    "L4": _Known(23034, 121.0, 300, (8, 9)),
+    "L40S": _Known(46068, 362.0, 864, (8, 9)),
+    "A10": _Known(23028, 125.0, 600, (8, 6)),
+    "A10G": _Known(23028, 70.0, 600, (8, 6)),
+    "A100-40": _Known(40960, 312.0, 1555, (8, 0)),
+    "A100-80": _Known(81920, 312.0, 2039, (8, 0)),
+    "H100": _Known(81559, 989.4, 3350, (9, 0)),
+    "H200": _Known(143771, 989.4, 4800, (9, 0)),
+    "B200": _Known(183359, 2250.0, 8000, (10, 0)),
+}
+_UNKNOWN = _Known(0, 100.0, 600, (8, 0))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU. Memory in bytes; `free` is what no process holds."""
+
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int]
+
+    @property
+    def known(self) -> _Known:
+        """Rates of its kind; where the kind is not in the table, a guess."""
+        words = set(self.name.lower().replace("-", " ").replace("gb", "").split())
+        kinds = [kind for kind in GPUS if words >= set(kind.lower().replace("-", " ").split())]
+        return GPUS[max(kinds, key=len)] if kinds else _UNKNOWN
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it multiplies bfloat16 in hardware: Ampere and later."""
+        return self.capability >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -25,6 +86,7 @@ class Machine:
     flags: tuple[str, ...]
     compiler: str | None
     all_cores: int = 0
+    gpus: tuple[Gpu, ...] = ()
 
     @property
     def free_cores(self) -> int:
@@ -43,7 +105,50 @@ class Machine:
 def machine() -> Machine:
     """Reads the facts: cores of this process's affinity and cgroup, memory the cgroup and the kernel leave, flags."""
     total, available = _memory()
-    return Machine(_cores(), _busy(), total, available, _flags(), _compiler(), os.cpu_count() or 0)
+    return Machine(_cores(), _busy(), total, available, _flags(), _compiler(), os.cpu_count() or 0, _gpus())
+
+
+def named_gpu(name: str) -> Gpu:
+    """An empty GPU of a kind in `GPUS`. Raises UsageError with the nearest name."""
+    found = {kind.lower(): kind for kind in GPUS}.get(name.strip().lower())
+    if found is None:
+        raise UsageError(f"no GPU called '{name}' is known; {nearest(name, list(GPUS))}", fix="or give --vram")
+    return Gpu(found, GPUS[found].memory << 20, GPUS[found].memory << 20, GPUS[found].capability)
+
+
+def unnamed_gpu(memory: int) -> Gpu:
+    """An empty GPU of no particular kind with `memory` bytes."""
+    return Gpu("a GPU", memory, memory, _UNKNOWN.capability)
+
+
+_QUERY = ["--query-gpu=uuid,name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """What the driver's tool tells, without torch; nothing where there is no such tool or it fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    try:
+        told = subprocess.run([tool, *_QUERY], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return read_gpus(told, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def read_gpus(told: str, visible: str | None) -> tuple[Gpu, ...]:
+    """The GPUs in the driver's table, of which `visible` (numbers or identities, as in CUDA_VISIBLE_DEVICES) may be
+    used, in that order. Lines without figures (a GPU that is split) are left out."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 4]
+    if visible is not None:
+        wanted = [word.strip() for word in visible.split(",") if word.strip()]
+        rows = [row for word in wanted for i, row in enumerate(rows) if word == str(i) or row[0].startswith(word)]
+    return tuple(
+        Gpu(name, int(total) << 20, int(free) << 20, (int(major), int(minor or 0)))
+        for _, name, total, free, capability in rows
+        for major, _, minor in [capability.partition(".")]
+        if total.isdigit() and free.isdigit() and major.isdigit()
+    )
 
 
 def _cores() -> int:

@@ -25,18 +25,22 @@ def dropout_mask(
     alone: a counter-based generator, here splitmix64's finaliser (Steele, Lea and Flood, 2014) over a key per token and
     four features a hash.
     """
-    key = torch.tensor(0, dtype=torch.int64, device=samples.device)
-    for part in (seed, step, module):
-        key = _mix(key + _signed(part))
-    key = _mix(_mix(key + samples) + positions)
+    tokens = _mix(_mix(samples + mask_key(seed, step, module)) + positions)
     blocks = torch.arange(-(-features // _LANES), device=samples.device) * _MULTIPLIERS[0]
-    draws = _mix(key[:, None] + blocks).view(torch.int16)[:, :features]
+    draws = _mix(tokens[:, None] + blocks).view(torch.int16)[:, :features]
     kept = draws >= round(p * 65536) - 32768
     return kept.to(dtype).mul_(1 / (1 - p))
 
 
-def _signed(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
+def mask_key(seed: int, step: int, module: int) -> int:
+    """What the masks of a module in a step have in common: an int64."""
+    key = 0
+    for part in (seed, step, module):
+        x = (key + part + _MULTIPLIERS[0]) % 2**64
+        x = ((x ^ (x >> 30)) * _MULTIPLIERS[1]) % 2**64
+        x = ((x ^ (x >> 27)) * _MULTIPLIERS[2]) % 2**64
+        key = x ^ (x >> 31)
+    return (key + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: Tensor) -> Tensor:

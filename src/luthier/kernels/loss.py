@@ -1,10 +1,13 @@
-"""The loss of the supervised rows through a frozen head, without ever holding all their logits."""
+"""The loss of the supervised rows through the output head, without ever holding all their logits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -14,53 +17,117 @@ from luthier.kernels.pointwise import EAGER, Pointwise
 CHUNK = 256
 
 
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: cap(scale · (x weightᵀ + bias)), with cap(z) = softcap · tanh(z / softcap).
+
+    Attributes:
+        weight: [V, H], or None where the hidden states are the logits already.
+        bias: [V], or None.
+        softcap: the bound of the logits (Gemma 2, arXiv:2408.00118), or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, H] to [S, V], in the dtype of `hidden`."""
+        if self.weight is None:
+            return hidden
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, parts: Pointwise = EAGER) -> Tensor:
+    """The sum of -log softmax(head.logits(hidden))[target] over rows, as an fp32 scalar.
+
+    Args:
+        hidden: [S, H], the rows whose next token is supervised; fp32, bf16 or fp16.
+        head: its weight and bias get a gradient if they require one; products are in the dtype of `hidden`.
+        targets: int64 [S].
+        parts: eager or native.
+
+    All gradients are made in the forward pass, a chunk of rows at a time, so that at most `CHUNK` x V logits exist at
+    once and they are computed once. A frozen head costs 2 products with it, where recomputing the logits would take 3;
+    a trained one 3 and a gradient of its own size in fp32.
+    """
+    if head.weight is None:
+        return F.cross_entropy(hidden.float(), targets, reduction="sum")
+    arguments = (hidden, head.weight, head.bias, head, targets, parts)
+    return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def token_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """fp32 [S]: -log softmax(head.logits(hidden))[target] of each row, without gradients; shapes as above."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for rows in _chunks(hidden):
+        logits = head.logits(hidden[rows]).float()
+        losses[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
+    return losses
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, parts: Pointwise) -> Tensor:
-        keep = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if keep else None
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, targets: Tensor, parts: Pointwise
+    ) -> Tensor:
+        frozen = Head(weight.to(hidden.dtype), bias, head.scale, head.softcap)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            target = targets[rows, None]
-            logits = torch.mm(hidden[rows], head.t())
-            picked = logits.gather(1, target).float()
+        for rows in _chunks(hidden):
+            logits = frozen.logits(hidden[rows])
+            picked = logits.gather(1, targets[rows, None]).float()
+            # The cap's slope is read from its output: 1 - (z / cap)².
+            slope = None if head.softcap is None else 1 - (logits.float() / head.softcap).square_()
             weights, largest, mass = parts.exponentials(logits)
             total += (mass.log() + largest - picked).sum()
-            if gradient is not None:
-                # d loss / d hidden = softmax @ head - head[target]; the division waits until H columns are left of V.
-                mean = torch.mm(weights, head).float()
-                gradient[rows] = mean.div_(mass).sub_(head[target[:, 0]])
-        ctx.save_for_backward(gradient)
+            gradients.add(rows, frozen, targets[rows], weights, mass, slope)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        found = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return (*found, None, None, None)
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, parts: Pointwise = EAGER) -> Tensor:
-    """The sum of -log softmax(hidden @ headᵀ)[target] over rows, as an fp32 scalar.
+class _Gradients:
+    """Those of the hidden states, the weight and the bias, each None where it is not wanted."""
 
-    Args:
-        hidden: [S, H], the rows whose next token is supervised; fp32 or bf16.
-        head: [V, H], frozen, of the same dtype: it gets no gradient.
-        targets: int64 [S].
-        parts: eager or native.
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> None:
+        self.rows = hidden
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Many chunks add up in the head's gradient: in fp32, whatever the dtype of the products.
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
-    The gradient of `hidden` is made in the forward pass, a chunk of rows at a time, so that at most `CHUNK` x V logits
-    exist at once and the logits are computed once (2 products with the head, where recomputing them would take 3).
-    """
-    return _LinearCrossEntropy.apply(hidden, head, targets, parts)  # type: ignore[no-any-return, no-untyped-call]
+    def add(
+        self, rows: slice, head: Head, targets: Tensor, weights: Tensor, mass: Tensor, slope: Tensor | None
+    ) -> None:
+        """`weights` / `mass` is the softmax of these rows."""
+        assert head.weight is not None
+        if slope is None and self.weight is None and self.bias is None:
+            if self.hidden is not None:
+                # d loss / d hidden = softmax @ head - head[target]; the division waits until H columns are left of V.
+                mean = torch.mm(weights, head.weight).float()
+                self.hidden[rows] = mean.div_(mass).sub_(head.weight[targets]).mul_(head.scale)
+            return
+        dz = weights.float().div_(mass)
+        dz[torch.arange(len(dz), device=dz.device), targets] -= 1
+        dz = (dz if slope is None else dz.mul_(slope)).mul_(head.scale)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
+        dz = dz.to(weights.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = torch.mm(dz, head.weight)
+        if self.weight is not None:
+            self.weight += torch.mm(dz.t(), self.rows[rows])
 
 
-def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """fp32 [S]: -log softmax(hidden @ headᵀ)[target] of each row, without gradients; shapes as above."""
-    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-    for start in range(0, len(hidden), CHUNK):
-        rows = slice(start, start + CHUNK)
-        logits = torch.mm(hidden[rows], head.t()).float()
-        losses[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
-    return losses
+def _chunks(hidden: Tensor) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK))

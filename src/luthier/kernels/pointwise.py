@@ -60,6 +60,11 @@ def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
     b_out.addcmul_(a, s)
 
 
+def turn(x_THD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Rotary embedding in place, [T, H, D] with heads side by side; `back` is the other way round, the gradient."""
+    _turn(x_THD.clone()[None], x_THD[None], cos, -sin if back else sin)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up for [T, 2F] holding gate and up side by side."""
     gate, up = gate_up.chunk(2, -1)
@@ -105,6 +110,7 @@ class Pointwise:
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rms_norm_backward
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
     unrotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = unrotate
+    turn: Callable[[Tensor, Tensor, Tensor, bool], None] = turn
     swiglu: Callable[[Tensor], Tensor] = swiglu
     swiglu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = swiglu_backward
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax

@@ -12,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.kernels.loss import Head
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Twin of `kernels.loss.linear_cross_entropy`."""
-    return F.cross_entropy(F.linear(hidden.float(), head.float()), targets, reduction="sum")
+
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Twin of `kernels.loss.linear_cross_entropy`: all logits at once, in fp32."""
+    assert head.weight is not None
+    bias = None if head.bias is None else head.bias.float()
+    logits = F.linear(hidden.float(), head.weight.float(), bias) * head.scale
+    capped = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return F.cross_entropy(capped, targets, reduction="sum")
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> Tensor:

@@ -1,50 +1,206 @@
-"""Segment-isolating attention for transformers' modules, through its public attention interface.
+"""Segment-isolating attention for transformers' modules, through its public attention and mask interfaces.
 
-A module whose attention is `NAME` (known to transformers once this is imported) takes `bounds` as a keyword of its
-forward: the tokens of one row are then independent causal segments, and no mask is built. Without `bounds` it is plain
-SDPA, so the same module generates with a cache and padding masks.
+A module whose attention is `NAME` (known to transformers once this is imported) asks for its masks by it. Inside
+`packed(bounds)` it gets `Segments`, which say what the tokens of a packed row see without being a matrix, and which
+its attention then computes a segment at a time or all at once. Outside, it is transformers' own attention, so that the
+same module generates with a cache and padding masks.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from luthier.errors import ModelError
 from luthier.kernels.attention import segment_attention
+from luthier.kernels.place import on_gpu
+from luthier.kernels.varlen import takes, varlen_attention
 
 NAME = "luthier_packed"
+_bounds: ContextVar[tuple[int, ...] | None] = ContextVar("bounds", default=None)
+# Options of attention that no fused kernel computes: a family that sets one has an attention function of its own.
+_OWN = ("softcap", "s_aux", "sinks", "position_bias")
+# Tensors that say where tokens are, which the segments say already.
+_HARMLESS = ("position_ids", "cache_position")
 
 
-def packed_arguments(positions: Tensor, bounds: tuple[int, ...]) -> dict[str, Any]:
-    """Keywords for the forward of a module under `NAME`, beside its `input_ids` [1, T]."""
-    # A mask with four dimensions is taken for one that is ready, so transformers builds none.
-    ready = positions.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-    return {"position_ids": positions[None], "attention_mask": ready, "bounds": bounds, "use_cache": False}
+@contextmanager
+def packed(bounds: tuple[int, ...]) -> Iterator[None]:
+    """Inside, a module under `NAME` takes one row of tokens for segments between `bounds`. Its `attention_mask` has to
+    be ones [1, T]: transformers looks for segments itself where there is none."""
+    token = _bounds.set(bounds)
+    try:
+        yield
+    finally:
+        _bounds.reset(token)
+
+
+class _SharedHead(TorchFunctionMode):
+    """Inside, one key head for all query heads is given to torch's attention as many, which takes no memory."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention and args[1].shape[1] == 1 < args[0].shape[1]:
+            query, key, value, *rest = args
+            args = (query, *(x.expand(-1, query.shape[1], -1, -1) for x in (key, value)), *rest)
+        return function(*args, **(kwargs or {}))
+
+
+def share_head(module: nn.Module) -> None:
+    """Gives a family that leaves its one key head to be broadcast (Falcon) the fused kernels, which want as many key
+    heads as query heads; torch's slow path would hold all probabilities."""
+    if not getattr(module, "_shares_head", False):
+        module._shares_head = True  # type: ignore[assignment]
+        within(module, _SharedHead())
+
+
+def within(module: nn.Module, mode: TorchFunctionMode) -> list[Any]:
+    """Runs the module's attention layers inside `mode`, around the modes they are inside of already. Returns the hooks.
+
+    By hooks, since those run in a recomputation too, where a mode that the whole forward pass is in would be missing.
+    """
+    entered: Any = mode
+    layers = [layer for layer in module.modules() if type(layer).__name__.endswith("Attention")]
+    before = [
+        layer.register_forward_pre_hook(lambda *_: entered.__enter__() and None, prepend=True) for layer in layers
+    ]
+    after = [
+        layer.register_forward_hook(lambda *_: entered.__exit__(None, None, None), always_call=True) for layer in layers
+    ]
+    return [*before, *after]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What the tokens of a packed row see: in their own segment, what `function` lets them.
+
+    Attributes:
+        edges: `bounds` as int32 [n + 1], on the module's device.
+        function: transformers' mask function of (batch, head, query, key) indices, counted from the segment's start.
+        local: how many tokens a token sees at most, itself among them, for the masks that have such a limit.
+        composed: the function is not made of comparisons alone (transformers' `use_vmap`).
+    """
+
+    bounds: tuple[int, ...]
+    edges: Tensor
+    function: Callable[..., Any]
+    local: int | None
+    composed: bool
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        return max(end - start for start, end in pairwise(self.bounds))
+
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees all that comes before it."""
+        return self.function is causal_mask_function or (self.local is not None and self.local >= self.longest)
+
+    def mask(self, length: int) -> Tensor:
+        """bool [1, 1, length, length]: what is seen in a segment of so many tokens."""
+        if length not in self.masks:
+            seen = sdpa_mask(
+                1,
+                length,
+                length,
+                mask_function=self.function,
+                allow_is_causal_skip=False,
+                use_vmap=self.composed,
+                device=self.edges.device,
+            )
+            assert seen is not None
+            self.masks[length] = seen
+        return self.masks[length]
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> Tensor | Segments | None:
+    """What transformers hands to the attention of a module under `NAME`."""
+    bounds = _bounds.get()
+    if bounds is None:
+        return sdpa_mask(batch_size, q_length, kv_length, **options)
+    if batch_size != 1 or q_length != kv_length or q_length != bounds[-1]:
+        raise ModelError("attends to other tokens than its own, and so cannot be packed")
+    edges = torch.tensor(bounds, dtype=torch.int32, device=options.get("device", "cpu"))
+    function = options.get("mask_function", causal_mask_function)
+    return Segments(bounds, edges, function, options.get("local_size"), options.get("use_vmap", False))
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """query [1, Hq, T, D], key and value [1, Hk, T, D] to [1, T, Hq, D] and no weights."""
-    bounds = options.pop("bounds", None)
-    if bounds is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    window = options.get("sliding_window")
-    if window is not None and max(e - s for s, e in pairwise(bounds)) > window:
-        raise ModelError(
-            f"a row is longer than the model's attention window of {window} tokens", fix="lower data.length"
-        )
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    """query [B, Hq, T, D], key and value [B, Hk, T, D] to [B, T, Hq, D] and no weights."""
+    if isinstance(attention_mask, Segments):
+        return _segments(module, query, key, value, attention_mask, options), None
+    if _is_own(options):
+        return _theirs(module, query, key, value, attention_mask, options), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _segments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seen: Segments, options: dict[str, Any]
+) -> Tensor:
+    if odd := [k for k, v in options.items() if isinstance(v, Tensor) and k not in (*_OWN, *_HARMLESS)]:
+        raise ModelError(f"{type(module).__name__} gives attention its own {odd[0]}, which mean other tokens in a pack")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    return segment_attention(q_THD, k_THD, v_THD, bounds, scale).unsqueeze(0), None
+    window = None if seen.causal else options.get("sliding_window")
+    simple = not _is_own(options) and (seen.causal or (window is not None and window == seen.local))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if simple and takes(q, k, v):
+        return varlen_attention(q, k, v, seen.edges, seen.longest, scale, window)[None]
+    if simple and window is None and not on_gpu(q) and q.shape[-1] == v.shape[-1]:
+        return segment_attention(q, k, v, seen.bounds, scale)[None]
+    pieces = []
+    for start, end in pairwise(seen.bounds):
+        own = [x[:, :, start:end] for x in (query, key, value)]
+        bias = options.get("position_bias")
+        part = {} if bias is None else {"position_bias": bias[..., start:end, start:end]}
+        pieces.append(_one(module, own, seen, options | part | {"scaling": scale}))
+    return torch.cat(pieces, 1)
+
+
+def _one(module: nn.Module, own: list[Tensor], seen: Segments, options: dict[str, Any]) -> Tensor:
+    """Attention of the query, key and value of one segment, to [1, L, Hq, D]."""
+    query, key, value = own
+    if _is_own(options):
+        return _theirs(module, query, key, value, seen.mask(query.shape[2]), options)
+    mask = None if seen.causal else seen.mask(query.shape[2])
+    shared = {"scale": options["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **shared).transpose(1, 2)
+
+
+def _is_own(options: dict[str, Any]) -> bool:
+    return any(options.get(name) is not None for name in _OWN)
+
+
+def _theirs(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The plain attention function that stands beside the module's class. It adds its mask, and knows no causality."""
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise ModelError(f"{type(module).__name__} sets options of attention that only its own code computes")
+    if mask is None and query.shape[2] > 1:
+        mask = sdpa_mask(1, query.shape[2], key.shape[2], allow_is_causal_skip=False, device=query.device)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    out: Tensor = function(module, query, key, value, mask, **options)[0]
+    return out
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

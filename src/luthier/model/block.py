@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from luthier.adapters.lora import LoraLinear, Noise
+from luthier.adapters.linears import dense_weight, is_quantized
+from luthier.adapters.lora import LoraLinear
+from luthier.adapters.method import Noise
 from luthier.errors import ModelError
-from luthier.kernels.attention import Tile, attention_backward, attention_forward, causal_tiles, chosen_tiles
 from luthier.kernels.pointwise import Pointwise
 from luthier.model.families import Family, window
+from luthier.model.heads import Saved, Segments, attention_on
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -33,9 +35,7 @@ Gradients = dict[Tensor, Tensor]
 class Pack:
     """What a layer is told about a micro-batch."""
 
-    cos: Tensor  # [T, D/2]
-    sin: Tensor
-    tiles: list[Tile]
+    segments: Segments
     noise: Noise | None
     rows: Tensor | None = None  # int64 [Q]: the tokens whose output is wanted; None: all
 
@@ -49,6 +49,12 @@ class Decoder:
     def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool) -> None:
         base = module.base_model
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
+        if (
+            self.norm.weight.dtype
+            != self.embed(torch.zeros(1, dtype=torch.int64, device=self.embed.weight.device)).dtype
+        ):
+            what = "our decoder block does not compute norms that are finer than the products (model.norms=float32)"
+            raise ModelError(what, fix="set run.kernels to auto or reference")
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
@@ -65,8 +71,8 @@ class Decoder:
             block.refresh()
         x: Tensor = self.embed(micro.ids)
         cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
-        pack = Pack(cos, sin, causal_tiles(micro.bounds, prefix), noise)
-        last = replace(pack, tiles=chosen_tiles(micro.bounds, micro.rows, prefix), rows=micro.rows)
+        pack = Pack(Segments(cos, sin, micro.bounds, prefix), noise)
+        last = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
         for block in self.blocks:
             pack = last if block is self.blocks[-1] else pack
             x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
@@ -78,16 +84,13 @@ class Kept(NamedTuple):
 
     attention_scale: Tensor  # 1 / rms of the block's input
     qkv_inner: Tensor | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
     attended: Tensor
     out_inner: Tensor | None
     middle: Tensor  # the residual stream between attention and MLP
     mlp_scale: Tensor
     gate_up: Tensor
     gate_up_inner: Tensor | None
-    probabilities: list[Tensor | None]
+    attention: Saved
 
 
 class Block:
@@ -105,8 +108,8 @@ class Block:
         self.down = MergedLinear([part(family.down)])
         self.linears = (self.qkv, self.out, self.gate_up, self.down)
         self.parameters = [p for linear in self.linears for p in linear.parameters()]
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.head_size = self.qkv.weight.shape[0] // (self.heads + 2 * self.groups)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.attention = attention_on(self.attention_norm, heads, groups, pointwise)
 
     def refresh(self) -> None:
         for linear in self.linears:
@@ -122,14 +125,13 @@ class Block:
         point = self.pointwise
         n, scale = point.rms_norm(x, self.attention_norm, self.eps)
         y, qkv_inner = self.qkv.forward(n, pack.noise)
-        q, k, v = self._heads(y, pack)
+        o, kept = self.attention.forward(y, pack.segments)
         del n, y
-        o, kept = attention_forward(q, k, v, pack.tiles, point)
         z, out_inner = self.out.forward(o, self._noise(pack))
         residual = x if pack.rows is None else x[pack.rows]
         middle, n, mlp_scale = point.add_rms_norm(residual, z, self.mlp_norm, self.eps)
         gate_up, gate_up_inner = self.gate_up.forward(n, self._noise(pack))
-        return Kept(scale, qkv_inner, q, k, v, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, kept)
+        return Kept(scale, qkv_inner, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, kept)
 
     def backward(
         self, dy: Tensor, x: Tensor, kept: Kept, down_inner: Tensor | None, pack: Pack, wanted: bool
@@ -149,7 +151,8 @@ class Block:
         self.out.backward_adapters(inner, kept.attended, noise, found)
         if not (wanted or self.qkv.updates):
             return None, found
-        dy = self._attention_backward(self.out.backward_input(dm, inner, noise), kept, pack)
+        do = self.out.backward_input(dm, inner, noise)
+        dy = self.attention.backward(do, kept.attended, kept.attention, pack.segments)
         inner = self.qkv.backward_inner(dy, kept.qkv_inner, found)
         if not wanted:
             n, _ = point.rms_norm(x, self.attention_norm, self.eps)
@@ -161,43 +164,6 @@ class Block:
         self.qkv.backward_adapters(inner, n, pack.noise, found)
         return dx, found
 
-    def _heads(self, y: Tensor, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
-        """q|k|v [T, N] to rotated and scaled q [G, Q, R, D], rotated k and v [G, T, D]."""
-        q, k, v = self._split(y)
-        cos, sin = self._scaled(pack)
-        q = self.pointwise.rotate(q if pack.rows is None else q[pack.rows], cos, sin)
-        return q, self.pointwise.rotate(k, pack.cos, pack.sin)[:, :, 0], v[:, :, 0].transpose(0, 1).contiguous()
-
-    def _attention_backward(self, do: Tensor, kept: Kept, pack: Pack) -> Tensor:
-        """The gradient of q|k|v [T, N]."""
-        dq, dk, dv = attention_backward(
-            do, kept.attended, kept.q, kept.k, kept.v, kept.probabilities, pack.tiles, self.pointwise
-        )
-        tokens = kept.k.shape[1]
-        dy = do.new_empty(tokens, self.qkv.weight.shape[0])
-        q, k, v = self._split(dy)
-        if pack.rows is None:
-            self.pointwise.unrotate(dq, *self._scaled(pack), q)
-        else:
-            chosen = q.new_empty(len(pack.rows), *q.shape[1:])
-            self.pointwise.unrotate(dq, *self._scaled(pack), chosen)
-            q.zero_().index_copy_(0, pack.rows, chosen)
-        self.pointwise.unrotate(dk[:, :, None], pack.cos, pack.sin, k)
-        v[:, :, 0] = dv.transpose(0, 1)
-        return dy
-
-    def _split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, G, R, D], k and v [T, G, 1, D] as views of q|k|v [T, N]."""
-        q, k, v = (y[:, columns] for columns in self.qkv.columns)
-        tokens, size = y.shape[0], self.head_size
-        k, v = (x.view(tokens, self.groups, 1, size) for x in (k, v))
-        return q.view(tokens, self.groups, -1, size), k, v
-
-    def _scaled(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """The rotation of the queries; it carries the 1/√D of attention, which then costs nothing."""
-        cos, sin = (t if pack.rows is None else t[pack.rows] for t in (pack.cos, pack.sin))
-        return cos * self.head_size**-0.5, sin * self.head_size**-0.5
-
     def _noise(self, pack: Pack) -> Noise | None:
         """Past the attention of the last layer only the chosen rows exist."""
         return pack.noise if pack.noise is None or pack.rows is None else pack.noise.at(pack.rows)
@@ -207,8 +173,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, *parameters: Tensor) -> Tensor:
         y, kept, inner = block.forward(x, pack)
-        *tensors, probabilities = (None,) * len(Kept._fields) if block.recompute else kept
-        ctx.save_for_backward(x, inner, *tensors, *(probabilities or ()))
+        *tensors, attention = (None,) * len(Kept._fields) if block.recompute else kept
+        ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
         ctx.block, ctx.pack = block, pack
         return y
 
@@ -235,25 +201,40 @@ class Update(NamedTuple):
 class MergedLinear:
     """Linear layers that read the same input, as one product, and their LoRA updates beside it.
 
-    The merged weight [N, K] becomes the storage of the layers it was made from. Shape suffix: P ranks of all updates.
+    The merged weight [N, K] becomes the storage of the layers it was made from; packed weights stay packed, and are
+    unpacked side by side each time. Shape suffix: P ranks of all updates.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
-        bases = [cast(nn.Linear, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
-        self.weight = _merge([base.weight for base in bases])
-        self.bias = None if bases[0].bias is None else _merge([base.bias for base in bases])
-        self.columns = _slices([base.out_features for base in bases])
+        self.bases = [cast(Any, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
+        packed = any(is_quantized(base) for base in self.bases)
+        self.dense = None if packed else _merge([base.weight for base in self.bases])
+        self.bias = None if self.bases[0].bias is None else _merge([base.bias for base in self.bases])
+        self.columns = _slices([base.out_features for base in self.bases])
+        self.features = self.bases[0].in_features
         self.updates: list[Update] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] in the dtype of the products."""
+        if self.dense is not None:
+            return self.dense
+        parts = [dense_weight(base) for base in self.bases]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parameters(self) -> Iterator[Tensor]:
         for layer in self.layers:
             if isinstance(layer, LoraLinear):
                 yield from (layer.A, layer.B)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bases[0].compute_dtype if self.dense is None else self.dense.dtype
+
     def refresh(self) -> None:
         """Takes the adapters' present values, in the dtype of the products."""
-        dtype = self.weight.dtype
+        dtype = self.dtype
         live = [
             (x, c) for x, c in zip(self.layers, self.columns, strict=True) if isinstance(x, LoraLinear) and x.enabled
         ]
@@ -264,7 +245,8 @@ class MergedLinear:
 
     def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
         """x [T, K] to y [T, N], and the updates' inner values scale · x Aᵀ [T, P]."""
-        y = torch.mm(x, self.weight.t()) if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        weight = self.weight
+        y = torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
         if not self.updates:
             return y, None
         inner = x.new_empty(len(x), len(self.A))
@@ -311,8 +293,8 @@ class MergedLinear:
         """Which ranks read x through which dropout mask: all at once if nothing is dropped, else each layer its own."""
         if noise is None or not any(u.layer.dropout for u in self.updates):
             return [(slice(None), None)]
-        features, dtype = self.weight.shape[1], self.weight.dtype
-        return [(u.inner, noise.mask(u.layer.index, features, u.layer.dropout, dtype)) for u in self.updates]
+        masks = (noise.mask(u.layer.index, self.features, u.layer.dropout, self.dtype) for u in self.updates)
+        return [(u.inner, mask) for u, mask in zip(self.updates, masks, strict=True)]
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

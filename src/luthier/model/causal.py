@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,14 +10,18 @@ import torch
 from torch import Tensor
 
 from luthier import recipe
-from luthier.adapters.lora import Lora, Noise, attach
-from luthier.allocator import keep_freed_memory
+from luthier.adapters.method import Adapter, Noise, attach
+from luthier.allocator import keep_freed_memory, return_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import native, pointwise
-from luthier.kernels.loss import linear_cross_entropy
-from luthier.model import attention, families
+from luthier.kernels.loss import Head, linear_cross_entropy
+from luthier.kernels.place import on_gpu
+from luthier.model import attention, families, head, layout
 from luthier.model.block import Decoder
+from luthier.model.offload import stream
+from luthier.model.original import original
 from luthier.model.pack import share_prefix, trim
+from luthier.model.recompute import recomputing
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -31,66 +33,118 @@ class CausalModel:
     """A frozen transformers module, perhaps with an adapter, run on packed rows of tokens.
 
     `module` is complete in itself: generation calls it directly, adapter included.
+
+    Raises ModelError for an adapter or a family that the block of `kernels` does not compute, and for a module that is
+    not causal.
     """
 
     def __init__(
-        self, module: Any, lora: Lora | None, *, kernels: Kernels = "reference", recompute: bool = False
+        self, module: Any, adapter: Adapter | None, *, kernels: Kernels = "reference", recompute: bool = False
     ) -> None:
-        self.module, self.lora = module, lora
-        self.head: Tensor = module.get_output_embeddings().weight.detach()
-        self.device, self.dtype, self.recompute = self.head.device, self.head.dtype, recompute
-        self.parts = native.parts() if kernels == "compiled" else pointwise.EAGER
-        self.decoder = None if kernels == "reference" else _decoder(module, self.parts, recompute=recompute)
-        if recompute and self.decoder is None:
-            module.activation_checkpointing_enable()
+        self.module, self.adapter, self.recompute = module, adapter, recompute
+        if getattr(module.config, "multi_query", False):
+            attention.share_head(module)
+        embed = module.get_input_embeddings()
+        self.device = embed.weight.device
+        ids = torch.arange(3, 11, device=self.device)[None] % len(embed.weight)
+        self.dtype: torch.dtype = embed(ids[:, :1]).dtype
+        self.parts = _parts(kernels, self.device)
+        self.output = head.find(module, ids)
+        self.decoder: Decoder | None = None
+        self.layout: layout.Layout = "packed"
+        if kernels != "reference":
+            self.decoder = _decoder(module, adapter, self.parts, recompute=recompute)
+            return
+        self.layout = layout.find(module, self._run, len(embed.weight), self.device)
+        if recompute:
+            recomputing(module, None if adapter is None else adapter.noise)
+
+    @property
+    def head(self) -> Head:
+        """From what `hidden` gives to logits."""
+        return Head(None) if self.output is None else self.output.head()
 
     def hidden(self, micro: Micro) -> Tensor:
-        """[S, H]: the final-normed hidden states at `micro.rows`, differentiable in the adapter."""
+        """[S, H]: what reaches the head at `micro.rows`, differentiable in the adapter; the logits themselves, [S, V],
+        where they are more than our loss computes (see `head.find`)."""
+        micro = _moved(micro, self.device)
         if self.decoder is not None:
             micro = trim(micro)
             noise = self._set_noise(micro)
-            # Dropout tells the rows' prefixes apart: each has masks of its own.
-            micro, prefix = (micro, 0) if self._drops else share_prefix(micro)
+            # Dropout tells the rows' prefixes apart: each has masks of its own. Attention of whole rows cannot share.
+            apart = self._drops or on_gpu(micro.ids)
+            micro, prefix = (micro, 0) if apart else share_prefix(micro)
             return self.decoder.hidden(micro, noise, prefix)
-        self._set_noise(micro)
-        arguments = attention.packed_arguments(micro.positions, micro.bounds)
-        with self._recomputing():
-            out = self.module.base_model(input_ids=micro.ids[None], **arguments)
-        return out.last_hidden_state[0, micro.rows]  # type: ignore[no-any-return]
+        return self._packed(micro) if self.layout == "packed" else self._padded(trim(micro))
 
     def loss(self, micro: Micro) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`."""
-        return linear_cross_entropy(self.hidden(micro), self.head, micro.targets, self.parts)
+        return linear_cross_entropy(self.hidden(micro), self.head, micro.targets.to(self.device), self.parts)
+
+    def _packed(self, micro: Micro) -> Tensor:
+        self._set_noise(micro)
+        with attention.packed(micro.bounds):
+            return self._run(layout.packed(self.module, micro.ids, micro.positions))[0, micro.rows]
+
+    def _padded(self, micro: Micro) -> Tensor:
+        found, rows = [], []
+        for part in layout.rectangles(micro):
+            self._tell_noise(micro.step, part.samples, part.positions)
+            found.append(self._run(layout.padded(self.module, part.ids)).flatten(0, 1)[part.places])
+            rows.append(part.rows)
+        return torch.cat(found)[torch.cat(rows).argsort()]
+
+    def _run(self, arguments: dict[str, Any]) -> Tensor:
+        """What reaches the head, [B, T, H], or the logits [B, T, V]."""
+        if self.output is None:
+            return self.module(**arguments).logits  # type: ignore[no-any-return]
+        with self.output.reading() as seen:
+            self.module(**arguments)
+        return seen[0]
 
     @property
     def _drops(self) -> bool:
-        return self.lora is not None and any(x.dropout for x in self.lora.layers.values()) and torch.is_grad_enabled()
-
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """transformers recomputes in training mode only, and then has no cache: the mode is left right after."""
-        self.module.train(self.recompute and torch.is_grad_enabled())
-        yield
-        self.module.eval()
+        return self.adapter is not None and self.adapter.dropout > 0 and torch.is_grad_enabled()
 
     def _set_noise(self, micro: Micro) -> Noise | None:
+        lengths = torch.tensor(micro.bounds).diff().to(micro.samples.device)
+        # With the sum told, no GPU has to be waited for.
+        samples = micro.samples.repeat_interleave(lengths, output_size=len(micro.ids))
+        return self._tell_noise(micro.step, samples, micro.positions)
+
+    def _tell_noise(self, step: int, samples: Tensor, positions: Tensor) -> Noise | None:
         """What dropout depends on, told to the adapter's layers. It is off where no gradient is wanted."""
-        if self.lora is None:
+        if self.adapter is None:
             return None
-        noise = self.lora.noise
-        noise.step, noise.samples, noise.positions = micro.step, None, None
-        if torch.is_grad_enabled():
-            lengths = torch.tensor(micro.bounds).diff()
-            noise.samples = micro.samples.repeat_interleave(lengths.to(micro.samples.device))
-            noise.positions = micro.positions
+        noise = self.adapter.noise
+        wanted = torch.is_grad_enabled()
+        noise.step, noise.samples, noise.positions = (step, samples, positions) if wanted else (step, None, None)
         return replace(noise)
 
 
-def _decoder(module: Any, parts: pointwise.Pointwise, *, recompute: bool) -> Decoder:
-    family = families.find(module.config)
+def _parts(kernels: Kernels, device: torch.device) -> pointwise.Pointwise:
+    if kernels != "compiled":
+        return pointwise.EAGER
+    if device.type == "cuda":
+        from luthier.kernels import fused
+
+        return fused.parts()
+    return native.parts()
+
+
+def _moved(micro: Micro, device: torch.device) -> Micro:
+    tensors: dict[str, Any] = {
+        f.name: x.to(device) for f in fields(micro) if isinstance(x := getattr(micro, f.name), Tensor)
+    }
+    return replace(micro, **tensors)
+
+
+def _decoder(module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, *, recompute: bool) -> Decoder:
+    family, fix = families.find(module.config), "set run.kernels to auto or reference"
     if family is None:
-        fix = "set run.kernels to auto or reference"
         raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
+    if adapter is not None and not adapter.foldable:
+        raise ModelError("our decoder block does not compute this adapter, or these packed weights", fix=fix)
     return Decoder(module, family, parts, recompute=recompute)
 
 
@@ -104,17 +158,37 @@ def build(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    offload: int = 0,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
 
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
-    block, for the families in `families.py`. `recompute` trades activations for a second forward pass.
+    block, for the families in `families.py`. `recompute` trades activations for a second forward pass. With `offload`,
+    so many of the first decoder blocks stay in host memory and stream to `device`.
 
     Raises ModelError for a folder that cannot be loaded, AdapterError for targets that match nothing.
     """
     from luthier.model.load import load_causal
 
-    keep_freed_memory()
-    module = load_causal(folder, model, device=device, dtype=dtype, attention="packed")
-    lora = attach(module, adapter, seed) if adapter is not None else None
-    return CausalModel(module, lora, kernels=kernels, recompute=recompute)
+    (return_freed_memory if kernels == "reference" else keep_freed_memory)()
+    module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", offload=offload)
+    attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
+    if offload:
+        for parameter in attached.parameters() if attached is not None else ():
+            parameter.data = parameter.data.to(device)
+        stream(module, offload, device)
+    return CausalModel(module, attached, kernels=kernels, recompute=recompute)
+
+
+def _facts(adapter: recipe.Adapter, folder: Path) -> dict[str, Any]:
+    """What a LoRA may need of the folder: LoftQ starts from what quantisation took, which the loaded model no longer
+    tells, and the tokenizer gives added tokens their ids."""
+    from luthier.model.load import load_tokenizer
+
+    facts: dict[str, Any] = {}
+    if isinstance(adapter, recipe.Lora) and adapter.init == "loftq":
+        facts["original"] = original(folder)
+    if isinstance(adapter, recipe.Lora) and adapter.new_tokens:
+        tokenizer = load_tokenizer(folder, adapter)
+        facts["tokens"] = [tokenizer.id(token) for token in adapter.new_tokens]
+    return facts

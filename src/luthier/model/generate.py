@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +40,11 @@ class Sampling:
 class Generation:
     """An answer: its tokens without the one that ended it, and whether one did (or the limit of tokens).
 
-    `nll` is the negative log-likelihood (nats) of the reference that was given with the prompt."""
+    `losses` are the negative log-likelihoods (nats) of the continuations that were given with the prompt."""
 
     ids: list[int]
     stopped: bool
-    nll: float | None = None
+    losses: tuple[float, ...] = ()
 
 
 @torch.inference_mode()
@@ -54,7 +54,7 @@ def generate(
     sampling: Sampling,
     stop_ids: frozenset[int],
     *,
-    references: Sequence[Sequence[int]] | None = None,
+    continuations: Sequence[Sequence[Sequence[int]]] | None = None,
     max_tokens_in_flight: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
@@ -62,8 +62,9 @@ def generate(
 
     Args:
         stop_ids: tokens that end an answer; never part of it.
-        references: a continuation of each prompt, or no tokens; its likelihood comes with the answer, and the prompt
-            is read once for both.
+        continuations: of each prompt, any number of texts that might follow it, at least a token each; their
+            likelihoods come with the answer, and the prompt is read once for all. With `max_new_tokens` 0 nothing else
+            is made.
         max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory.
         progress: is told (answers done, answers in all).
 
@@ -78,8 +79,8 @@ def generate(
     answers: dict[int, Generation] = {}
     size = sum(p.numel() * p.itemsize for p in model.module.parameters())
     engine = decoder(model, merge=size <= MERGE_UP_TO)
-    for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget):
-        weighed = [references[i] for i in rows] if references else [[]] * len(rows)
+    for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget, equal=engine.equal):
+        weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
         for row, answer in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
             answers[rows[row]] = answer
             if progress:
@@ -106,7 +107,7 @@ def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_i
 def _answer(
     engine: Decoder,
     prompts: Sequence[Sequence[int]],
-    references: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
     sampling: Sampling,
     stop_ids: frozenset[int],
 ) -> Iterator[tuple[int, Generation]]:
@@ -114,7 +115,7 @@ def _answer(
     made: dict[int, list[int]] = {i: [] for i in range(len(prompts))}  # of the unfinished
     rows = list(made)  # the prompt that each row of the decoder answers, finished or not
     logits = engine.prefill(prompts, sampling.max_new_tokens)
-    losses = _weigh(engine, logits, references)
+    losses = _weigh(engine, logits, continuations)
     pick = _Picker(prompts, sampling, logits.device)
     for _ in range(sampling.max_new_tokens):
         ids = pick(logits)
@@ -135,12 +136,14 @@ def _answer(
     yield from ((row, Generation(tokens, False, losses[row])) for row, tokens in made.items())
 
 
-def _weigh(engine: Decoder, logits: Tensor, references: Sequence[Sequence[int]]) -> list[float | None]:
-    """Of each row that has a reference, its negative log-likelihood."""
-    if not any(references):
-        return [None] * len(references)
-    losses = engine.weigh(logits, [reference or [0] for reference in references])
-    return [loss if reference else None for loss, reference in zip(losses, references, strict=True)]
+def _weigh(
+    engine: Decoder, logits: Tensor, continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[tuple[float, ...]]:
+    """Of each row the negative log-likelihoods of its continuations."""
+    rows = [row for row, several in enumerate(continuations) for _ in several]
+    flat = [one for several in continuations for one in several]
+    losses = iter(engine.weigh(logits, rows, flat) if flat else ())
+    return [tuple(islice(losses, len(several))) for several in continuations]
 
 
 def _without_holes(alive: Sequence[bool]) -> list[int]:
@@ -161,14 +164,17 @@ class _Picker:
         self.prompts = prompts
         self.noise = torch.empty(0)
         if sampling.temperature:
-            self.noise = torch.stack([_uniform(p, sampling) for p in prompts]).to(device)
+            # Apple's GPUs have no float64: there the choice is made on the CPU.
+            place = "cpu" if device.type == "mps" else device
+            self.noise = torch.stack([_uniform(p, sampling) for p in prompts]).to(place)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """fp32 [B, V] to int64 [B]."""
         if self.sampling.repetition_penalty != 1.0:
             logits = self._penalised(logits)
         if self.sampling.temperature:
-            ids = _sample(logits / self.sampling.temperature, self.sampling.top_p, self.noise[:, self.step])
+            warm = logits.to(self.noise.device) / self.sampling.temperature
+            ids = _sample(warm, self.sampling.top_p, self.noise[:, self.step]).to(logits.device)
         else:
             ids = logits.argmax(-1)
         if self.seen is not None:
@@ -177,7 +183,7 @@ class _Picker:
         return ids
 
     def keep(self, rows: Tensor) -> None:
-        self.noise = self.noise[rows] if self.sampling.temperature else self.noise
+        self.noise = self.noise[rows.to(self.noise.device)] if self.sampling.temperature else self.noise
         self.seen = self.seen[rows] if self.seen is not None else None
 
     def _penalised(self, logits: Tensor) -> Tensor:
@@ -208,13 +214,14 @@ def _uniform(prompt: Sequence[int], sampling: Sampling) -> Tensor:
     return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, budget: int) -> list[list[int]]:
-    """Rows of similar length together, longest first, so that memory is largest at once; a batch of n rows holds
-    n * (its longest prompt + new_tokens) tokens, which stays within `budget` unless one row alone is longer."""
+def _batches(lengths: Sequence[int], new_tokens: int, budget: int, *, equal: bool = False) -> list[list[int]]:
+    """Rows of similar length (of one length, if `equal`) together, longest first, so that memory is largest at once; a
+    batch of n rows holds n * (its longest prompt + new_tokens) tokens, within `budget` unless one row alone is longer.
+    """
     batches: list[list[int]] = []
     room = 0
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or len(batches[-1]) >= room:
+        if not batches or len(batches[-1]) >= room or (equal and lengths[row] < lengths[batches[-1][0]]):
             batches.append([])
             room = min(MAX_ROWS, budget // (lengths[row] + new_tokens))
         batches[-1].append(row)
@@ -228,7 +235,16 @@ def _budget(model: CausalModel) -> int:
 
 
 def _bytes_per_token(model: CausalModel) -> int:
+    """Of keys and values; a family without attention heads keeps less, and is taken for one with as many as its
+    hidden states are wide."""
     config = model.module.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    heads = _most(getattr(config, "num_attention_heads", None)) or 1
+    width = getattr(config, "head_dim", None) or hidden // heads
+    kept = _most(getattr(config, "num_key_value_heads", None)) or heads
+    return int(2 * layers * kept * width * model.dtype.itemsize)
+
+
+def _most(value: int | Sequence[int] | None) -> int | None:
+    """Some configs count heads layer by layer."""
+    return max(value) if isinstance(value, Sequence) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import shutil
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -37,7 +38,14 @@ class Kind:
     size: int
 
 
-KINDS = {0: Kind("F32", 1, 4), 3: Kind("Q4_1", 32, 20), 8: Kind("Q8_0", 32, 34)}
+KINDS = {
+    0: Kind("F32", 1, 4),
+    1: Kind("F16", 1, 2),
+    2: Kind("Q4_0", 32, 18),
+    3: Kind("Q4_1", 32, 20),
+    8: Kind("Q8_0", 32, 34),
+    30: Kind("BF16", 1, 2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,7 @@ class _Header:
         kind, offset = self._number("I"), self._number("Q")
         if kind not in KINDS:
             known = ", ".join(k.name for k in KINDS.values())
-            self._refuse(f"tensor '{name}' has type {kind}; luthier reads {known}")
+            self._refuse(f"tensor '{name}' has type {kind}; luthier reads {known}, so take such a file of the model")
         if not all(shape) or shape[-1] % KINDS[kind].values:
             self._refuse(f"tensor '{name}' has the impossible shape {shape}")
         return name, shape, KINDS[kind], offset
@@ -206,14 +214,23 @@ def _dequantise(raw: np.ndarray, kind: Kind) -> np.ndarray:
     """float32 [n] from the stored blocks (uint8). The arithmetic and its order are ggml's, so results are bit-equal."""
     if kind.name == "F32":
         return raw.view("<f4")
+    if kind.name == "F16":
+        return raw.view("<f2").astype(np.float32)
+    if kind.name == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     blocks = raw.reshape(-1, kind.size)
     scale = blocks[:, 0:2].copy().view("<f2").astype(np.float32)
     if kind.name == "Q8_0":
         return (blocks[:, 2:].view(np.int8).astype(np.float32) * scale).reshape(-1)
+    if kind.name == "Q4_0":
+        return ((_nibbles(blocks[:, 2:]) - 8) * scale).reshape(-1)
     least = blocks[:, 2:4].copy().view("<f2").astype(np.float32)
-    packed = blocks[:, 4:]
-    values = np.concatenate([packed & 0x0F, packed >> 4], axis=1).astype(np.float32)
-    return (values * scale + least).reshape(-1)
+    return (_nibbles(blocks[:, 4:]) * scale + least).reshape(-1)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """float32 [blocks, 32]: the low halves of 16 bytes, then the high ones."""
+    return np.concatenate([packed & 0x0F, packed >> 4], axis=1).astype(np.float32)
 
 
 # The Llama family as Hugging Face lays it out.
@@ -236,16 +253,18 @@ def convert(path: Path, folder: Path) -> None:
     """Writes the Llama model at `path` into `folder` as transformers has it, weights in bfloat16.
 
     Files: config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and, where the
-    model has one, chat_template.jinja. Raises ModelError for another architecture or tokenizer.
+    model has one, chat_template.jinja. A tokenizer.json beside `path` is taken in place of the file's own tokenizer.
+    Raises ModelError for another architecture, or a tokenizer that is not known and not beside the file.
     """
     file = Gguf(path)
     _check_family(file)
-    texts = {
-        "config.json": _config(file),
-        "generation_config.json": _generation_config(file),
-        "tokenizer.json": _tokenizer(file),
-        "tokenizer_config.json": _tokenizer_config(file),
-    }
+    texts = {"config.json": _config(file), "generation_config.json": _token_ids(file)}
+    beside = path.with_name("tokenizer.json")
+    if beside.is_file():
+        for source in filter(Path.is_file, (beside, path.with_name("tokenizer_config.json"))):
+            shutil.copyfile(source, folder / source.name)
+    else:
+        texts |= {"tokenizer.json": _tokenizer(file), "tokenizer_config.json": _tokenizer_config(file)}
     for name, tree in texts.items():
         (folder / name).write_text(json.dumps(tree, ensure_ascii=False, indent=None) + "\n", encoding="utf-8")
     if "tokenizer.chat_template" in file.metadata:
@@ -254,17 +273,12 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def _check_family(file: Gguf) -> None:
-    found = (
-        file.require("general.architecture"),
-        file.require("tokenizer.ggml.model"),
-        file.require("tokenizer.ggml.pre"),
-    )
-    if found != ("llama", "gpt2", "smollm"):
-        raise ModelError(
-            f"holds {'/'.join(map(str, found))}, and luthier converts llama/gpt2/smollm only",
-            where=str(file.path),
-            fix="give the model's original folder with config.json and .safetensors files",
-        )
+    if (found := file.require("general.architecture")) != "llama":
+        fix = "give the model's original folder with config.json and .safetensors files"
+        raise ModelError(f"holds a {found} model, and luthier converts llama only", where=str(file.path), fix=fix)
+    if (scaling := file.metadata.get("llama.rope.scaling.type", "none")) != "none":
+        fix = "give the model's original folder with config.json and .safetensors files"
+        raise ModelError(f"has {scaling} positions, which are not converted", where=str(file.path), fix=fix)
 
 
 def _write_weights(file: Gguf, path: Path) -> None:
@@ -287,7 +301,7 @@ def _weight(file: Gguf, name: str) -> np.ndarray:
     if name.endswith("attn_q.weight"):
         return _unpermute(file.tensor(name), file.require("llama.attention.head_count"))
     if name.endswith("attn_k.weight"):
-        return _unpermute(file.tensor(name), file.require("llama.attention.head_count_kv"))
+        return _unpermute(file.tensor(name), _key_heads(file))
     return file.tensor(name)
 
 
@@ -322,11 +336,11 @@ def _config(file: Gguf) -> dict[str, Any]:
         "intermediate_size": get("llama.feed_forward_length"),
         "num_hidden_layers": get("llama.block_count"),
         "num_attention_heads": get("llama.attention.head_count"),
-        "num_key_value_heads": get("llama.attention.head_count_kv"),
+        "num_key_value_heads": _key_heads(file),
         "head_dim": get("llama.rope.dimension_count"),
         "max_position_embeddings": get("llama.context_length"),
         "rms_norm_eps": _shortest(get("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(get("llama.rope.freq_base")),
+        "rope_theta": _shortest(file.metadata.get("llama.rope.freq_base", 10_000.0)),
         "vocab_size": len(get("tokenizer.ggml.tokens")),
         "tie_word_embeddings": "output.weight" not in file.entries,
         "attention_bias": False,
@@ -341,36 +355,61 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def _key_heads(file: Gguf) -> int:
+    count: int = file.metadata.get("llama.attention.head_count_kv") or file.require("llama.attention.head_count")
+    return count
+
+
+def _named(file: Gguf, names: dict[str, str]) -> dict[str, int]:
+    """The token ids that the file gives under GGUF's names, by ours; `eos` has to be there."""
+    file.require("tokenizer.ggml.eos_token_id")
+    keys = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in names.items()}
+    return {ours: file.metadata[key] for ours, key in keys.items() if key in file.metadata}
+
+
 def _token_ids(file: Gguf) -> dict[str, int]:
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    return {name: file.require(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return _named(file, {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"})
 
 
-def _generation_config(file: Gguf) -> dict[str, Any]:
-    return _token_ids(file)
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is cut before merging, by `tokenizer.ggml.pre`. SmolLM splits digits one by one before the byte-level
+# pattern; leaving that out changes the ids of texts with spaces before numbers.
+_PIECES: dict[str, list[dict[str, Any]]] = {
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    "gpt-2": [_BYTE_LEVEL],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA_3}, "behavior": "Isolated", "invert": False},
+        _BYTE_LEVEL | {"use_regex": False},
+    ],
+}
 
 
 def _tokenizer(file: Gguf) -> dict[str, Any]:
-    """tokenizer.json. SmolLM splits digits one by one before the byte-level pattern; leaving that out changes the ids
-    of texts with spaces before numbers."""
+    """tokenizer.json of a byte-level BPE that `_PIECES` knows. Raises ModelError for another one."""
+    kind, pre = file.require("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in _PIECES:
+        fix = f"put the model's tokenizer.json (and tokenizer_config.json) beside it, in {file.path.parent}"
+        raise ModelError(f"has a tokenizer of the kind {kind}/{pre}, not converted", where=str(file.path), fix=fix)
     tokens, kinds = file.require("tokenizer.ggml.tokens"), file.require("tokenizer.ggml.token_type")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    model = {
-        "type": "BPE",
-        "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": [merge.split(" ", 1) for merge in file.require("tokenizer.ggml.merges")],
-    }
     return {
         "version": "1.0",
         "added_tokens": [
-            _control(i, token) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 3
+            _control(i, token) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PIECES[pre]},
         "post_processor": None,
-        "decoder": byte_level,
-        "model": model,
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ", 1) for merge in file.require("tokenizer.ggml.merges")],
+            **({"ignore_merges": True} if pre == "llama-bpe" else {}),
+        },
     }
 
 
@@ -382,8 +421,10 @@ def _control(index: int, token: str) -> dict[str, Any]:
 def _tokenizer_config(file: Gguf) -> dict[str, Any]:
     tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    key = "tokenizer.ggml.add_bos_token"
     return {
-        **{name: tokens[file.require(f"tokenizer.ggml.{key}_token_id")] for name, key in names.items()},
+        **{name: tokens[index] for name, index in _named(file, names).items()},
+        **({"add_bos_token": file.metadata[key]} if key in file.metadata else {}),
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it stands
         "model_max_length": file.require("llama.context_length"),
         "clean_up_tokenization_spaces": False,

@@ -1,16 +1,17 @@
 """From a recipe's `model:` to a checked local folder, a tokenizer and a frozen transformers model.
 
-A folder is read from outside in: names and sizes first, then headers, then weights. Whatever is wrong is listed at once
-and before anything is loaded. No pickle is read, and no code that comes with a model runs unless the recipe says so.
+A folder is read from outside in: names and sizes first, then headers, then weights, each packed as it arrives. No
+pickle is read, and no code that comes with a model runs unless the recipe says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,29 +19,32 @@ from luthier import recipe
 from luthier.errors import ModelError
 from luthier.machine import Machine, machine
 from luthier.model import embedded
+from luthier.model.folder import check_folder, shards, some
+from luthier.model.hub import config_file, loaded_revision, snapshot
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from luthier.data.tokens import Tokenizer
+    from luthier.model.weights import Placing
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
-UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights a second time
-
-# No real model comes near these; a hostile config that passes them cannot fill memory before its weights are missed.
-LIMITS = {
-    "num_hidden_layers": 1 << 11,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "vocab_size": 1 << 22,
-    "num_attention_heads": 1 << 12,
-    "max_position_embeddings": 1 << 28,
-}
+__all__ = [
+    "check_folder",
+    "choose_dtype",
+    "compute_dtype",
+    "dtype_name",
+    "load_causal",
+    "load_tokenizer",
+    "loaded_revision",
+    "model_config",
+    "model_folder",
+]
 
 
 def model_folder(model: recipe.Model, progress: Callable[[str], None] | None = None) -> Path:
-    """The local folder of `model.base`, fetched if need be and checked.
+    """The local folder of `model.base`, fetched or converted if need be, and checked.
 
     Raises:
         ModelError: it cannot be had, or is not complete; all that is missing is listed.
@@ -50,58 +54,206 @@ def model_folder(model: recipe.Model, progress: Callable[[str], None] | None = N
     return folder
 
 
-def loaded_revision(folder: Path) -> str | None:
-    """The hub commit that `folder` is a snapshot of, or None for other folders."""
-    return folder.name if folder.parent.name == "snapshots" else None
+def model_config(model: recipe.Model) -> dict[str, Any]:
+    """The `config.json` of `model.base`; from a hub nothing else is fetched. Raises ModelError."""
+    local = Path(model.base).expanduser()
+    is_hub = model.base != embedded.NAME and not local.exists() and local.suffix != ".gguf"
+    path = config_file(model) if is_hub else _folder(model, None) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError("is missing, or is not JSON", where=str(path), fix="fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ModelError("is not a JSON mapping", where=str(path), fix="fetch the model again")
+    return config
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def _folder(model: recipe.Model, progress: Callable[[str], None] | None) -> Path:
+    if model.base == embedded.NAME:
+        return embedded.embedded_folder(progress)
+    local = Path(model.base).expanduser()
+    if model.base and local.is_dir():
+        return local
+    if local.is_file() and local.suffix == ".gguf":
+        return embedded.converted_folder(local, progress)
+    if local.is_file():
+        fix = "give the folder it lies in, or a .gguf file"
+        raise ModelError("is a file, not a model's folder", where=model.base, fix=fix)
+    if model.base.endswith(".gguf") or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model.base):
+        fix = f"give a local folder, a .gguf file, a hub id such as org/name, or {embedded.NAME}"
+        raise ModelError("there is no such folder or file", where=model.base, fix=fix)
+    return snapshot(model, progress)
+
+
+def load_tokenizer(folder: Path, adapter: recipe.Adapter | None = None) -> Tokenizer:
+    """The tokenizer of the model in `folder`, with the tokens that `adapter` adds."""
     from luthier.data.tokens import Tokenizer
 
-    return Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    return tokenizer.extended(adapter.new_tokens) if isinstance(adapter, recipe.Lora) else tokenizer
 
 
 def load_causal(
-    folder: Path, model: recipe.Model, *, device: torch.device | str, dtype: torch.dtype, attention: str = "packed"
+    folder: Path,
+    model: recipe.Model,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str = "packed",
+    offload: int = 0,
 ) -> PreTrainedModel:
-    """The transformers model in `folder`, frozen and in eval mode, weights in `dtype` on `device`.
+    """The transformers model in `folder`, frozen and in eval mode, in `dtype` on `device`, linear layers as
+    `model.quantize` says.
+
+    Weights are read one at a time and packed on `device` at once, so that host memory holds little more than what stays
+    there. On a CPU, weights that are stored in `dtype` stay views of the mapped file.
 
     Args:
-        attention: `packed` (ours, segments kept apart) or `sdpa` (transformers' own).
+        attention: `packed` (ours, segments kept apart) or `sdpa` (transformers' own). A family that has no place for it
+            gets the next of `packed`, `sdpa`, `eager`; `module.config._attn_implementation` tells which.
+        offload: leave the first decoder blocks, so many, in host memory; `offload.stream` makes them run.
 
     Raises:
         ModelError: transformers has no such architecture, or the weights do not fill it.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    load: Any = AutoModelForCausalLM.from_pretrained
+    placing: Placing | None = None
     try:
-        module, info = load(
-            folder,
-            dtype=dtype,
-            attn_implementation=_attention(attention),
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"transformers cannot load it ({_one_line(error)})", where=str(folder)) from error
-    wrong = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
+        empty = skeleton(_config(folder, model), model, dtype, attention)
+        place = _places(empty, device, offload)
+        placing = _placing(model, place, dtype)
+        module, info = _filled(folder, empty, placing, dtype)
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        refused = ModelError(f"transformers cannot load it ({_one_line(error)})", where=str(folder))
+        raise (placing and placing.refused) or refused from error
+    misshapen = placing.misshapen if placing else []
+    wrong = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"], *misshapen})
     if wrong:
-        raise ModelError(f"lacks the weights {_some(wrong)}, or has them in another shape", where=str(folder))
-    frozen: PreTrainedModel = module.requires_grad_(False).eval().to(device)
+        raise ModelError(f"lacks the weights {some(wrong)}, or has them in another shape", where=str(folder))
+    if beyond := sorted(str(key) for key in info["unexpected_keys"] if _is_of_a_layer(str(key), module)):
+        fix = "fetch config.json and the weights from one place"
+        raise ModelError(f"holds layers that its config does not have: {some(beyond)}", where=str(folder), fix=fix)
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        tensor.data = tensor.data.to(place(name))
+    if model.norms == "float32":
+        norms_in_float32(module, dtype)
+    frozen: PreTrainedModel = module.requires_grad_(False).eval()
     return frozen
 
 
-def _attention(name: str) -> str:
-    """transformers' name of an attention; ours is registered by importing its module."""
-    if name != "packed":
-        return name
-    import_module("luthier.model.attention")
-    return "luthier_packed"
+def _config(folder: Path, model: recipe.Model) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+    if hasattr(config, "quantization_config"):  # `check_folder` has seen that we read it ourselves
+        del config.quantization_config
+    return config
+
+
+def skeleton(config: Any, model: recipe.Model, dtype: torch.dtype, attention: str = "packed") -> Any:
+    """The model of a transformers config, on the meta device, under the first attention that its family takes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make: Any = partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+    refused: Exception = ValueError(f"no attention is called {attention}")
+    for name in _attentions(attention):
+        try:
+            with torch.device("meta"):
+                empty = make(attn_implementation=name, trust_remote_code=model.trust_remote_code)
+        except (ValueError, KeyError, ImportError) as error:
+            refused = error
+            continue
+        if name != _packed() or empty.is_backend_compatible():
+            return empty
+    raise refused
+
+
+def _attentions(first: str) -> list[str]:
+    """transformers' names of the attentions to try."""
+    names = ["packed", "sdpa", "eager"]
+    return [_packed() if name == "packed" else name for name in names[names.index(first) :]]
+
+
+def _packed() -> str:
+    """The name of our attention, which importing its module registers."""
+    name: str = import_module("luthier.model.attention").NAME
+    return name
+
+
+def _is_of_a_layer(key: str, module: Any) -> bool:
+    """Whether `key` has the name of a decoder layer's weight but for the layer's number: the model was cut short.
+    Checkpoints may hold more besides, such as a head for another task."""
+    known = {re.sub(r"\.\d+\.", ".#.", name) for name, _ in module.named_parameters()}
+    return re.sub(r"\.\d+\.", ".#.", key) in known and re.search(r"\.\d+\.", key) is not None
+
+
+def _places(empty: Any, device: torch.device | str, offload: int) -> Callable[[str], torch.device]:
+    """Where each parameter and buffer goes, by its name."""
+    import torch
+
+    from luthier.model.offload import blocks_name
+
+    chosen, host = torch.device(device), torch.device("cpu")
+    stays = tuple(f"{blocks_name(empty)}.{i}." for i in range(offload))
+    return lambda name: host if name.startswith(stays) else chosen
+
+
+def _placing(model: recipe.Model, place: Callable[[str], torch.device], dtype: torch.dtype) -> Placing | None:
+    """How weights are packed as they arrive; None where nothing is to be done with them."""
+    from luthier.model.weights import Placing
+
+    if model.quantize is None:
+        return None if place("").type == "cpu" else Placing(place, dtype)
+    from luthier.model import quantize
+
+    pack = partial(quantize.pack, bias=None, settings=model.quantize, dtype=dtype)
+    return Placing(place, dtype, pack, partial(quantize.from_bitsandbytes, bias=None, dtype=dtype))
+
+
+def _filled(folder: Path, empty: Any, placing: Placing | None, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model like `empty` with the weights of `folder`, and what transformers found wrong with them."""
+    from transformers import GenerationConfig
+
+    from luthier.model.weights import handles
+
+    own = (folder / "generation_config.json").is_file()
+    done: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict=handles(shards(folder), copied=placing is not None),
+        dtype=dtype,
+        attn_implementation=empty.config._attn_implementation,
+        quantization_config=placing,
+        generation_config=GenerationConfig.from_pretrained(folder, local_files_only=True) if own else None,
+        output_loading_info=True,
+    )
+    return done
+
+
+def norms_in_float32(module: Any, dtype: torch.dtype) -> None:
+    """Keeps normalisation layers and the output head in float32; everything between them computes in `dtype`."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    for layer in [*filter(_is_norm, module.modules()), head]:
+        layer.float().register_forward_pre_hook(_float32_inputs)
+    for layer in [*filter(_is_norm, module.modules()), embedding]:  # the embedding may be tied to the head
+        layer.register_forward_hook(partial(_output_in, dtype))
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return "norm" in type(layer).__name__.lower() and any(True for _ in layer.parameters(recurse=False))
+
+
+def _float32_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    import torch
+
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _output_in(dtype: torch.dtype, layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
 
 
 def compute_dtype(model: recipe.Model, device: torch.device | str) -> torch.dtype:
@@ -118,8 +270,8 @@ def choose_dtype(model: recipe.Model, device: torch.device | str) -> tuple[torch
 
 
 def dtype_name(model: recipe.Model, place: str, facts: Machine) -> tuple[str, str]:
-    """The name of the dtype that `model.compute` means on `cpu` or `cuda`, and why. `auto` is decided from what the
-    processor has, never from a timing. Imports torch only to ask about a GPU."""
+    """The name of the dtype that `model.compute` means on `cpu`, `cuda` or `mps`, and why. `auto` is decided from what
+    the processor has, never from a timing. Imports torch only to ask about a GPU."""
     if model.compute != "auto":
         return model.compute, "as the recipe says"
     if place == "cuda":
@@ -128,204 +280,11 @@ def dtype_name(model: recipe.Model, place: str, facts: Machine) -> tuple[str, st
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the GPU multiplies bfloat16"
         return "float32", "the GPU does not multiply bfloat16"
+    if place == "mps":
+        return "bfloat16", "Apple's GPU multiplies bfloat16"
     if facts.fast_bfloat16:
         return "bfloat16", "the processor multiplies bfloat16"
     return "float32", "the processor does not multiply bfloat16, and float32 is faster then"
-
-
-# Where a folder comes from.
-
-
-def _folder(model: recipe.Model, progress: Callable[[str], None] | None) -> Path:
-    if model.base == embedded.NAME:
-        return embedded.embedded_folder(progress)
-    local = Path(model.base).expanduser()
-    if model.base and local.is_dir():
-        return local
-    if local.is_file():
-        raise ModelError("is a file, not a model's folder", where=model.base, fix="give the folder it lies in")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model.base):
-        fix = f"give a local folder, a hub id such as org/name, or {embedded.NAME}"
-        raise ModelError("there is no such folder", where=model.base, fix=fix)
-    return _snapshot(model, progress)
-
-
-def _snapshot(model: recipe.Model, progress: Callable[[str], None] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = [*WANTED, "*.py"] if model.trust_remote_code else WANTED
-    if progress:
-        progress(f"looking for {model.base} in the hub's cache, else fetching it")
-    try:
-        folder = snapshot_download(model.base, revision=model.revision, allow_patterns=wanted, ignore_patterns=UNWANTED)
-    except GatedRepoError as error:
-        fix = f"accept its licence at https://huggingface.co/{model.base} and log in with `hf auth login`"
-        raise ModelError("this model is gated", where=model.base, fix=fix) from error
-    except LocalEntryNotFoundError as error:
-        fix = f"fetch it where there is a network and give its folder, or use {embedded.NAME}, which needs no hub"
-        raise ModelError(
-            "the model hub cannot be reached, and no copy is in its cache", where=model.base, fix=fix
-        ) from error
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        fix = "check the name and model.revision, or give a local folder"
-        raise ModelError(f"the hub does not give it ({_one_line(error)})", where=model.base, fix=fix) from error
-    return Path(folder)
-
-
-# What a folder must hold.
-
-
-def check_folder(folder: Path, model: recipe.Model) -> None:
-    """Raises ModelError listing all that keeps the model in `folder` from being loaded. Reads no weights."""
-    problems = [*_config_problems(folder, model), *_weight_problems(folder), *_tokenizer_problems(folder)]
-    if problems:
-        raise ModelError("cannot be loaded: " + "; ".join(problems), where=str(folder), fix=_fix(problems))
-
-
-def _fix(problems: list[str]) -> str:
-    if any("pickle" in p for p in problems):
-        return "convert the weights to .safetensors where it is safe to load them, or take a revision that has them"
-    if any("git-lfs" in p for p in problems):
-        return "run `git lfs pull` in the folder"
-    return "fetch the model again"
-
-
-def _config_problems(folder: Path, model: recipe.Model) -> Iterator[str]:
-    config = _read_json(folder / "config.json")
-    if isinstance(config, str):
-        yield config
-        return
-    if "auto_map" in config and not model.trust_remote_code and not _is_native(config.get("model_type")):
-        yield "config.json needs code that comes with the model (auto_map): set model.trust_remote_code if you trust it"
-    if "quantization_config" in config:
-        yield "the weights are quantised, and luthier trains on unquantised ones"
-    for key, value in _walk(config):
-        if "_implementation" in key and not (value is None or isinstance(value, bool) or _is_plain(key, value)):
-            yield f"config.json sets {key}, which can fetch and run code"
-        if key in LIMITS and not (isinstance(value, int) and 0 < value <= LIMITS[key]) and value is not None:
-            yield f"config.json says {key} = {str(value)[:40]}"
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether an attention choice left in a config is a mere name; a repository's would be fetched by transformers."""
-    return not key.endswith("_internal") and isinstance(value, str) and re.fullmatch(r"[a-z0-9_]+", value) is not None
-
-
-def _is_native(model_type: Any) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
-
-
-def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every mapping in a JSON tree, nested ones too."""
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            yield from node.items()
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
-
-
-def _weight_problems(folder: Path) -> Iterator[str]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        yield from _shard_problems(folder / "model.safetensors", {})
-    elif index.exists():
-        yield from _index_problems(folder, index)
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        yield "its weights are pickle files, which can run code and are never loaded"
-    else:
-        yield "model.safetensors is missing"
-
-
-def _index_problems(folder: Path, index: Path) -> Iterator[str]:
-    tree = _read_json(index)
-    names = tree if isinstance(tree, str) else tree.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-        yield names if isinstance(names, str) else f"{index.name} has no weight_map"
-        return
-    for shard in sorted(set(names.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            yield f"{index.name} names '{shard}', which is not a file of the folder"
-        else:
-            yield from _shard_problems(folder / shard, {name for name, place in names.items() if place == shard})
-
-
-def _shard_problems(path: Path, names: set[str] | dict[str, Any]) -> Iterator[str]:
-    """What is wrong with one safetensors file, by its first bytes and its size; `names` are tensors it should hold."""
-    header = _safetensors_header(path)
-    if isinstance(header, str):
-        yield header
-        return
-    missing = sorted(set(names) - header.keys())
-    if missing:
-        yield f"{path.name} lacks {_some(missing)}"
-
-
-def _safetensors_header(path: Path) -> dict[str, Any] | str:
-    """The header of a safetensors file, or what is wrong with the file."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            return f"{path.name} is a git-lfs pointer, not the file"
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            return f"{path.name} is empty, torn or no safetensors file ({size} bytes)"
-        header = _parse(file.read(length))
-    if header is None:
-        return f"{path.name} has an unreadable header"
-    ends = [_end(tensor) for name, tensor in header.items() if name != "__metadata__"]
-    if not ends or None in ends or 8 + length + max(end for end in ends if end is not None) != size:
-        return f"{path.name} is torn: {size} bytes are not what its header says"
-    return header
-
-
-def _end(tensor: Any) -> int | None:
-    """Where a tensor's bytes end in the data section, or None if its record is not one."""
-    match tensor:
-        case {"data_offsets": [int(start), int(end)]} if 0 <= start <= end:
-            return end
-    return None
-
-
-def _tokenizer_problems(folder: Path) -> Iterator[str]:
-    tree = _read_json(folder / "tokenizer.json")
-    if isinstance(tree, str):
-        yield tree
-    elif (folder / "tokenizer_config.json").exists():
-        config = _read_json(folder / "tokenizer_config.json")
-        if isinstance(config, str):
-            yield config
-
-
-def _read_json(path: Path) -> dict[str, Any] | str:
-    """The mapping in a JSON file, or what is wrong with the file."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    data = path.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        return f"{path.name} is a git-lfs pointer, not the file"
-    tree = _parse(data)
-    return tree if tree is not None else f"{path.name} is empty or not a JSON mapping"
-
-
-def _parse(data: bytes) -> dict[str, Any] | None:
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return tree if isinstance(tree, dict) else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _one_line(error: BaseException) -> str:

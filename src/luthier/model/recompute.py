@@ -1,0 +1,54 @@
+"""Activations made again in the backward pass instead of being kept, a layer at a time, for transformers' modules.
+
+transformers' own switch works in training mode only, in which its models drop values by generators of their own; our
+models never leave evaluation mode, so the layers are wrapped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.adapters.method import Noise
+
+
+def recomputing(module: nn.Module, noise: Noise | None) -> None:
+    """Makes every layer of `module` keep its input alone for the backward pass."""
+    for layer in _layers(module):
+        layer.forward = partial(_forward, layer.forward, partial(_contexts, noise))
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Those that transformers can recompute, else the members of the longest list of modules."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    marked: list[nn.Module] = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+    return marked or max(lists, key=len, default=[])
+
+
+def _forward(forward: Callable[..., Any], contexts: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # Nothing random is drawn: dropout is a function of `Noise`.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+
+def _contexts(noise: Noise | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward pass, and for its repetition, when the noise may long be that of another one."""
+    return nullcontext(), nullcontext() if noise is None else _as_it_was(noise, replace(noise))
+
+
+@contextmanager
+def _as_it_was(noise: Noise, then: Noise) -> Iterator[None]:
+    now = replace(noise)
+    noise.step, noise.samples, noise.positions = then.step, then.samples, then.positions
+    yield
+    noise.step, noise.samples, noise.positions = now.step, now.samples, now.positions

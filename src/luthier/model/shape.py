@@ -1,0 +1,89 @@
+"""What a training step of our own decoder block takes on a CPU, from a config's sizes: pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.adapters.targets import select, value
+from luthier.errors import ModelError
+from luthier.recipe import Lora
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, read from its config. `linear` counts the weights of a layer's linear modules."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @property
+    def linear(self) -> int:
+        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def weights(self) -> int:
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * (self.linear + 2 * self.hidden) + embeddings + self.hidden
+
+    def adapter(self, settings: Lora) -> int:
+        """Trainable parameters of plain LoRA. Raises AdapterError if its targets match no layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = {
+            "self_attn.q_proj": self.hidden + q,
+            "self_attn.k_proj": self.hidden + kv,
+            "self_attn.v_proj": self.hidden + kv,
+            "self_attn.o_proj": q + self.hidden,
+            "mlp.gate_proj": self.hidden + self.intermediate,
+            "mlp.up_proj": self.hidden + self.intermediate,
+            "mlp.down_proj": self.intermediate + self.hidden,
+        }
+        named = {f"model.layers.{i}.{name}": size for i in range(self.layers) for name, size in sizes.items()}
+        chosen = select(list(named), settings.targets)
+        return sum(value(settings.ranks, name, settings.rank) * named[name] for name in chosen)
+
+    def token_bytes(self, size: int, longest: int, rank: int, recompute: bool) -> int:
+        """Bytes a token of a micro-batch holds at the peak, in values of `size` bytes.
+
+        A layer keeps x, q, k, v, attention's output and probabilities, the middle residual, gate|up, and the adapters'
+        inner products; with recompute only x. The backward pass of one layer adds about as much again, once.
+        """
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        probabilities = self.heads * longest
+        layer = size * (2 * self.hidden + 2 * q + 2 * kv + 2 * self.intermediate + 7 * rank + probabilities) + 16
+        backward = size * (4 * self.hidden + 4 * self.intermediate + 2 * probabilities)
+        kept = size * self.hidden * self.layers + layer if recompute else layer * self.layers
+        return kept + backward
+
+    def token_flops(self, adapter: int, mean: float, supervised: float) -> float:
+        """Forward and backward FLOPs of a token: 4 per frozen weight, 6 per adapter weight, attention 2·d·s forward and
+        2.5 times that backward (causal half), and the head on the supervised share."""
+        attention = 3.5 * 2 * self.heads * self.head_dim * mean * self.layers
+        head = 4 * self.hidden * self.vocab * supervised
+        return 4 * self.linear * self.layers + 6 * adapter + attention + head
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    """The sizes in a Llama-family `config.json`. Raises ModelError naming the architecture if it is another one."""
+    try:
+        heads = int(config["num_attention_heads"])
+        return Shape(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError) as error:
+        kind = config.get("model_type", "unknown")
+        raise ModelError(f"the config of a '{kind}' model lacks {error}", fix="fetch the model again") from error

@@ -1,0 +1,181 @@
+"""Brings weights from safetensors files into a transformers model one at a time, packed as they arrive.
+
+transformers knows how each family's files name and split their tensors, and which parameters are tied; it loads them in
+its own order. Here it is given handles that read a tensor when it is that tensor's turn, and, through its extension
+point for quantisers, a step that packs the tensor on the target device at once. So host memory holds the packed model
+and little more than one tensor, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from luthier.adapters.linears import features, is_transposed
+from luthier.errors import ModelError
+from luthier.model.quantize import packable_names
+
+NAME = "luthier"
+_STATE = ".quant_state.bitsandbytes__"
+Pack = Callable[[Tensor], nn.Module]
+Unpack = Callable[[Mapping[str, Tensor], str], nn.Module]
+
+
+def handles(paths: Iterable[Path], *, copied: bool) -> dict[str, Any]:
+    """Name -> handle of every tensor of some files; `handle[...]` reads it. Tensors in bitsandbytes' 4 bits are one
+    `Stored` each. `copied`: into memory of their own, else as a view of the mapped file, which costs nothing until used
+    but counts as memory from then on."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        file: Any = safe_open(path, framework="pt", backend="pread" if copied else "mmap")
+        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return _grouped(found)
+
+
+class Stored:
+    """A weight in bitsandbytes' 4 bits: the handles of its parts, by name. It goes through transformers unread."""
+
+    def __init__(self, name: str, parts: Mapping[str, Any]) -> None:
+        self.name, self.parts = name, parts
+
+    def __getitem__(self, index: Any) -> Stored:
+        return self
+
+    def to(self, *args: Any, **options: Any) -> Stored:
+        return self
+
+    def read(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: part[...].to(device) for name, part in self.parts.items()}
+
+
+def _grouped(found: dict[str, Any]) -> dict[str, Any]:
+    for weight in [name.partition(_STATE)[0] for name in found if _STATE in name]:
+        parts = {name: found.pop(name) for name in list(found) if name == weight or name.startswith(f"{weight}.")}
+        found[weight] = Stored(weight, parts)
+    return found
+
+
+def _none(parts: Mapping[str, Tensor], name: str) -> nn.Module:
+    raise ValueError(f"{name} is stored in 4 bits, which config.json does not say")
+
+
+class Placing(QuantizationConfigMixin):
+    """What is done with weights as they arrive, in the form that transformers hands to a quantiser.
+
+    Args:
+        place: the device of a parameter, by its name.
+        pack: weight [out, in] -> the module that takes a linear layer's place, still without its bias. None leaves
+            linear layers as they are.
+        unpack: the same from the parts of a `Stored` and its name.
+
+    Attributes:
+        misshapen: names of weights that were found in another shape.
+        refused: why a weight could not be read, if so.
+    """
+
+    def __init__(
+        self, place: Callable[[str], torch.device], dtype: torch.dtype, pack: Pack | None = None, unpack: Unpack = _none
+    ) -> None:
+        self.quant_method: Any = NAME
+        self.place, self.dtype, self.pack, self.unpack = place, dtype, pack, unpack
+        self.packed: dict[str, nn.Module] = {}
+        self.misshapen: list[str] = []
+        self.refused: ModelError | None = None
+
+    def __deepcopy__(self, memo: Any) -> Placing:
+        return self  # transformers copies the model's config, which this becomes part of
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}  # what a config that is written down says of it
+
+    def put(self, name: str, layer: Any, value: Tensor | Stored) -> Tensor | None:
+        """Keeps `value` packed if it is the weight of the linear `layer`; else returns it on its device."""
+        device = self.place(name)
+        if isinstance(value, Stored):
+            self.packed[name] = self.unpack(value.read(device), value.name)
+        elif layer is not None and self.pack is not None and value.shape == layer.weight.shape:
+            weight = value.to(device)
+            self.packed[name] = self.pack(weight.t() if is_transposed(layer) else weight)
+        else:
+            return value.to(device)
+        return None
+
+    def install(self, model: nn.Module) -> None:
+        """Puts the packed layers in all the places of the linear ones, whose biases they take over."""
+        packed = {model.get_submodule(name.removesuffix(".weight")): new for name, new in self.packed.items()}
+        for name, layer in list(model.named_modules(remove_duplicate=False)):
+            if layer in packed:
+                if features(layer) != features(packed[layer]):
+                    self.misshapen.append(f"{name}.weight")
+                packed[layer].bias = layer.bias
+                model.set_submodule(name, packed[layer])
+
+
+class _Place(ConversionOps):
+    """The step between a tensor's arrival and its setting: transformers calls it with the tensor under its own name."""
+
+    def __init__(self, placing: Placing, linear: set[str]) -> None:
+        self.placing, self.linear = placing, linear
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        model, missing_keys = options["model"], options["missing_keys"]
+        left = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            layer = model.get_submodule(name.removesuffix(".weight")) if name in self.linear else None
+            shape = model.get_parameter_or_buffer(name).shape
+            if isinstance(value, Tensor) and value.shape != shape:
+                self.placing.misshapen.append(name)
+            if (tensor := self._put(name, layer, value)) is not None:
+                left[name] = tensor
+            else:
+                missing_keys.discard(name)
+        return left
+
+    def _put(self, name: str, layer: Any, value: Any) -> Tensor | None:
+        try:
+            return self.placing.put(name, layer, value)
+        except ModelError as error:
+            self.placing.refused = error  # transformers turns whatever is raised here into an error of its own
+            raise
+
+
+class Placer(HfQuantizer):
+    """transformers' side of `Placing`."""
+
+    quantization_config: Placing
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self.linear = {f"{name}.weight" for name in packable_names(model)}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        # What transformers keeps in another dtype (some buffers, some norms) it casts itself, and `load` moves it.
+        return bool(model.get_parameter_or_buffer(param_name).dtype == self.quantization_config.dtype)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Place(self.quantization_config, self.linear)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self.quantization_config.install(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+register_quantization_config(NAME)(Placing)
+register_quantizer(NAME)(Placer)
