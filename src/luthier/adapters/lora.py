@@ -1,99 +1,125 @@
-"""LoRA: y = W x + (alpha / rank) · B A x, with W frozen (Hu et al., 2021, arXiv:2106.09685). Rank-stabilised, the
-factor is alpha / √rank (Kalajdzievski, 2023, arXiv:2312.03732)."""
+"""LoRA: y = W x + s · B A x, with W frozen and s = alpha / rank (Hu et al., 2021, arXiv:2106.09685). Rank-stabilised,
+s = alpha / √rank (Kalajdzievski, 2023, arXiv:2312.03732)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier import recipe
+from luthier.adapters import targets, whole
+from luthier.adapters.linears import dense_weight, features, linear_names, multiplies
+from luthier.adapters.method import Noise
+from luthier.adapters.start import Original, start
+from luthier.adapters.whole import Whole
 from luthier.errors import AdapterError
-from luthier.kernels.dropout import dropout_mask
-from luthier.registry import nearest
 
-_PREFIX = "base_model.model."  # PEFT's name of the model it wraps
-
-
-@dataclass
-class Noise:
-    """What dropout depends on besides the module and the feature. One object is shared by all layers of a `Lora`.
-
-    `samples` and `positions` are int64 [T]: for each token, its sample's identity and its place in the sample.
-    Without them (evaluation, generation) nothing is dropped.
-    """
-
-    seed: int
-    step: int = 0
-    samples: Tensor | None = None
-    positions: Tensor | None = None
-
-    def at(self, rows: Tensor) -> Noise:
-        """The same for some of the tokens."""
-        if self.samples is None or self.positions is None:
-            return self
-        return replace(self, samples=self.samples[rows], positions=self.positions[rows])
-
-    def mask(self, module: int, features: int, p: float, dtype: torch.dtype) -> Tensor | None:
-        """[T, features] of 0 and 1/(1-p), or None where nothing is dropped."""
-        if not p or self.samples is None or self.positions is None:
-            return None
-        return dropout_mask(self.seed, self.step, self.samples, self.positions, module, features, p, dtype)
+PREFIX = "base_model.model."  # PEFT's name of the model it wraps
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update beside it.
 
-    `base` is the nn.Linear it replaces; `A` [rank, in] and `B` [out, rank] are fp32 parameters, cast to the input's
-    dtype for the products; `index` numbers the layer within its model and selects its dropout masks.
+    `base` is the layer it replaces; `A` [rank, in] and `B` [out, rank] are fp32 parameters, cast to the input's dtype
+    for the products; `start_A` and `start_B` are what they began with if the update is the difference from that;
+    `index` numbers the layer within its model and selects its dropout masks.
     """
 
-    def __init__(self, base: nn.Linear, adapter: recipe.Adapter, *, index: int, noise: Noise) -> None:
+    base: nn.Linear  # or what `linears` says is as good
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float, index: int, noise: Noise) -> None:
         super().__init__()
-        self.base, self.rank, self.dropout = base, adapter.rank, adapter.dropout
-        self.scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+        self.base, self.rank, self.scale, self.dropout = cast(nn.Linear, base), rank, scale, dropout
         self.index, self.noise, self.enabled = index, noise, True
-        device = base.weight.device
-        self.A = nn.Parameter(torch.zeros(self.rank, base.in_features, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=torch.float32, device=device))
+        (inside, outside), device = features(base), self.base.weight.device
+        self.A = nn.Parameter(torch.zeros(rank, inside, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(outside, rank, dtype=torch.float32, device=device))
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of `x`."""
         y: Tensor = self.base(x)
-        if not self.enabled:
-            return y
-        # Generation and evaluation keep no gradient, and drop nothing.
-        mask = self.noise.mask(self.index, x.shape[-1], self.dropout, x.dtype) if torch.is_grad_enabled() else None
-        kept = x if mask is None else x * mask
-        return y + F.linear(F.linear(kept, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return y + self.update(self.noise.drop(x, self.index, self.dropout)) if self.enabled else y
 
-    def reset(self, generator: torch.Generator) -> None:
-        """B = 0, so that training starts from the base model; A uniform as PEFT's default (Kaiming, a = √5)."""
-        bound = 1 / math.sqrt(self.A.shape[1])
-        with torch.no_grad():
-            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
-            self.B.zero_()
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to W x."""
+        A, B = self.pair()
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scale
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update; with a start subtracted, which doubles the rank: [A; A₀] and [B, -B₀]."""
+        if self.start_A is None or self.start_B is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.start_A]), torch.cat([self.B, -self.start_B], dim=1)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the last part of PEFT's name."""
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """What makes the base layer the tuned one."""
+        A, B = self.pair()
+        return self.tensors() | {"lora_A.weight": A, "lora_B.weight": B}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave; or, where there is a start, A and B alone, which then began there."""
+        A, B = state["lora_A.weight"], state["lora_B.weight"]
+        self.A.data.copy_(A[: self.rank])
+        self.B.data.copy_(B[:, : self.rank])
+        if self.start_A is not None and len(A) > self.rank:
+            self.start_A.copy_(A[self.rank :])
+        if self.start_B is not None and B.shape[1] > self.rank:
+            self.start_B.copy_(-B[:, self.rank :])
+
+    def began(self) -> None:
+        """Called once A and B have their start values."""
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """fp32 [out, in]: the weight of a linear layer that does the same."""
+        A, B = self.pair()
+        return torch.addmm(dense_weight(self.base).float(), B, A, alpha=self.scale)
 
 
 class Lora:
-    """All the LoRA layers of one model, by their dotted names, and the settings they were attached with."""
+    """All the LoRA layers of one model, by their dotted names, and the settings they were attached with. `targets` are
+    names that mean these layers and no others of the model; `whole` is what is trained beside them."""
 
-    def __init__(
-        self, layers: dict[str, LoraLinear], adapter: recipe.Adapter, targets: list[str], noise: Noise
-    ) -> None:
-        self.layers, self.adapter, self.targets, self.noise = layers, adapter, targets, noise
+    whole: Whole | None = None
+
+    def __init__(self, layers: dict[str, LoraLinear], settings: recipe.Lora, targets: list[str], noise: Noise) -> None:
+        self.layers, self.settings, self.targets, self.noise = layers, settings, targets, noise
+
+    @property
+    def dropout(self) -> float:
+        """The largest share of inputs that any layer drops in training."""
+        return max((layer.dropout for layer in self.layers.values()), default=0.0)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether our decoder block can compute it: plain low-rank updates of layers that multiply, nothing else."""
+        return self.whole is None and all(
+            type(layer) is LoraLinear and multiplies(layer.base) and layer.start_A is None
+            for layer in self.layers.values()
+        )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters under the names PEFT writes."""
         for name, layer in self.layers.items():
-            yield f"{_PREFIX}{name}.lora_A.weight", layer.A
-            yield f"{_PREFIX}{name}.lora_B.weight", layer.B
+            for part, parameter in layer.tensors().items():
+                yield f"{PREFIX}{name}.{part}", parameter
+        if self.whole is not None:
+            yield from self.whole.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
@@ -104,23 +130,31 @@ class Lora:
         return sum(p.numel() for p in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained tensors under the names PEFT writes. They share memory with the parameters."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """What makes the base model the tuned one, under the names PEFT writes. It shares memory with the parameters,
+        but where a start is subtracted: then PEFT, too, finds all it needs, in twice the rank."""
+        beside = {} if self.whole is None else {name: p.detach() for name, p in self.whole.named_parameters()}
+        return {
+            f"{PREFIX}{name}.{part}": tensor.detach()
+            for name, layer in self.layers.items()
+            for part, tensor in layer.state().items()
+        } | beside
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` in. Raises AdapterError, and changes nothing, unless names and shapes are exactly ours."""
-        mine = self.state_dict()
+        mine, trained = self.state_dict(), dict(self.named_parameters())
         if odd := sorted(mine.keys() ^ state.keys()):
             which = "lacks" if odd[0] in mine else "has a layer that this model or its targets lack:"
             raise AdapterError(
                 f"the adapter {which} {odd[0]} ({len(odd)} such)", fix="use the base model it was trained on"
             )
         for name, tensor in state.items():
-            if tensor.shape != mine[name].shape:
+            if tensor.shape not in (mine[name].shape, trained[name].shape):
                 shapes = f"{list(tensor.shape)} where the model needs {list(mine[name].shape)}"
                 raise AdapterError(f"{name} has shape {shapes}", fix="use the base model and rank it was trained with")
-        for name, tensor in state.items():
-            mine[name].copy_(tensor)
+        for name, layer in self.layers.items():
+            layer.load({part: state[f"{PREFIX}{name}.{part}"] for part in layer.tensors()})
+        for name, parameter in self.whole.named_parameters() if self.whole is not None else ():
+            parameter.data.copy_(state[name])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -129,64 +163,74 @@ class Lora:
         try:
             for layer in self.layers.values():
                 layer.enabled = False
-            yield
+            with nullcontext() if self.whole is None else self.whole.disabled():
+                yield
         finally:
             for name, layer in self.layers.items():
                 layer.enabled = before[name]
 
+    def config(self) -> dict[str, Any]:
+        """PEFT's LoraConfig, see `lora_config`."""
+        from luthier.adapters.lora_config import write
 
-def attach(module: nn.Module, adapter: recipe.Adapter, seed: int) -> Lora:
-    """Freezes `module` and puts a LoraLinear in the place of each linear layer that `adapter.targets` names.
+        return write(self)
 
-    `all-linear` means every nn.Linear but the output head. A name in a list matches a layer's whole dotted name or its
-    last parts, as in PEFT. The start values depend on `seed` and the layer's name alone.
 
-    Raises AdapterError if a name matches no linear layer.
+def attach(
+    module: nn.Module,
+    settings: recipe.Lora,
+    seed: int,
+    original: Original | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Lora:
+    """Freezes `module` and puts a LoraLinear in the place of each linear layer that `settings.targets` names.
+
+    `all-linear` means every linear layer but the output head. The start values depend on `seed` and the layer's name
+    alone, and with some inits on its weight: `original` gives LoftQ what that was before it was quantised. `tokens` are
+    the ids of `settings.new_tokens`.
+
+    Raises AdapterError if a name matches no linear layer, or a start cannot be had.
     """
     module.requires_grad_(False)
+    names = targets.select(linear_names(module), settings.targets)
+    targets.check_patterns(settings.ranks, names, "adapter.ranks")
+    targets.check_patterns(settings.alphas, names, "adapter.alphas")
+    others = {name for name, _ in module.named_modules()}.difference(names)
     noise = Noise(seed)
     layers = {}
-    for index, name in enumerate(_matches(module, adapter.targets)):
-        parent, _, child = name.rpartition(".")
-        holder = module.get_submodule(parent)
-        layer = LoraLinear(getattr(holder, child), adapter, index=index, noise=noise)
-        layer.reset(_generator(seed, name))
-        setattr(holder, child, layer)
+    for index, name in enumerate(names):
+        layer = _layer(module.get_submodule(name), settings, name, index=index, noise=noise)
+        start(layer, name, settings.init, generator(seed, name), original)
+        layer.began()
         layers[name] = layer
-    return Lora(layers, adapter, _targets(list(layers), linear_names(module)), noise)
+    lora = Lora(layers, settings, targets.shortest(names, others), noise)
+    lora.whole = whole.attach(module, settings, names, tokens)
+    put(module, lora)
+    return lora
 
 
-def linear_names(module: nn.Module) -> list[str]:
-    """Dotted names of the linear layers that can be adapted: all but the output head."""
-    output = getattr(module, "get_output_embeddings", None)  # transformers' name for the head
-    head = output() if callable(output) else None
-    return [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head]
+def put(module: nn.Module, lora: Lora) -> None:
+    """Puts the layers of `lora` in the place of their bases."""
+    for name, layer in lora.layers.items():
+        module.set_submodule(name, layer)
 
 
-def _matches(module: nn.Module, targets: str | list[str]) -> list[str]:
-    names = linear_names(module)
-    if targets == "all-linear":
-        return names
-    for target in targets:
-        if not any(_names(target, name) for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise AdapterError(
-                f"no linear layer is called '{target}'", where="adapter.targets", fix=nearest(target, known)
-            )
-    return [name for name in names if any(_names(target, name) for target in targets)]
+def take(module: nn.Module, lora: Lora) -> None:
+    """Undoes `put`."""
+    for name, layer in lora.layers.items():
+        module.set_submodule(name, layer.base)
 
 
-def _targets(adapted: list[str], frozen: list[str]) -> list[str]:
-    """The shortest list of names that means `adapted` in PEFT's file: last parts, unless they match `frozen` too."""
-    short = sorted({name.rpartition(".")[2] for name in adapted})
-    unwanted = any(_names(target, name) for target in short for name in frozen)
-    return adapted if unwanted else short
+def _layer(base: nn.Module, settings: recipe.Lora, name: str, *, index: int, noise: Noise) -> LoraLinear:
+    from luthier.adapters.dora import DoraLinear
+
+    rank = targets.value(settings.ranks, name, settings.rank)
+    alpha = targets.value(settings.alphas, name, settings.alpha)
+    scale = alpha / (math.sqrt(rank) if settings.rslora else rank)
+    kind = DoraLinear if settings.dora else LoraLinear
+    return kind(base, rank=rank, scale=scale, dropout=settings.dropout, index=index, noise=noise)
 
 
-def _names(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
