@@ -9,10 +9,12 @@ comparison = luthier.compare(run)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.machine import GIB, machine
+from luthier import demos
+from luthier.machine import GIB, machine, named_gpu, unnamed_gpu
 from luthier.recipe import Recipe, flatten, packaged
 from luthier.runs import Run, read_json, write_atomic
 
@@ -79,11 +81,22 @@ def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
     return prepared.report
 
 
-def show_plan(recipe: Recipe, *, console: Console) -> Plan:
-    """Prints memory by part, the micro-batch and the time of a step on this machine."""
+def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None, console: Console) -> Plan:
+    """Prints memory by part, the micro-batch and the time of a step, on this machine or on a GPU that need not be here:
+    `gpu` names its kind, `vram` says how much memory it has (`24GiB`).
+
+    Raises UsageError for a GPU that is not known.
+    """
+    from luthier.plan import parse_bytes
     from luthier.train.launch import decide_for
 
-    planned = decide_for(recipe, machine())
+    facts, place = machine(), None
+    if gpu or vram:
+        chosen = named_gpu(gpu) if gpu else facts.gpus[0] if facts.gpus else unnamed_gpu(0)
+        if vram:
+            chosen = replace(chosen, total=parse_bytes(vram), free=parse_bytes(vram))
+        facts, place = replace(facts, gpus=(chosen,)), "cuda"
+    planned = decide_for(recipe, facts, place)
     _print_plan(planned, console)
     return planned
 
@@ -95,13 +108,15 @@ def _print_plan(planned: Plan, console: Console) -> None:
     table = Table("part", "GiB", box=None)
     table.columns[1].justify = "right"
     for name, amount in planned.parts.items():
-        table.add_row(name, f"{amount / GIB:.2f}")
+        if amount:
+            table.add_row(name, f"{amount / GIB:.2f}")
     table.add_row("[bold]peak[/]", f"[bold]{planned.peak_bytes / GIB:.2f}[/]")
     table.add_row("allowed", f"{planned.budget_bytes / GIB:.2f}")
-    console.print(f"memory, over {planned.processes} process(es)")
+    where = planned.device if planned.place == "cuda" else f"{planned.processes} process(es)"
+    console.print(f"memory, on {where}")
     console.print(table)
     console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
-    console.print(f"about {planned.seconds_per_step:.1f} s a step")
+    console.print(f"about {planned.seconds_per_step:.2g} s a step")
     if not planned.fits:
         console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))
 
@@ -116,14 +131,33 @@ def show_comparison(run: Run, *, console: Console) -> Comparison:
     return comparison
 
 
-def demo(overrides: Sequence[str], *, console: Console) -> Comparison:
-    """The main job on the embedded default, end to end. A finished part is reused, and said so."""
-    run = start("tickets", *overrides)
+def demo(overrides: Sequence[str], *, name: str | None = None, console: Console) -> Comparison:
+    """A job end to end: the main one on the embedded default, or by `name` one of the four systems at toy size.
+
+    A finished part is reused, and said so. Raises UsageError for an unknown name.
+    """
+    system = demos.find(name) if name else None
+    changes = system.overrides(name or "", lambda line: _say(console, line)) if system else []
+    run = start(system.recipe if system else "tickets", *changes, *overrides)
+    if system:
+        _show_changes(system.recipe, run.recipe, console)
     if run.finished:
         _say(console, f"{run.folder} is trained already: reusing it (delete the folder to start anew)")
     show_data(run, rows=1, console=console)
     fit(run, console=console)
-    return show_comparison(run, console=console)
+    comparison = show_comparison(run, console=console)
+    if system:
+        _say(console, system.meaning)
+    return comparison
+
+
+def _show_changes(name: str, recipe: Recipe, console: Console) -> None:
+    """How a recipe differs from the shipped one of this name."""
+    path = packaged(name)
+    assert path is not None
+    _say(console, f"the recipe {name}, with these changes:")
+    for key, (shipped, here) in Recipe.load(path).diff(recipe).items():
+        _say(console, f"  {key}: {_plain(here)}  (full size: {_plain(shipped)})")
 
 
 def show_runs(action: str, folders: Sequence[Path], *, console: Console) -> dict[str, Any]:
@@ -176,7 +210,9 @@ def _show_run(run: Run, console: Console) -> dict[str, Any]:
 def _plain(value: Any) -> str:
     if value is None:
         return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict) and "path" in value:  # a source of data
+        return str(value["path"])
+    return " ".join(map(_plain, value)) or "-" if isinstance(value, list) else str(value)
 
 
 def _show_diff(mine: Run, theirs: Run, *, console: Console) -> dict[str, Any]:

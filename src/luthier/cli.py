@@ -62,11 +62,16 @@ def parser() -> argparse.ArgumentParser:
 
     def with_recipe(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "recipe", metavar="RECIPE", help="a YAML file, a run folder, or `tickets`, which ships with luthier"
+            "recipe",
+            metavar="RECIPE",
+            help="a YAML file, a run folder, or a recipe that ships with luthier, by its name",
         )
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes to the recipe")
 
     demo = verb("demo", _demo, "the whole path on the embedded model and data set, on a CPU, in minutes")
+    demo.add_argument(
+        "name", metavar="NAME", nargs="?", help="falcon, phi, llama or chatglm: one of the four systems at toy size"
+    )
     demo.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes to the demonstration's recipe")
     with_json(demo)
 
@@ -85,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
 
     plan = verb("plan", _plan, "say what memory and time a run takes, from the config alone")
     with_recipe(plan)
+    plan.add_argument("--gpu", metavar="NAME", help="for a GPU of this kind, such as 'RTX 4090', here or not")
+    plan.add_argument("--vram", metavar="SIZE", help="for a GPU with so much memory, such as 24GiB")
     with_json(plan)
 
     train = verb("train", _train, "train; goes on from the last checkpoint if there is one")
@@ -206,7 +213,7 @@ def _plan(args: argparse.Namespace) -> int:
     from luthier.api import show_plan
 
     recipe, _, _ = _recipe(args)
-    planned = show_plan(recipe, console=_console(args))
+    planned = show_plan(recipe, gpu=args.gpu, vram=args.vram, console=_console(args))
     if args.json:
         _emit(planned.as_dict())
     return 0 if planned.fits else 1
@@ -234,7 +241,12 @@ def _compare(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from luthier.api import demo
 
-    comparison = demo(args.overrides, console=_console(args))
+    words = [args.name, *args.overrides] if args.name else args.overrides
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise UsageError(f"`demo` takes one name, not {', '.join(names)}", fix="see luthier demo --help")
+    overrides = [word for word in words if "=" in word]
+    comparison = demo(overrides, name=next(iter(names), None), console=_console(args))
     if args.json:
         _emit(comparison.as_dict())
     return 0

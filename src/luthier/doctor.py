@@ -31,6 +31,7 @@ def examine(console: Console) -> dict[str, Any]:
         "versions": versions(),
         "machine": facts.as_dict(),
         "choices": _choices(facts),
+        "quantisers": _quantisers(),
         "optional": {name: find_spec(name) is not None for name in _OPTIONAL},
         "embedded": _embedded(),
     }
@@ -57,6 +58,36 @@ def _choices(facts: Machine) -> dict[str, str]:
     }
 
 
+def _quantisers() -> dict[str, dict[str, Any]]:
+    """What each quantiser loses of a normal weight, measured here as a share of its norm, its bits a weight at
+    4,096 x 4,096, and what computes it."""
+    import torch
+
+    from luthier.model import quantize
+    from luthier.recipe import Model
+
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for kind in quantize.QUANTIZERS.names():
+        settings = Model.model_validate({"base": "any", "quantize": {"kind": kind}}).quantize
+        packed = quantize.pack(weight, None, settings, torch.float32)
+        error = float((packed.dequantize() - weight).norm() / weight.norm())
+        bits = quantize.packed_bytes(4096, 4096, settings) * 8 / 4096**2
+        found[kind] = {"error": round(error, 4), "bits": round(bits, 2), "by": _by(kind)}
+    return found
+
+
+def _by(kind: str) -> str:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if kind in ("nf4", "fp4"):
+        return "Triton" if gpu and find_spec("triton") else "plain torch"
+    if kind == "int8":
+        return "integer products" if gpu else "integer products, exactly in float32"
+    return "kept in 8 bits, multiplied in the compute dtype"
+
+
 def _embedded() -> str:
     from luthier.model.embedded import cached_folder
 
@@ -77,6 +108,9 @@ def _show(findings: dict[str, Any], facts: Machine, console: Console) -> None:
     table.add_row("memory", f"{facts.available / GIB:.1f} GiB free of {facts.memory / GIB:.1f}")
     for name, choice in findings["choices"].items():
         table.add_row(name, escape(choice))
+    for name, quantiser in findings["quantisers"].items():
+        error, bits, by = (quantiser[key] for key in ("error", "bits", "by"))
+        table.add_row(name, f"{bits:.2f} bits a weight, {error:.1%} of a normal weight lost; {by}")
     table.add_row("smollm2-135m", escape(findings["embedded"]))
     for name, present in findings["optional"].items():
         table.add_row(name, ("present: " if present else "[dim]missing:[/] ") + escape(_OPTIONAL[name]))

@@ -1,23 +1,36 @@
-"""Memory and time of a run, from the recipe and the model's config alone: pure arithmetic, no weights, no torch.
+"""Memory and time of a run, from the recipe and the model's config alone: no weights are needed.
 
-The byte model counts what the fast block of `model/block.py` keeps per token and layer; the FLOP model is
-2·P forward and 2·P backward for frozen weights (no weight gradient), as in the LoRA paper's setting
-(Hu et al. 2021, section 4) with activations kept. Both are checked against measurements in `docs/log.md`.
+Our decoder block on CPUs is planned by a formula that needs no torch: what the block of `model/block.py` keeps per
+token and layer, and 2·P FLOPs forward and 2·P backward for frozen weights (Hu et al. 2021, section 4). Everything else
+is planned by running the training code on tensors without data (`model/trace.py`): its bytes are counted as they come
+and go, and its time is that of each operation's arithmetic and memory traffic at the device's rates. Both are held
+against measurements in `docs/log.md`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from luthier.errors import MemoryPlanError, ModelError
-from luthier.machine import GIB, Machine
-from luthier.recipe import Recipe
+from luthier.errors import MemoryPlanError
+from luthier.machine import GIB, Gpu, Machine
+from luthier.recipe import Full, Lora, Recipe
 
-_PROCESS = 420 * 1024**2  # Python with torch and transformers imported, and the allocator's slack: measured
+if TYPE_CHECKING:
+    from luthier.model.trace import Trace
+
+_MIB = 1024**2
+_PROCESS = 420 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
+_MODULE = 60 * _MIB  # and besides, where the transformers module runs: its family's code, autograd's records
 _SHARE = 0.8  # of the free memory that `memory: auto` takes: the rest is for the page cache and for other programs
+_GPU_SHARE = 0.96  # of a GPU's free memory: what the plan may be wrong by
 _LOGIT_ROWS = 256  # rows of the head computed at once (kernels/loss.py)
-_LONGEST_USEFUL = 4096  # tokens of a micro-batch beyond which a step on a CPU gets no faster
+_LONGEST_USEFUL = {"cpu": 4096, "cuda": 16384, "mps": 4096}  # tokens of a micro-batch beyond which steps get no faster
+_SUPERVISED = 0.3  # share of the tokens that are learned, where the data is not known yet
 
 # Sustained FLOP/s of a training step per core, measured on SmolLM2-135M (docs/log.md), by dtype and instruction set.
 _RATES = {
@@ -27,50 +40,27 @@ _RATES = {
     ("float32", "avx2"): 30e9,
 }
 _SLOWEST = 10e9
+_CPU_BANDWIDTH = 10e9  # bytes/s of operations that are no products, per core: a guess
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes, read from its config. `linear` counts the weights of a layer's linear modules."""
+class _Sustained(NamedTuple):
+    """What a GPU sustains of its data sheet, and what the host costs. Guesses until measured."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
+    products: float = (
+        0.6  # of the dense rate: large bf16 products reach 0.7 on an H200, the small ones of LoRA far less
+    )
+    bandwidth: float = 0.7
+    launch: float = 12e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
 
-    @property
-    def linear(self) -> int:
-        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
-        return attention + 3 * self.hidden * self.intermediate
 
-    @property
-    def weights(self) -> int:
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * (self.linear + 2 * self.hidden) + embeddings + self.hidden
-
-    def adapter(self, rank: int, targets: str | list[str]) -> int:
-        """Trainable parameters of LoRA of `rank` on `targets`."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sizes = {
-            "q_proj": self.hidden + q,
-            "k_proj": self.hidden + kv,
-            "v_proj": self.hidden + kv,
-            "o_proj": q + self.hidden,
-            "gate_proj": self.hidden + self.intermediate,
-            "up_proj": self.hidden + self.intermediate,
-            "down_proj": self.intermediate + self.hidden,
-        }
-        chosen = sizes if targets == "all-linear" else {name: sizes[name] for name in targets if name in sizes}
-        return self.layers * rank * sum(chosen.values())
+_GPU = _Sustained()
+# The driver's context and the kernels it loads, outside of torch's allocator; by the major compute capability.
+_CONTEXT = {7: 350 * _MIB, 8: 450 * _MIB, 9: 770 * _MIB}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Bytes are the whole machine's, over all processes; `parts` add up to `peak_bytes`."""
+    """What a run will take. Bytes are of the whole machine, or of the GPU; `parts` add up to `peak_bytes`."""
 
     parts: dict[str, int]
     peak_bytes: int
@@ -80,31 +70,39 @@ class Plan:
     recompute: bool
     processes: int
     seconds_per_step: float
+    place: str = "cpu"
+    device: str = ""
+    measurable_bytes: int = 0
+    """The part of the peak that a process can measure: on a GPU what torch's allocator reserves, not the context."""
+    offload: int = 0
+    """Decoder blocks whose weights stay in host memory."""
     advice: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    """The sizes in a Llama-family `config.json`. Raises ModelError naming the architecture if it is another one."""
-    try:
-        heads = int(config["num_attention_heads"])
-        return Shape(
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError) as error:
-        kind = config.get("model_type", "unknown")
-        raise ModelError(
-            f"plan does not know the sizes of a '{kind}' model ({error})", fix="plan covers Llama-family models"
-        ) from error
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a recipe is to be run, apart from what the plan decides."""
+
+    place: str
+    dtype: str
+    block: bool
+    """Whether our own decoder block runs it; else the transformers module does."""
+    processes: int = 1
+    threads: int = 1
+
+
+class _Cost(NamedTuple):
+    """Of one process and one micro-batch."""
+
+    parts: dict[str, int]
+    outside: int  # bytes of them that torch cannot see
+    seconds: Callable[[float], float]  # of a step of so many tokens, cut into such micro-batches
+
+
+_Estimate = Callable[[tuple[int, ...], bool], _Cost]
 
 
 def parse_bytes(text: str) -> int:
@@ -112,62 +110,181 @@ def parse_bytes(text: str) -> int:
     units = {"KiB": 1024, "MiB": 1024**2, "GiB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
     number = text.strip().rstrip("KMGiBb ")
     try:
-        return int(float(number) * units[text.strip()[len(number) :].strip()])
-    except (ValueError, KeyError) as error:
+        amount = int(float(number) * units[text.strip()[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError) as error:
         raise MemoryPlanError(f"'{text}' is not an amount of memory", fix="write e.g. 6GiB") from error
+    if amount < 1024**2:
+        raise MemoryPlanError(f"'{text}' is less than a megabyte", fix="write a unit, e.g. 6GiB")
+    return amount
 
 
-def budget(memory: str, facts: Machine) -> int:
-    """Bytes a run may use: as the recipe says, else four fifths of what the machine has free."""
+def budget(memory: str, facts: Machine, place: str = "cpu") -> int:
+    """Bytes a run may use: as the recipe says, else most of what the machine, or its first GPU, has free. No recipe
+    makes a GPU larger than it is."""
+    if place == "cuda":
+        gpu = _gpu(facts)
+        return int(gpu.free * _GPU_SHARE) if memory == "auto" else min(parse_bytes(memory), gpu.total)
     return int(facts.available * _SHARE) if memory == "auto" else parse_bytes(memory)
 
 
 def plan(
     recipe: Recipe,
     config: dict[str, Any],
-    *,
-    dtype: str,
-    processes: int,
-    threads: int,
+    setting: Setting,
     facts: Machine,
+    *,
     longest: int | None = None,
     mean_length: float | None = None,
 ) -> Plan:
-    """Predicts peak memory and the time of a step, and picks the micro-batch's tokens.
+    """Predicts peak memory and the time of a step, and picks the micro-batch's tokens and whether to recompute.
 
     Args:
         config: the model's `config.json`.
-        dtype: "float32" or "bfloat16", the dtype of weights and activations.
-        processes, threads: how the cores are used.
         longest, mean_length: tokens of the longest and of the mean row, where the data is known; else data.length.
 
-    Returns a Plan whose `fits` is False where even one longest row a time, recomputed, exceeds the budget.
+    Returns a Plan whose `fits` is False, with advice, where even one longest row a time, recomputed, exceeds the
+    budget. Raises ModelError for a model that cannot be run without its data.
     """
-    model, size = shape(config), 4 if dtype == "float32" else 2
     longest = min(longest or recipe.data.length, recipe.data.length)
     mean = min(mean_length or longest, longest)
-    allowed = budget(recipe.run.memory, facts)
-    rank = recipe.adapter.rank
-    fixed = _fixed_parts(model, recipe, size)
-    per_process = allowed / processes - sum(fixed.values())
-    recompute = _recompute(recipe, model, size, longest, mean, rank, per_process)
-    per_token = _token_bytes(model, size, longest, rank, recompute)
+    allowed = budget(recipe.run.memory, facts, setting.place)
+    estimate = _estimator(recipe, config, setting, facts, mean)
+    found = _best(recipe, estimate, allowed, setting, longest, mean)
+    if setting.place == "cuda" and (recipe.run.offload if recipe.run.offload != "auto" else not found.fits):
+        found = _streamed(recipe, config, estimate, setting, longest, mean, allowed)
+    if found.peak_bytes > allowed:
+        found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
+    device = _gpu(facts).name if setting.place == "cuda" else f"{setting.processes * setting.threads} core(s)"
+    return replace(found, place=setting.place, device=device)
+
+
+def _best(recipe: Recipe, estimate: _Estimate, allowed: int, setting: Setting, longest: int, mean: float) -> Plan:
+    """The fastest of the choices of `recompute` that fit, else the smallest."""
+    asked, plans = recipe.run.recompute, []
+    most = math.ceil(recipe.train.samples_per_step / setting.processes) * longest
+    for recompute in (False, True) if asked == "auto" else (asked,):
+        tokens, cost = _largest(recipe, estimate, allowed / setting.processes, longest, most, setting, recompute)
+        parts = {name: amount * setting.processes for name, amount in cost.parts.items()}
+        peak, outside = sum(parts.values()), cost.outside * setting.processes
+        seconds = cost.seconds(recipe.train.samples_per_step * mean / setting.processes)
+        fits = peak <= allowed
+        plans.append(
+            Plan(
+                parts,
+                peak,
+                allowed,
+                fits,
+                tokens,
+                recompute,
+                setting.processes,
+                seconds,
+                measurable_bytes=peak - outside,
+            )
+        )
+        if fits and tokens >= min(most, _LONGEST_USEFUL[setting.place]):
+            break  # recomputing has nothing to offer
+    fitting = [p for p in plans if p.fits]
+    return min(fitting, key=lambda p: p.seconds_per_step) if fitting else min(plans, key=lambda p: p.peak_bytes)
+
+
+def _largest(
+    recipe: Recipe, estimate: _Estimate, allowed: float, longest: int, most: int, setting: Setting, recompute: bool
+) -> tuple[int, _Cost]:
+    """Tokens of the largest useful micro-batch within `allowed` bytes, at least one longest row, and its cost.
+
+    Memory is linear in whole rows, and convex within one, so that a line through one and two rows is never too low.
+    """
     if recipe.run.micro_tokens != "auto":
-        tokens = recipe.run.micro_tokens
+        tokens = max(longest, recipe.run.micro_tokens)
+        return recipe.run.micro_tokens, estimate(_rows(tokens, longest), recompute)
+    one = estimate((longest,), recompute)
+    useful = max(longest, min(most, _LONGEST_USEFUL[setting.place]))
+    if sum(one.parts.values()) >= allowed or useful == longest:
+        return longest, one
+    slope = (sum(estimate((longest, longest), recompute).parts.values()) - sum(one.parts.values())) / longest
+    tokens = min(useful, longest + int((allowed - sum(one.parts.values())) / max(slope, 1)) // 8 * 8)
+    while True:
+        cost = estimate(_rows(tokens, longest), recompute)
+        if sum(cost.parts.values()) <= allowed or tokens == longest:
+            return tokens, cost
+        tokens = max(longest, int(tokens * 0.95) // 8 * 8)
+
+
+def _streamed(
+    recipe: Recipe,
+    config: dict[str, Any],
+    estimate: _Estimate,
+    setting: Setting,
+    longest: int,
+    mean: float,
+    allowed: int,
+) -> Plan:
+    """With as many blocks in host memory as the recipe says, else as few as let one longest row fit. Streamed blocks
+    are recomputed, and two of them are on the GPU at a time. Each comes to it twice a micro-batch (about 50 GB/s)."""
+    changed = Recipe.model_validate(_merged(recipe.model_dump(), {"run": {"recompute": True}}))
+    count, size = _blocks(
+        recipe.model_dump_json(include={"model", "adapter", "data"}), json.dumps(config), setting.dtype
+    )
+    wanted: int
+    if recipe.run.offload == "auto":
+        smallest = _best(changed, estimate, 0, setting, longest, mean)
+        wanted = 2 + math.ceil(max(0, smallest.peak_bytes - allowed) / size)
     else:
-        step_tokens = int(recipe.train.samples_per_step * longest / processes) + longest
-        tokens = max(longest, min(int(max(per_process, 0) / per_token), _LONGEST_USEFUL, step_tokens))
-    parts = {name: amount * processes for name, amount in {**fixed, "activations": int(tokens * per_token)}.items()}
-    peak = sum(parts.values())
-    seconds = _step_flops(model, recipe, mean) * (4 / 3 if recompute else 1) / _rate(dtype, facts, processes * threads)
-    advice = () if peak <= allowed else _advice(recipe, longest, recompute)
-    return Plan(parts, peak, allowed, peak <= allowed, tokens, recompute, processes, seconds, advice)
+        wanted = recipe.run.offload
+    wanted = min(count, wanted)
+    saved = max(0, wanted - 2) * size
+    found = _best(changed, estimate, allowed + saved, setting, longest, mean)
+    parts = {**found.parts, "streamed to host memory": -saved}
+    peak = found.peak_bytes - saved
+    return replace(
+        found,
+        parts=parts,
+        peak_bytes=peak,
+        budget_bytes=allowed,
+        fits=peak <= allowed,
+        measurable_bytes=found.measurable_bytes - saved,
+        seconds_per_step=found.seconds_per_step + 2 * wanted * size / 50e9,
+        offload=wanted,
+    )
 
 
-def _fixed_parts(model: Shape, recipe: Recipe, size: int) -> dict[str, int]:
-    """Bytes of one process that do not depend on the micro-batch."""
-    adapter = model.adapter(recipe.adapter.rank, recipe.adapter.targets)
-    return {
+@lru_cache(maxsize=8)
+def _blocks(settings: str, config: str, dtype: str) -> tuple[int, int]:
+    """How many decoder blocks a model has, and the bytes of a block's frozen tensors."""
+    import torch
+
+    from luthier.model.offload import blocks_name
+    from luthier.model.trace import outline
+
+    recipe = Recipe.model_validate_json(settings)
+    model = outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), recompute=False)
+    blocks: Any = model.module.get_submodule(blocks_name(model.module))
+    return len(blocks), sum(p.nbytes for p in blocks[0].parameters() if not p.requires_grad)
+
+
+def _rows(tokens: int, longest: int) -> tuple[int, ...]:
+    """The lengths of the worst micro-batch of so many tokens: longest rows, and the rest."""
+    whole, rest = divmod(tokens, longest)
+    return (longest,) * whole + ((rest,) if rest else ())
+
+
+def _estimator(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
+    make = _formula if setting.block else _traced
+    return make(recipe, config, setting, facts, mean)
+
+
+# Our block on a CPU, by formula.
+
+
+def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
+    from luthier.model.shape import shape
+
+    assert isinstance(recipe.adapter, Lora), "our block runs LoRA only"
+    model, size, rank = shape(config), 4 if setting.dtype == "float32" else 2, recipe.adapter.rank
+    adapter = model.adapter(recipe.adapter)
+    rate = _rate(setting.dtype, facts, setting.threads)
+    flops = model.token_flops(adapter, mean, _SUPERVISED)
+    fixed = {
         "process": _PROCESS,
         "weights": model.weights * size,
         "adapter": adapter * (4 + size),
@@ -176,36 +293,12 @@ def _fixed_parts(model: Shape, recipe: Recipe, size: int) -> dict[str, int]:
         "logits": _LOGIT_ROWS * model.vocab * (4 + size),
     }
 
+    def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
+        activations = sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute)
+        again = 4 / 3 if recompute else 1
+        return _Cost({**fixed, "activations": activations}, 0, lambda tokens: tokens * flops * again / rate)
 
-def _token_bytes(model: Shape, size: int, longest: int, rank: int, recompute: bool) -> int:
-    """Bytes a token of a micro-batch holds at the peak.
-
-    A layer keeps x, q, k, v, attention's output and probabilities, the middle residual, gate|up, and the adapters'
-    inner products; with recompute only x. The backward pass of one layer adds about as much again, once.
-    """
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    probabilities = model.heads * longest
-    layer = size * (2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate + 7 * rank + probabilities) + 16
-    backward = size * (4 * model.hidden + 4 * model.intermediate + 2 * probabilities)
-    kept = size * model.hidden * model.layers + layer if recompute else layer * model.layers
-    return kept + backward
-
-
-def _recompute(recipe: Recipe, model: Shape, size: int, longest: int, mean: float, rank: int, available: float) -> bool:
-    """Recompute only where keeping activations would not leave room for the longest row."""
-    if recipe.run.recompute != "auto":
-        return recipe.run.recompute
-    return available < longest * _token_bytes(model, size, longest, rank, recompute=False)
-
-
-def _step_flops(model: Shape, recipe: Recipe, mean: float) -> float:
-    """Forward and backward FLOPs of one step: 4 per frozen weight and token, 6 per adapter weight, attention
-    2·d·s forward and 2.5 times that backward (causal half), and the head on the supervised share (taken as all)."""
-    tokens = recipe.train.samples_per_step * mean
-    adapter = model.adapter(recipe.adapter.rank, recipe.adapter.targets)
-    attention = 3.5 * 2 * model.heads * model.head_dim * mean * model.layers
-    head = 4 * model.hidden * model.vocab * 0.3
-    return tokens * (4 * model.linear * model.layers + 6 * adapter + attention + head)
+    return estimate
 
 
 def _rate(dtype: str, facts: Machine, cores: int) -> float:
@@ -214,10 +307,111 @@ def _rate(dtype: str, facts: Machine, cores: int) -> float:
     return max([_SLOWEST, *known]) * min(cores, facts.cores)
 
 
-def _advice(recipe: Recipe, longest: int, recompute: bool) -> tuple[str, ...]:
-    offers = [f"shorten rows: data.length={max(64, longest // 2)}"]
-    if recipe.run.engine != "local":
-        offers.append("use one process: run.engine=local")
-    if not recompute:
-        offers.append("recompute activations: run.recompute=true")
-    return tuple(offers)
+# Everything else, by running the code without data.
+
+
+def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
+    settings = recipe.model_dump_json(include={"model", "adapter", "data", "train"})
+    on_gpu = setting.place == "cuda"
+    capability = _gpu(facts).capability if on_gpu else None
+
+    def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
+        found = _trace(settings, json.dumps(config), setting.dtype, recompute, capability, lengths)
+        seconds = _seconds(found, setting, facts)
+        if not on_gpu:
+            return _Cost({"process": _PROCESS + _MODULE, **found.peak}, 0, seconds)
+        context = _CONTEXT[min(9, max(7, _gpu(facts).capability[0]))]
+        parts = {**found.peak, "fragmentation": found.holes, "context": context}
+        parts["optimizer"] += found.paged
+        return _Cost(parts, context + found.paged, seconds)
+
+    return estimate
+
+
+@lru_cache(maxsize=64)
+def _trace(
+    settings: str,
+    config: str,
+    dtype: str,
+    recompute: bool,
+    capability: tuple[int, int] | None,
+    lengths: tuple[int, ...],
+) -> Trace:
+    import torch
+
+    from luthier.model.trace import outline, trace
+
+    recipe = Recipe.model_validate_json(settings)
+    model = outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), recompute=recompute)
+    return trace(model, lengths, optimizer=recipe.train.optimizer, capability=capability)
+
+
+def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float], float]:
+    """Each phase's products and other operations take as long as their arithmetic or their traffic, whichever is more;
+    and no step is shorter than the host needs to launch it."""
+    if setting.place == "cuda":
+        kind = _gpu(facts).known
+        rate, bandwidth, launch = kind.tflops * 1e12 * _GPU.products, kind.bandwidth * 1e9 * _GPU.bandwidth, _GPU.launch
+    else:
+        rate, bandwidth, launch = _rate(setting.dtype, facts, setting.threads), _CPU_BANDWIDTH * setting.threads, 0.0
+    busy, launches = 0.0, 0.0
+    for (phase, _), work in found.work.items():
+        share = _SUPERVISED if phase == "logits" else 1.0  # the trace supervises every token
+        busy += share * max(work.flops / rate, work.traffic / bandwidth)
+        launches += work.launches
+
+    def seconds(tokens: float) -> float:
+        cuts = math.ceil(tokens / found.tokens)
+        return max(busy * tokens / found.tokens, cuts * launches * launch)
+
+    return seconds
+
+
+def _gpu(facts: Machine) -> Gpu:
+    if not facts.gpus:
+        fix = "set run.place=cpu; `luthier plan` takes the name of one: --gpu"
+        raise MemoryPlanError("nvidia-smi lists no GPU here", fix=fix)
+    return facts.gpus[0]
+
+
+# What to change where it does not fit.
+
+
+def _advice(
+    recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, longest: int, found: Plan
+) -> Iterator[str]:
+    """Changes that need less, each with the peak it leads to, tried alone."""
+    for override, section in _offers(recipe, setting, longest):
+        changed = Recipe.model_validate(_merged(recipe.model_dump(), section))
+        length = min(longest, changed.data.length)
+        tried = replace(setting, block=setting.block and changed.model.quantize is None)
+        if "run" in section and "engine" in section["run"]:
+            tried = replace(tried, processes=1, threads=setting.processes * setting.threads)
+        smallest = _best(changed, _estimator(changed, config, tried, facts, length), 0, tried, length, length)
+        if smallest.peak_bytes < found.peak_bytes:
+            fits = "fits" if smallest.peak_bytes <= found.budget_bytes else "not enough by itself"
+            yield f"{override} ({smallest.peak_bytes / GIB:.1f} GiB, {fits})"
+
+
+def _offers(recipe: Recipe, setting: Setting, longest: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if setting.processes > 1:
+        yield "run.engine=local", {"run": {"engine": "local", "processes": "auto"}}
+    if recipe.run.recompute is False:
+        yield "run.recompute=true", {"run": {"recompute": True}}
+    if recipe.run.micro_tokens != "auto" and recipe.run.micro_tokens > longest:
+        yield "run.micro_tokens=auto", {"run": {"micro_tokens": "auto"}}
+    if recipe.model.quantize is None and not isinstance(recipe.adapter, Full):
+        yield "model.quantize={kind: nf4}", {"model": {"quantize": {"kind": "nf4"}}}
+    if isinstance(recipe.adapter, Full):
+        yield "adapter={kind: lora}", {"adapter": {"kind": "lora"}}
+    half = max(64, longest // 2)
+    if half < longest:
+        yield f"data.length={half}", {"data": {"length": half}}
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with the keys of `changes`; a section whose kind changes is replaced whole."""
+    merged = dict(tree)
+    for name, change in changes.items():
+        merged[name] = change if "kind" in change else {**tree[name], **change}
+    return merged

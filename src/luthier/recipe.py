@@ -8,10 +8,11 @@ name; validation never edits; what follows from the recipe (a run folder's name,
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from luthier.errors import RecipeError, UsageError
 from luthier.registry import nearest
@@ -60,31 +61,148 @@ _ELSEWHERE = {
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class FourBit(Section):
+    """Weights in 4 bits, blocks of 64 with one scale each (Dettmers et al. 2023, QLoRA, section 3)."""
+
+    kind: Literal["nf4", "fp4"]
+    """`nf4`: levels at the quantiles of a normal distribution; `fp4`: a 4-bit floating-point number."""
+    double: bool = True
+    """Quantise the scales too: 0.37 bits a weight less."""
+
+
+class EightBit(Section):
+    """LLM.int8(): rows of weights and of inputs scaled by their largest value (Dettmers et al. 2022)."""
+
+    kind: Literal["int8"]
+    threshold: float = Field(6.0, ge=0)
+    """Input columns that hold a value this large are multiplied in the compute dtype; 0: none."""
+
+
+class Float8(Section):
+    """Weights as 8-bit floating-point numbers (e4m3) with one scale a row."""
+
+    kind: Literal["fp8"]
+
+
+def _kind(value: Any) -> str:
+    """The tag of the branch that a mapping means. It holds a colon, so that no message takes it for a key."""
+    kind = value.get("kind", "lora") if isinstance(value, dict) else getattr(value, "kind", value)
+    return f"kind: {kind}"
+
+
+Quantize = Annotated[
+    Annotated[FourBit, Tag("kind: nf4")]
+    | Annotated[FourBit, Tag("kind: fp4")]
+    | Annotated[EightBit, Tag("kind: int8")]
+    | Annotated[Float8, Tag("kind: fp8")],
+    Discriminator(_kind),
+]
+
+
 class Model(Section):
     base: str
-    """A hub id, a local folder, or `smollm2-135m`, the embedded default."""
+    """A hub id, a local folder, a .gguf file, or `smollm2-135m`, the embedded default."""
     revision: str | None = None
     """The hub revision (branch, tag or commit). The commit that was loaded is recorded in the run."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Quantize | None = None
+    """How the frozen linear layers are kept: `{kind: nf4}`, `fp4`, `int8` or `fp8`; null: in the compute dtype. The
+    output head never is. Adapters, and what is trained besides them, stay in float32."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of weights and matrix products. `auto`: bfloat16 where the processor multiplies it in hardware
     (AMX, AVX512-BF16, a recent GPU), else float32. Adapters and the optimizer are always float32."""
+    norms: Literal["compute", "float32"] = "compute"
+    """The dtype of normalisation layers and of the output head; `float32` is PEFT's k-bit preparation."""
     trust_remote_code: bool = False
     """Run Python that comes with the model. Off unless written here, and recorded."""
 
 
-class Adapter(Section):
+class Lora(Section):
+    """Low-rank updates beside frozen linear layers (Hu et al. 2021), and the methods that refine them."""
+
     kind: Literal["lora"] = "lora"
-    """The adapter method."""
     rank: int = Field(16, ge=1)
     """Inner dimension r of the update B·A."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / √rank instead (rsLoRA, arXiv:2312.03732), so that larger ranks keep learning."""
+    dora: bool = False
+    """Train the length of each weight row apart from its direction (DoRA, arXiv:2402.09353)."""
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = "default"
+    """Start values. `default`: A uniform, B zero. `pissa` (arXiv:2404.02948) and `olora` (arXiv:2406.01775) move the
+    main part of each weight into the adapter; `loftq` (arXiv:2310.08659) what quantisation lost of it."""
     dropout: Fraction = 0.0
     """Share of the adapter's inputs set to zero in training; masks do not depend on how a step is cut."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """`all-linear` (all linear layers but the head), or names of linear layers such as `q_proj`."""
+    targets: str | list[str] = "all-linear"
+    """`all-linear` (all linear layers but the head), names of linear layers such as `[q_proj, v_proj]`, or one regular
+    expression that matches whole dotted names."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Other ranks for some layers, as {name or regular expression: rank}."""
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas for some layers, in the same way."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases of the model are trained too: none, those of adapted layers, all."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole and saved with the adapter, such as `[lm_head]`."""
+    new_tokens: list[str] = []
+    """Tokens added to the vocabulary; their rows of the embedding are trained and saved with the adapter."""
+
+    @property
+    def title(self) -> str:
+        """What a report calls it."""
+        return f"{'DoRA' if self.dora else 'LoRA'} of rank {self.rank}"
+
+
+class Bottleneck(Section):
+    """Small two-layer networks after attention and MLP of each block (Houlsby et al. 2019)."""
+
+    kind: Literal["bottleneck"]
+    size: int = Field(64, ge=1)
+    """Width of the middle."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    dropout: Fraction = 0.0
+
+    @property
+    def title(self) -> str:
+        """What a report calls it."""
+        return f"bottlenecks of width {self.size}"
+
+
+class Full(Section):
+    """No adapter: the model's own weights are trained."""
+
+    kind: Literal["none"]
+    blocks: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """`all` weights, or those of the last n blocks, the final norm and an untied head."""
+
+    @property
+    def title(self) -> str:
+        """What a report calls it."""
+        return "all weights" if self.blocks == "all" else f"the last {self.blocks} blocks"
+
+
+class Bridge(Section):
+    """A method of PEFT, by its name."""
+
+    kind: Literal["peft"]
+    method: str
+    """PEFT's name of it: `PROMPT_TUNING`, `P_TUNING`, `PREFIX_TUNING`, `IA3`, `OFT`, `VERA` …"""
+    options: dict[str, Any] = {}
+    """Its options, spelled as in PEFT's configuration class."""
+
+    @property
+    def title(self) -> str:
+        """What a report calls it."""
+        return f"{self.method} of PEFT"
+
+
+Adapter = Annotated[
+    Annotated[Lora, Tag("kind: lora")]
+    | Annotated[Bottleneck, Tag("kind: bottleneck")]
+    | Annotated[Full, Tag("kind: none")]
+    | Annotated[Bridge, Tag("kind: peft")],
+    Discriminator(_kind),
+]
 
 
 class Source(Section):
@@ -163,7 +281,9 @@ class Train(Section):
     """Steps of linear warm-up (an integer), or their share of all steps (a fraction)."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the steps over which `wsd` falls to zero."""
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its moments in 8 bits; paged ones leave the GPU's memory when it runs short. Both come from
+    bitsandbytes; where it cannot run, `adamw` takes their place, and the run says so."""
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     lora_plus: float = Field(1.0, gt=0)
@@ -207,8 +327,8 @@ class Save(Section):
 class Run(Section):
     dir: str | None = None
     """The run folder; null: runs/<recipe name>."""
-    place: Literal["auto", "cpu"] = "auto"
-    """Where the model runs. Training on a GPU is not there yet: `auto` is the CPU, on a machine with a GPU too."""
+    place: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs. `auto`: a CUDA GPU where torch sees one, else the CPU."""
     engine: Literal["auto", "local", "ddp"] = "auto"
     """`ddp`: one process per core (or GPU) with the adapter's gradients summed."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -220,6 +340,8 @@ class Run(Section):
     """Tokens of one forward and backward pass; `auto`: as planned from `memory`."""
     recompute: Literal["auto"] | bool = "auto"
     """Recompute each block's activations in the backward pass instead of keeping them."""
+    offload: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """How many of the model's blocks stay in host memory and stream to the GPU as they are needed."""
     kernels: Literal["auto", "reference", "eager", "compiled"] = "auto"
     """`reference`: the transformers module; `eager`: our block; `compiled`: our block with a C++ compiler's help."""
     log_every: int = Field(1, ge=1)
@@ -232,7 +354,7 @@ class Recipe(Section):
     """A whole recipe. `Recipe.load("my.yaml", "train.lr=1e-4")` reads a file and applies overrides."""
 
     model: Model
-    adapter: Adapter = Adapter()
+    adapter: Adapter = Lora()
     data: Data
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -362,10 +484,13 @@ def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         other = _ELSEWHERE.get(str(path[-1]))
-        hint = f"here it is `{other}`" if other else nearest(str(path[-1]), _siblings(path))
+        hint = f"here it is `{other}`" if other else nearest(str(path[-1]), _siblings(problem["loc"]))
         message = f"unknown key; {hint}"
     elif problem["type"] == "missing":
         message = "is missing"
+    elif problem["type"] == "union_tag_invalid":
+        tags = problem["ctx"]["expected_tags"].replace("kind: ", "").replace("'", "")
+        message = f"write a mapping whose kind is one of {tags}"
     elif not isinstance(problem.get("input"), dict | list):
         message = f"{message} (found {problem.get('input')!r})"
     return f"{_place(tree, path, name)}: {field}: {message}"
@@ -378,21 +503,24 @@ def _is_key(part: Any) -> bool:
     )
 
 
-def _siblings(path: list[Any]) -> list[str]:
-    section: Any = Recipe
+def _siblings(path: Sequence[Any]) -> list[str]:
+    sections: list[type[Section]] = [Recipe]
     for part in path[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        inner = [
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, Section)
-        ]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)
+        if isinstance(part, str) and part.startswith("kind: "):
+            sections = [
+                s for s in sections if part.removeprefix("kind: ") in get_args(s.model_fields["kind"].annotation)
+            ]
+        elif isinstance(part, str):
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [inner for field in fields for inner in sections_in(field.annotation)]
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type can be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return list(dict.fromkeys(inner for part in get_args(annotation) for inner in sections_in(part)))
 
 
 def _place(tree: Any, path: list[Any], name: str) -> str:

@@ -618,12 +618,17 @@ def _find_choices(rows: Sequence[Row]) -> dict[str, str | list[str]] | None:
 def _from_choices(row: Row, columns: Columns, options: Options) -> Conversation:
     labels, texts = _choices(row, columns["choices"])
     answer = _answer(row, columns, labels, texts) if _has_answer(row, columns, options) else None
-    written = texts if options.labels == "text" else [_mark(i, options.labels) for i in range(len(texts))]
+    written = written_choices(texts, options.labels)
     lines = [f"{_mark(i, options.labels)}{_POINTS[options.labels]} {text}" for i, text in enumerate(texts)]
     instruction = options.instruction or _INSTRUCTIONS[options.labels].format(n=len(texts))
     prompt = "\n".join([instruction, "", _text_of(row, _one(columns, "question")), *lines])
     base = _exchange(row, prompt, [] if answer is None else [written[answer]])
     return replace(base, choices=tuple(texts), answer=answer)
+
+
+def written_choices(texts: Sequence[str], labels: str) -> list[str]:
+    """How each choice is written where it is the answer; `labels` as in the recipe."""
+    return list(texts) if labels == "text" else [_mark(i, labels) for i in range(len(texts))]
 
 
 def _mark(index: int, labels: str) -> str:

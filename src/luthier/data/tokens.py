@@ -84,6 +84,35 @@ class Tokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(f"cannot be used ({error})", where=str(folder / "tokenizer.json")) from error
 
+    def extended(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same with `tokens` after its last one, in their order. Those with a bracket (`<|step|>`) are control
+        tokens, for templates and never of ordinary text; others are found in text.
+
+        Raises ModelError for a token that it has.
+        """
+        if not tokens:
+            return self
+        for i, token in enumerate(tokens):
+            if not token or token in tokens[:i] or self._backend.token_to_id(token) is not None:
+                raise ModelError(f"'{token}' is no new token", where="adapter.new_tokens", fix="leave it out")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        added = [{"id": self.vocab_size + i, "content": token, **flags} for i, token in enumerate(tokens)]
+        data = {**self._data, "added_tokens": [*(self._data.get("added_tokens") or []), *added]}
+        return Tokenizer(**{**self.spec, "data": data})
+
+    def id(self, token: str) -> int:
+        """The id of a token by its exact name. Raises ModelError if there is none."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise ModelError(f"the tokenizer has no token '{token}'", fix="check its spelling")
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` reads, in transformers' own files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tree in (("tokenizer.json", self._data), ("tokenizer_config.json", self.spec["config"])):
+            (folder / name).write_text(json.dumps(tree, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and character offsets of ordinary texts, each from its beginning. Never yields a control id."""
         encodings = _run(self._plain.encode_batch, texts)

@@ -10,13 +10,13 @@ import fcntl
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from luthier.data.conversation import Conversation, Example
+from luthier.data.conversation import Conversation, Example, Message
 from luthier.data.packing import micro_batches
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.subject import SIDES, Side, Subject
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from luthier.data.stream import Micro
+    from luthier.data.tokens import Encoder
     from luthier.model.generate import Sampling
 
 Result = dict[str, Any]
@@ -41,22 +42,32 @@ PACK = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """One side's answer to a question's `prompt`, or the likelihood of its `example`."""
+    """One side's answer to a question's `prompt`, the likelihood of its `example`, or those of the `choices` that may
+    follow its `prompt`."""
 
     side: Side
     question: int
     key: str
     prompt: list[int] | None = None
     example: Example | None = None
+    choices: list[list[int]] | None = None
+
+    @property
+    def kind(self) -> Literal["answers", "likelihoods", "choices"]:
+        return "likelihoods" if self.example else "choices" if self.choices else "answers"
 
     @property
     def label(self) -> str:
-        return f"{self.side} {'answers' if self.prompt else 'likelihoods'}"
+        return f"{self.side} {self.kind}"
 
     @property
     def length(self) -> int:
         """Tokens that are read."""
         return len(self.prompt or (self.example.ids if self.example else ()))
+
+
+Rider = tuple[Task, list[list[int]]]
+"""A task that asks for the likelihoods of what may follow a prompt, and the tokens of that."""
 
 
 def plan(
@@ -68,10 +79,11 @@ def plan(
     needs: Collection[str] = ("text",),
 ) -> list[Task]:
     """What has to be known of the questions: their answers (`text` in `needs`), the likelihood of their first
-    references (`nll`), on each side. Targets are the tokens that training would supervise, so that exp(mean) is the
-    perplexity of the held-out loss."""
+    references (`nll`) and of their choices (`choices`), on each side. A reference's targets are the tokens that
+    training would supervise, so that exp(mean) is the perplexity of the held-out loss."""
     prompts = _prompts(subject, questions) if "text" in needs else {}
     examples = _examples(subject, questions) if "nll" in needs else {}
+    choices = _choices(subject, questions) if "choices" in needs else {}
     tasks = []
     for side in sides:
         identity = subject.identity(side)
@@ -80,6 +92,9 @@ def plan(
         for i, example in examples.items():
             key = digest(["likelihood", identity, example.ids, example.supervised])
             tasks.append(Task(side, i, key, example=example))
+        for i, (prompt, rests) in choices.items():
+            key = digest(["choices", identity, prompt, rests])
+            tasks.append(Task(side, i, key, prompt=prompt, choices=rests))
     return tasks
 
 
@@ -90,7 +105,10 @@ def work(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo
     for side in dict.fromkeys(task.side for task in ordered):
         mine = [task for task in ordered if task.side == side]
         with subject.side(side):
-            _answer(subject, [task for task in mine if task.prompt], _continuing(mine), sampling, memo, advance)
+            riders, nothing = _riders(mine), replace(sampling, max_new_tokens=0)
+            _read(subject, [task for task in mine if task.kind == "answers"], riders, sampling, memo, advance)
+            unread = [task for task in mine if task.choices and task.key not in memo]
+            _read(subject, unread, riders, nothing, memo, advance)
             _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
 
 
@@ -173,45 +191,87 @@ def _examples(subject: Subject, questions: Sequence[Conversation]) -> dict[int, 
     return {i: example for i, example in examples if any(example.supervised[1:])}
 
 
-def _continuing(tasks: Sequence[Task]) -> dict[int, tuple[Task, list[int]]]:
-    """By question, the likelihood task that asks for what follows the question's prompt, and those tokens. So the
-    prompt need not be read again."""
-    prompts = {task.question: task.prompt for task in tasks if task.prompt}
-    found = {}
-    for task in tasks:
-        if (example := task.example) and (prompt := prompts.get(task.question)):
-            start, count = len(prompt), sum(example.supervised[1:])
-            # An earlier answer of the conversation may be supervised too: then the row is weighed whole.
-            if example.ids[:start] == prompt and sum(example.supervised[start : start + count]) == count:
-                found[task.question] = task, example.ids[start : start + count]
+def _choices(subject: Subject, questions: Sequence[Conversation]) -> dict[int, tuple[list[int], list[list[int]]]]:
+    """By question with a known choice, its prompt and each choice as training would write it after the prompt."""
+    from luthier.data.formats import written_choices
+
+    labels, found = subject.run.recipe.data.labels, {}
+    for i, question in enumerate(questions):
+        if question.answer is not None and answerable(question):
+            said = [Message("assistant", choice) for choice in written_choices(question.choices, labels)]
+            examples = subject.encoder.examples([replace(question, messages=(*question.prompt, m)) for m in said])
+            start = examples[0].prompt
+            rests = _spelled(subject.encoder, [example.ids[start:] for example in examples])
+            found[i] = examples[0].ids[:start], rests
     return found
 
 
-def _answer(
+def _spelled(encoder: Encoder, rests: list[list[int]]) -> list[list[int]]:
+    """The tokens that spell each answer, without the end of the turn: whether a model goes on after `A` says nothing of
+    `A`. Where one answer begins another, the end tells them apart, and all keep it."""
+    bare = []
+    for rest in rests:
+        text, count = encoder.decode(rest), len(rest)
+        while count > 1 and encoder.decode(rest[: count - 1]) == text:
+            count -= 1
+        bare.append(rest[:count])
+    begins = any(a is not b and a == b[: len(a)] for a in bare for b in bare)
+    return rests if begins else bare
+
+
+def _riders(tasks: Sequence[Task]) -> dict[int, list[Rider]]:
+    """By question, the tasks that ask for what follows the question's prompt: it need not be read again for them."""
+    prompts = {task.question: task.prompt for task in tasks if task.prompt}
+    found: dict[int, list[Rider]] = {question: [] for question in prompts}
+    for task in tasks:
+        if task.choices:
+            found[task.question].append((task, task.choices))
+        elif task.example and (rest := _rest(task.example, prompts.get(task.question) or [])):
+            found[task.question].append((task, [rest]))
+    return found
+
+
+def _rest(example: Example, prompt: list[int]) -> list[int]:
+    """The supervised tokens of a row, if they are what follows the prompt; else nothing."""
+    start, count = len(prompt), sum(example.supervised[1:])
+    # An earlier answer of the conversation may be supervised too: then the row is weighed whole.
+    follows = start and example.ids[:start] == prompt and sum(example.supervised[start : start + count]) == count
+    return example.ids[start : start + count] if follows else []
+
+
+def _read(
     subject: Subject,
     tasks: Sequence[Task],
-    continuing: dict[int, tuple[Task, list[int]]],
+    riders: dict[int, list[Rider]],
     sampling: Sampling,
     memo: Memo,
     advance: Advance,
 ) -> None:
+    """Reads the prompt of each task once, for its answer and for all that rides on it."""
     from luthier.model.generate import generate
 
-    encoder = subject.encoder
+    encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
-        weighed = [continuing.get(task.question) for task in chunk]
-        references = [w[1] if w else [] for w in weighed]
+        riding = [riders[task.question] for task in chunk]
+        weighed = [[rest for _, rests in several for rest in rests] for several in riding]
         prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
-        made = generate(subject.model, prompts, sampling, encoder.stop_ids, references=references, progress=done)
+        made = generate(subject.model, prompts, sampling, encoder.stop_ids, continuations=weighed, progress=done)
         results: dict[str, Result] = {}
-        for task, reference, one in zip(chunk, weighed, made, strict=True):
-            results[task.key] = {"text": encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
-            if reference:
-                results[reference[0].key] = {"nll": one.nll, "targets": len(reference[1])}
+        for task, several, one in zip(chunk, riding, made, strict=True):
+            if task.kind == "answers":
+                results[task.key] = {"text": encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
+            losses = iter(one.losses)
+            results |= {rider.key: _weighed(rider, rests, islice(losses, len(rests))) for rider, rests in several}
         memo.add(results)
-        for label in [w[0].label for w in weighed if w]:
-            advance(label, 1)
+        for key in results.keys() - {task.key for task in chunk}:
+            advance(labels[key], 1)
+
+
+def _weighed(task: Task, rests: list[list[int]], losses: Iterator[float]) -> Result:
+    if task.choices:
+        return {"choices": list(losses), "choice_tokens": [len(rest) for rest in rests]}
+    return {"nll": next(losses), "targets": len(rests[0])}
 
 
 def _one_more(advance: Advance, label: str, done: int, total: int) -> None:

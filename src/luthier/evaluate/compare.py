@@ -70,6 +70,7 @@ def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seco
     """What was compared and how: enough to do it again and to see what differed."""
     return {
         **subject.facts,
+        "place": subject.place,
         "source": asked.source,
         "questions": asked.digest,
         "decoding": asdict(sampling),

@@ -89,7 +89,7 @@ def judge(
 
 def check_decides(questions: Sequence[Conversation], metric: str) -> None:
     """Raises RecipeError where `metric` could score none of the questions, whatever the answers."""
-    score, anything = METRICS.get(metric).score, Answer(text="", nll=0.0, targets=1)
+    score, anything = METRICS.get(metric).score, Answer("", nll=0.0, targets=1, choices=(0.0,), choice_tokens=(1,))
     if not any(score(question, anything) for question in questions):
         raise _undecided(metric)
 
@@ -131,12 +131,11 @@ class _Scores:
 
 
 def _score(metric: Metric, question: Conversation, answer: Answer) -> list[float]:
-    there = answer.text if metric.needs == "text" else answer.nll
-    return [] if there is None else metric.score(question, answer)
+    return [] if getattr(answer, metric.needs) is None else metric.score(question, answer)
 
 
 def _fix(name: str) -> str:
-    if name == "accuracy":
+    if name.startswith("accuracy"):
         return "no question has choices and a known answer; name another metric, such as rougeL"
     return "no question has a reference answer; give test rows with answers"
 
@@ -240,4 +239,5 @@ def _row(question: Conversation, base: Answer, tuned: Answer, scores: dict[str, 
         },
         "stopped": {"base": base.stopped, "tuned": tuned.stopped},
         "nll": {"base": base.nll, "tuned": tuned.nll, "targets": base.targets},
+        "choices_nll": {"base": base.choices, "tuned": tuned.choices, "targets": list(base.choice_tokens)},
     }

@@ -7,7 +7,7 @@ sum(points) / sum(1), perplexity is exp(sum(negative log-likelihood) / sum(token
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import exp
@@ -23,7 +23,8 @@ class Answer:
 
     `text` is the generated answer without control tokens, `stopped` whether it ended by itself, `tokens` how many it
     took. `nll` is the summed negative log-likelihood (nats) of the first reference under the model, over `targets`
-    tokens. A part that was not asked for is None.
+    tokens. `choices` are the summed negative log-likelihoods (nats) of the question's choices, each as an answer, over
+    `choice_tokens` tokens. A part that was not asked for is None.
     """
 
     text: str | None = None
@@ -31,6 +32,8 @@ class Answer:
     tokens: int = 0
     nll: float | None = None
     targets: int = 0
+    choices: Sequence[float] | None = None
+    choice_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Metric:
     name: str
     title: str
     score: Callable[[Conversation, Answer], list[float]]
-    needs: Literal["text", "nll"] = "text"
+    needs: Literal["text", "nll", "choices"] = "text"
     higher: bool = True
     weight: Callable[[Answer], float] = lambda answer: 1.0
     finish: Callable[[float], float] = float
@@ -155,6 +158,23 @@ def _contains(text: str, part: str) -> bool:
     return bool(part) and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
+def likeliest(question: Conversation, answer: Answer) -> list[float]:
+    """Whether the right choice is the likeliest answer: no format has to be learned to score."""
+    return _lowest(question, answer.choices or ())
+
+
+def likeliest_per_token(question: Conversation, answer: Answer) -> list[float]:
+    """The same by the mean over a choice's tokens, so that a long one is not unlikely for its length alone."""
+    pairs = zip(answer.choices or (), answer.choice_tokens, strict=True)
+    return _lowest(question, [nll / tokens for nll, tokens in pairs])
+
+
+def _lowest(question: Conversation, losses: Sequence[float]) -> list[float]:
+    if question.answer is None or not losses:
+        return []
+    return [100.0 * (min(range(len(losses)), key=losses.__getitem__) == question.answer)]
+
+
 def likelihood(question: Conversation, answer: Answer) -> list[float]:
     return [] if answer.nll is None or not answer.targets else [answer.nll]
 
@@ -165,6 +185,10 @@ ROUGEL = _rouge("rougeL", "ROUGE-L")
 ROUGELSUM = _rouge("rougeLsum", "ROUGE-Lsum")
 EXACT = Metric("exact_match", "exact match", exact_match)
 ACCURACY = Metric("accuracy", "accuracy", accuracy)
+ACCURACY_LIKELIHOOD = Metric("accuracy_likelihood", "accuracy (likelihood)", likeliest, needs="choices")
+ACCURACY_PER_TOKEN = Metric(
+    "accuracy_per_token", "accuracy (likelihood per token)", likeliest_per_token, needs="choices"
+)
 PERPLEXITY = Metric(
     "perplexity",
     "perplexity",
@@ -185,6 +209,8 @@ METRICS = Registry(
         "rougeLsum": "luthier.evaluate.metrics:ROUGELSUM",
         "exact_match": "luthier.evaluate.metrics:EXACT",
         "accuracy": "luthier.evaluate.metrics:ACCURACY",
+        "accuracy_likelihood": "luthier.evaluate.metrics:ACCURACY_LIKELIHOOD",
+        "accuracy_per_token": "luthier.evaluate.metrics:ACCURACY_PER_TOKEN",
         "perplexity": "luthier.evaluate.metrics:PERPLEXITY",
     },
 )

@@ -52,7 +52,7 @@ def _about(run: Run, name: str) -> Json:
             "name": run.folder.name,
             "folder": str(run.folder),
             "base": recipe.model.base,
-            "method": f"{recipe.adapter.kind} of rank {recipe.adapter.rank}",
+            "method": recipe.adapter.title,
             "date": str(manifest.get("created", ""))[:10],
         },
         "training": _training(run),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import RunError
 from luthier.evaluate.suite import digest
+from luthier.machine import machine
 from luthier.runs import Run, read_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Subject:
 
     Attributes:
         encoder: that of training, template included.
-        facts: what decides its answers besides the prompt: base, revision or weights, adapter, dtype.
+        facts: what decides its answers besides the prompt: base, revision or weights, adapter, and the precision that
+            training decided on.
     """
 
     run: Run
@@ -41,7 +43,7 @@ class Subject:
         if not run.finished:
             raise RunError("has no adapter yet", where=str(run.folder), fix=f"finish it: luthier train {run.folder}")
         from luthier.adapters.files import WEIGHTS
-        from luthier.model.load import compute_dtype, load_tokenizer, loaded_revision, model_folder
+        from luthier.model.load import dtype_name, load_tokenizer, loaded_revision, model_folder
 
         model = run.recipe.model
         folder = model_folder(model)
@@ -50,9 +52,11 @@ class Subject:
             "revision": loaded_revision(folder),
             "weights": _weights(folder),
             "adapter": _sha256(run.adapter / WEIGHTS),
-            "dtype": str(compute_dtype(model, "cpu")).removeprefix("torch."),
+            "dtype": _decided(run, "dtype") or dtype_name(model, "cpu", machine())[0],
+            "quantize": model.quantize and model.quantize.model_dump(mode="json"),
+            "norms": model.norms,
         }
-        return cls(run, _encoder(run, load_tokenizer(folder)), facts)
+        return cls(run, _encoder(run, load_tokenizer(folder, run.recipe.adapter)), facts)
 
     @cached_property
     def model(self) -> CausalModel:
@@ -67,27 +71,37 @@ class Subject:
         if isinstance(recipe.run.threads, int):
             torch.set_num_threads(recipe.run.threads)
         adapter, tensors = files.load(self.run.adapter)
-        model = build(
-            recipe.model,
-            adapter,
-            folder=model_folder(recipe.model),
-            kernels=_kernels(self.run),
-            recompute=False,
-            seed=0,
-            device=torch.device("cpu"),
-            dtype=getattr(torch, self.facts["dtype"]),
-        )
-        assert model.lora is not None
-        model.lora.load_state_dict(tensors)
+        with files.fitting(self.run.adapter, recipe.model.base, self.facts["revision"]):
+            model = build(
+                recipe.model,
+                adapter,
+                folder=model_folder(recipe.model),
+                kernels=_kernels(self.run),
+                recompute=False,
+                seed=0,
+                device=torch.device(self.place),
+                dtype=getattr(torch, self.facts["dtype"]),
+            )
+            assert model.adapter is not None
+            model.adapter.load_state_dict(tensors)
         return model
+
+    @cached_property
+    def place(self) -> str:
+        """Where training ran, if this machine has it, else the CPU."""
+        import torch
+
+        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        place: str = _decided(self.run, "place") or "cpu"
+        return place if here[place] else "cpu"
 
     @contextmanager
     def side(self, side: Side) -> Iterator[None]:
         """Inside, `model` is that side."""
         import torch
 
-        assert self.model.lora is not None
-        with torch.inference_mode(), self.model.lora.disabled() if side == "base" else nullcontext():
+        assert self.model.adapter is not None
+        with torch.inference_mode(), self.model.adapter.disabled() if side == "base" else nullcontext():
             yield
 
     def identity(self, side: Side) -> dict[str, Any]:
@@ -97,8 +111,12 @@ class Subject:
 
 def _kernels(run: Run) -> Literal["reference", "eager"]:
     """Our block where training ran on it; nothing is compiled for an evaluation."""
-    trained_on = run.manifest.get("decisions", {}).get("kernels", "reference")
-    return "reference" if trained_on == "reference" else "eager"
+    return "eager" if _decided(run, "kernels") in ("eager", "compiled") else "reference"
+
+
+def _decided(run: Run, what: str) -> Any:
+    """What training decided, so that evaluation need not decide again, perhaps on another machine."""
+    return run.manifest.get("decisions", {}).get(what)
 
 
 def _encoder(run: Run, tokenizer: Tokenizer) -> Encoder:

@@ -53,7 +53,7 @@ def _table(found: Comparison, width: int) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric")
     for name in ("base", "tuned", "diff"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
 from luthier.data.conversation import Conversation, Message, Origin
-from luthier.errors import LuthierError, UsageError
+from luthier.errors import LuthierError, Stopped, UsageError
 from luthier.evaluate.answers import sampling_of
 from luthier.evaluate.subject import Side, Subject
 from luthier.evaluate.terminal import printable
 from luthier.runs import Run
+from luthier.train.interrupt import Interrupt, stopped
 
 if TYPE_CHECKING:
     from luthier.model.generate import Sampling
@@ -110,19 +112,28 @@ def _settled(text: str, cuts: Iterable[str]) -> str:
 
 
 def _show(talk: Talk, said: str, label: str, out: TextIO) -> None:
-    """Writes an answer as it comes; Ctrl-C ends the answer and not the chat."""
+    """Writes an answer as it comes; Ctrl-C ends the answer and not the chat, a second one at once and with it the chat.
+
+    The signal is looked at between pieces: an exception may be raised where Python drops it, such as in a destructor.
+    """
     out.write(label)
     pieces = talk.answer(said)
-    try:
-        for piece in pieces:
-            out.write(printable(piece))
-            out.flush()
-    except KeyboardInterrupt:
-        out.write(" [stopped]")
-    except LuthierError as error:
-        out.write(f"[{error}]")
-    finally:
-        pieces.close()
+    with Interrupt() as interrupt:
+        try:
+            for piece in pieces:
+                out.write(printable(piece))
+                out.flush()
+                if interrupt.signal:
+                    out.write(" [stopped]")
+                    break
+        except Stopped:
+            raise
+        except LuthierError as error:
+            out.write(f"[{error}]")
+        finally:
+            pieces.close()
+    if interrupt.signal == signal.SIGTERM:
+        raise stopped(interrupt.signal)
     out.write("\n")
     out.flush()
 

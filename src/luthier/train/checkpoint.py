@@ -29,6 +29,7 @@ from luthier.runs import sync_folder
 Tensors = dict[str, Tensor]
 _MANIFEST = "manifest.json"
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "progress.json")
+_LEAST_SCALE = 2.0**-12  # below it float16 loses more than it would have overflown
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     best_step: int | None = None
     best_loss: float | None = None
+    scale: float = 1.0  # what summed losses are multiplied by in the backward pass; falls with float16 alone
 
     def judge(self, loss: float) -> None:
         """Takes note of the evaluation loss after `step`."""
@@ -48,6 +50,11 @@ class Progress:
         self.stale += 1
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss, self.stale = self.step, loss, 0
+
+    def rescale(self) -> bool:
+        """Takes a smaller scale, for a step whose gradient left float16's range (65,504); whether one was left."""
+        self.scale /= 4
+        return self.scale >= _LEAST_SCALE
 
     def limited(self, micro_tokens: int) -> Progress:
         return replace(self, micro_tokens=min(self.micro_tokens, micro_tokens))

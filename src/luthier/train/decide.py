@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from luthier.errors import MemoryPlanError, ModelError, RecipeError
+from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import Machine
 from luthier.model import families
 from luthier.model.load import dtype_name
-from luthier.plan import Plan, budget, plan
-from luthier.recipe import Recipe
+from luthier.plan import Plan, Setting, plan
+from luthier.recipe import Lora, Recipe
 
 # Building the C++ parts takes about this long, once a machine, and makes a step this much shorter (docs/log.md).
 _COMPILE_SECONDS = 4.0
@@ -36,6 +36,7 @@ class Decisions:
     kernels: str
     predicted_peak_bytes: int
     why: dict[str, str]
+    offload: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,15 +69,15 @@ def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows) -
     Raises MemoryPlanError with what to change if no arrangement fits the memory, RecipeError if the recipe
     contradicts itself.
     """
-    place, place_why = "cpu", "training on a GPU is not there yet"
-    dtype, dtype_why = dtype_name(recipe.model, place, facts)
+    place, place_why = _place(recipe, facts)
+    dtype, dtype_why = _dtype(recipe, place, facts)
     layout, planned = arrange(recipe, config, facts, rows, place=place, dtype=dtype)
     if not planned.fits:
         raise MemoryPlanError(
             f"the run needs about {planned.peak_bytes >> 20} MiB and may use {planned.budget_bytes >> 20} MiB",
             fix="; or ".join([*planned.advice, "allow more: run.memory=…"]),
         )
-    kernels, kernels_why = _kernels(recipe, config, facts, planned.seconds_per_step * rows.steps)
+    kernels, kernels_why = _kernels(recipe, config, facts, place, planned.seconds_per_step * rows.steps)
     return Decisions(
         place=place,
         dtype=dtype,
@@ -86,7 +87,8 @@ def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows) -
         micro_tokens=planned.micro_tokens,
         recompute=planned.recompute,
         kernels=kernels,
-        predicted_peak_bytes=planned.peak_bytes,
+        predicted_peak_bytes=planned.measurable_bytes,
+        offload=planned.offload,
         why={
             "place": place_why,
             "dtype": dtype_why,
@@ -97,12 +99,42 @@ def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows) -
     )
 
 
+def _place(recipe: Recipe, facts: Machine) -> tuple[str, str]:
+    if recipe.run.place != "auto":
+        return recipe.run.place, "as the recipe says"
+    if not facts.gpus:
+        return "cpu", "no GPU is seen"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", f"{facts.gpus[0].name} is there"
+    return "cpu", f"this torch does not reach the {facts.gpus[0].name}"
+
+
+def _dtype(recipe: Recipe, place: str, facts: Machine) -> tuple[str, str]:
+    """As `dtype_name`, and for a GPU that is only named too."""
+    if place != "cuda" or recipe.model.compute != "auto" or not facts.gpus:
+        return dtype_name(recipe.model, place, facts)
+    if facts.gpus[0].bfloat16:
+        return "bfloat16", "the GPU multiplies bfloat16"
+    return "float32", "the GPU does not multiply bfloat16"
+
+
+def planned(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str | None = None) -> Plan:
+    """The plan of `recipe` before its data is known; `place`: not where the recipe says, but there."""
+    place = place or _place(recipe, facts)[0]
+    return arrange(recipe, config, facts, None, place=place, dtype=_dtype(recipe, place, facts)[0])[1]
+
+
 def arrange(
     recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, *, place: str, dtype: str
 ) -> tuple[_Layout, Plan]:
     """The first arrangement of processes that fits the memory, else the smallest one."""
     for layout in _layouts(recipe, facts, place):
-        planned = _plan(recipe, config, facts, rows, layout, dtype)
+        block = place == "cpu" and recipe.model.quantize is None and not _unblocked(recipe, config)
+        setting = Setting(place, dtype, block, layout.processes, layout.threads)
+        longest, mean = (rows.longest, rows.mean) if rows else (None, None)
+        planned = plan(recipe, config, setting, facts, longest=longest, mean_length=mean)
         if planned.fits:
             break
     return layout, planned
@@ -111,6 +143,11 @@ def arrange(
 def _layouts(recipe: Recipe, facts: Machine, place: str) -> Iterator[_Layout]:
     """Arrangements of processes by preference: as many as there are free cores, then fewer, then one."""
     run, free = recipe.run, facts.free_cores
+    if place != "cpu":
+        if run.engine == "ddp" or run.processes not in ("auto", 1):
+            raise RecipeError("on a GPU a run is one process", where="run.engine", fix="set run.engine=local")
+        yield _Layout("local", 1, _threads(recipe, free), "one process for the GPU")
+        return
     asked = None if run.processes == "auto" else run.processes
     if run.engine == "local" and asked not in (None, 1):
         raise RecipeError(f"run.processes={asked}, but run.engine=local is one process", fix="set run.engine=ddp")
@@ -130,38 +167,44 @@ def _threads(recipe: Recipe, free: int) -> int:
     return max(1, free) if recipe.run.threads == "auto" else recipe.run.threads
 
 
-def _plan(
-    recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, layout: _Layout, dtype: str
-) -> Plan:
-    try:
-        return plan(
-            recipe,
-            config,
-            dtype=dtype,
-            processes=layout.processes,
-            threads=layout.threads,
-            facts=facts,
-            longest=rows.longest if rows else None,
-            mean_length=rows.mean if rows else None,
-        )
-    except ModelError:
-        # A family whose sizes plan does not know trains all the same: a row at a time, unless the recipe says more.
-        longest = rows.longest if rows else recipe.data.length
-        tokens = longest if recipe.run.micro_tokens == "auto" else recipe.run.micro_tokens
-        allowed = budget(recipe.run.memory, facts)
-        return Plan({}, 0, allowed, layout.processes == 1, tokens, recipe.run.recompute is True, layout.processes, 0.0)
-
-
-def _kernels(recipe: Recipe, config: dict[str, Any], facts: Machine, seconds: float) -> tuple[str, str]:
+def _kernels(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str, seconds: float) -> tuple[str, str]:
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
-    if families.find(SimpleNamespace(**{"model_type": "", "hidden_act": "", **config})) is None:
-        return "reference", "our block does not run this family"
+    if place != "cpu":
+        return "reference", "our block is not yet the faster one here"
+    if why := _unblocked(recipe, config):
+        return "reference", why
     if facts.compiler is None:
         return "eager", "no C++ compiler on PATH"
     if seconds * _COMPILE_GAIN < _COMPILE_SECONDS:
         return "eager", f"compiling takes longer than it saves in a run of about {seconds:.0f} s"
     return "compiled", f"{facts.compiler} is there, and a run of about {seconds:.0f} s pays for compiling"
+
+
+def _unblocked(recipe: Recipe, config: dict[str, Any]) -> str:
+    """Why our decoder block does not run the recipe, or nothing."""
+    if recipe.run.kernels == "reference":
+        return "as the recipe says"
+    if families.find(SimpleNamespace(**{"model_type": "", "hidden_act": "", **config})) is None:
+        return "our block does not run this family"
+    why = _beyond_our_block(recipe)
+    return why and f"our block does not compute {why}"
+
+
+def _beyond_our_block(recipe: Recipe) -> str:
+    """What of the recipe our decoder block does not compute: `Adapter.foldable`, told before there is an adapter."""
+    adapter = recipe.adapter
+    if recipe.model.quantize is not None and recipe.model.quantize.kind == "int8":
+        return "the rounded inputs of int8"
+    if recipe.model.norms == "float32" and recipe.model.compute != "float32":
+        return "norms that are finer than the products"
+    if not isinstance(adapter, Lora) or adapter.dora:
+        return adapter.title
+    if adapter.init in ("pissa", "olora"):
+        return f"a start by {adapter.init}"
+    if adapter.bias != "none" or adapter.modules_to_save or adapter.new_tokens:
+        return "trained weights of the base"
+    return ""
 
 
 def halved(decisions: Decisions, longest: int) -> Decisions:

@@ -24,11 +24,11 @@ from luthier import errors
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import LuthierError, RunError
 from luthier.machine import Machine, machine
-from luthier.model.load import dtype_name, load_tokenizer, model_folder
+from luthier.model.load import load_tokenizer, model_config, model_folder
 from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.runs import Run, read_json
-from luthier.train.decide import Decisions, Rows, arrange, decide, halved
+from luthier.train.decide import Decisions, Rows, decide, halved, planned
 from luthier.train.interrupt import Interrupt, stopped
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(run: Run, *, console: Console | None = None, progress: Progress | None
 def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared:
     """The run's data as tokens: made once, then reused. A run that has not begun takes a changed file as it is now; one
     that has begun stays with the rows it began with. `say` is told so, and if the model has to be fetched first."""
-    tokenizer = load_tokenizer(model_folder(run.recipe.model, say))
+    tokenizer = load_tokenizer(model_folder(run.recipe.model, say), run.recipe.adapter)
     say = say or (lambda text: None)
     if (run.data / "report.json").exists():
         prepared = Prepared.open(run.data, tokenizer)
@@ -98,10 +98,9 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     return decisions
 
 
-def decide_for(recipe: Recipe, facts: Machine) -> Plan:
-    """The plan of `recipe` on a machine's CPU, before its data is known."""
-    dtype, _ = dtype_name(recipe.model, "cpu", facts)
-    return arrange(recipe, _config(recipe), facts, None, place="cpu", dtype=dtype)[1]
+def decide_for(recipe: Recipe, facts: Machine, place: str | None = None) -> Plan:
+    """The plan of `recipe` on a machine before its data is known, where the recipe says or in another `place`."""
+    return planned(recipe, model_config(recipe.model), facts, place)
 
 
 def _here(run: Run, decisions: Decisions, emit: Progress) -> dict[str, Any]:

@@ -57,13 +57,13 @@ class Trainer:
         emit: Callable[[Event], None] = lambda event: None,
         answer: Callable[[], Sequence[Event]] = lambda: (),
     ) -> None:
-        assert model.lora is not None, "training needs an adapter"
-        self.recipe, self.model, self.lora, self.stream, self.heldout = recipe, model, model.lora, stream, heldout
+        assert model.adapter is not None, "training needs an adapter"
+        self.recipe, self.model, self.adapter, self.stream, self.heldout = recipe, model, model.adapter, stream, heldout
         self.engine, self.answer, self.interrupt = engine, answer, Interrupt()
         self.emit = emit if engine.rank == 0 else lambda event: None
         self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
-        self.gradient = optim.flat_gradient(list(self.lora.parameters()))
-        self.optimizer = optim.optimizer(self.lora.named_parameters(), recipe.train)
+        self.gradient = optim.flat_gradient(list(self.adapter.parameters()))
+        self.optimizer = optim.optimizer(self.adapter.named_parameters(), recipe.train, self._say)
         self.steps = stream.steps
         self.progress = Progress(step=0, micro_tokens=micro_tokens)
         self.resumed_from = self.saved = self._resume()
@@ -91,14 +91,14 @@ class Trainer:
         targets = max(1, sum(store.targets(sample.row) for sample in samples))
         loss, cuts, peak = self._gradient_of(samples, targets)
         norm = float(torch.linalg.vector_norm(self.gradient))
+        if not math.isfinite(norm) and self.recipe.model.compute == "float16" and self.progress.rescale():
+            return self.step()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._not_finite(samples, loss, norm)
         if train.max_norm is not None and norm > train.max_norm:
             self.gradient.mul_(train.max_norm / norm)
         lr = optim.rate(train, number, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["times"]
-        self.optimizer.step()
+        optim.update(self.optimizer, lr)
         self.progress.step = number + 1
         seconds = time.perf_counter() - started
         epoch = (samples[-1].index + 1) / self.stream.epoch_samples
@@ -131,7 +131,7 @@ class Trainer:
         if self.engine.rank == 0:
             self.journal.sync()
             moments = optim.moments(self.optimizer) | {"rng": torch.get_rng_state()}
-            checkpoint.publish(self.checkpoints, Checkpoint(self.lora.state_dict(), moments, self.progress))
+            checkpoint.publish(self.checkpoints, Checkpoint(self.adapter.state_dict(), moments, self.progress))
             checkpoint.prune(self.checkpoints, self.recipe.run.save.keep, self.progress.best_step)
             self.emit({"event": "checkpoint", "step": self.progress.step})
         self.saved = self.progress.step
@@ -140,7 +140,7 @@ class Trainer:
         """Gives the adapter the weights of the lowest evaluation loss. Raises CheckpointError if they are damaged."""
         if self.progress.best_step not in (None, self.progress.step):
             folder = checkpoint.folder_of(self.checkpoints, self.progress.best_step)
-            self.lora.load_state_dict(checkpoint.read(folder).adapter)
+            self.adapter.load_state_dict(checkpoint.read(folder).adapter)
 
     @property
     def finished(self) -> bool:
@@ -167,7 +167,7 @@ class Trainer:
             self.gradient.zero_()
             cuts, loss, short = self._cut(self.stream.store, samples), 0.0, False
             try:
-                loss = self._accumulate(cuts, targets)
+                loss = self._accumulate(cuts)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -175,8 +175,9 @@ class Trainer:
             # Only here, outside the handler, has the traceback let go of the step's tensors.
             if not self.engine.highest(short):
                 self.engine.reduce(self.gradient)
+                self.gradient.div_(targets * self.progress.scale)
                 total, count, peak = self.engine.total(loss, len(cuts), peak_bytes())
-                return total, int(count), int(peak)
+                return total / targets, int(count), int(peak)
             release()
             self._halve(samples, cuts)
 
@@ -187,13 +188,14 @@ class Trainer:
         packs = micro_batches([lengths[i] for i in mine], self.progress.micro_tokens)
         return [[samples[mine[i]] for i in pack] for pack in packs]
 
-    def _accumulate(self, cuts: list[list[Sample]], targets: int) -> float:
-        total = torch.zeros((), dtype=torch.float64)
+    def _accumulate(self, cuts: list[list[Sample]]) -> float:
+        """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum."""
+        losses = []
         for cut in cuts:
             loss = self.model.loss(collate(self.stream.store, cut, self.progress.step))
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach().double().cpu()
-        return float(total) / targets
+            (loss * self.progress.scale).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
 
     def _halve(self, samples: list[Sample], cuts: list[list[Sample]]) -> None:
         """Takes half of the largest micro-batch that any process tried as the budget."""
@@ -207,7 +209,7 @@ class Trainer:
                 fix="set data.length lower, or run.recompute=true",
             )
         self.progress.micro_tokens = largest // 2
-        self.emit({"event": "note", "text": f"out of memory; from here on {largest // 2} tokens at a time"})
+        self._say(f"out of memory; from here on {largest // 2} tokens at a time")
 
     def _not_finite(self, samples: list[Sample], loss: float, norm: float) -> NotFiniteError:
         """Names the rows whose loss alone is not finite, else (it is the gradient) all rows of the step."""
@@ -227,17 +229,20 @@ class Trainer:
         """Takes up the newest checkpoint that verifies, found by rank 0 and read by all. Returns its step, or 0."""
         found = None
         if self.engine.rank == 0:
-            found = checkpoint.newest(self.checkpoints, lambda text: self.emit({"event": "note", "text": text}))
+            found = checkpoint.newest(self.checkpoints, self._say)
         step = self.engine.highest(found.progress.step if found else 0)
         if step:
             found = found or checkpoint.read(checkpoint.folder_of(self.checkpoints, step))
-            self.lora.load_state_dict(found.adapter)
+            self.adapter.load_state_dict(found.adapter)
             torch.set_rng_state(found.optimizer.pop("rng"))
             optim.restore(self.optimizer, found.optimizer)
             self.progress = found.progress.limited(self.progress.micro_tokens)
         if self.engine.rank == 0:
             self.journal.rewind(self.progress.step, self.progress.evaluated)
         return step
+
+    def _say(self, text: str) -> None:
+        self.emit({"event": "note", "text": text})
 
     def _log(self, event: str, record: Event) -> None:
         if self.engine.rank == 0:

@@ -19,6 +19,11 @@ def peak_bytes() -> int:
     """The most memory this process has held: of the GPU where one is used, else resident memory."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_reserved()
+    return host_peak_bytes()
+
+
+def host_peak_bytes() -> int:
+    """The most resident memory this process has held, files it reads in place included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

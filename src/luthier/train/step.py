@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from luthier.adapters.lora import Lora
+from luthier.adapters.method import Adapter
 from luthier.data.stream import Micro
 
 Event = dict[str, Any]
@@ -16,7 +16,7 @@ Event = dict[str, Any]
 class Model(Protocol):
     """What the loop needs of a `CausalModel`."""
 
-    lora: Lora | None
+    adapter: Adapter | None
 
     def loss(self, micro: Micro, /) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`, differentiable in the adapter."""

@@ -1,6 +1,6 @@
 """What a person sees of training: a bar where there is a terminal, plain lines where there is none.
 
-Events, as dicts with the key `event`: decisions, start, step, evaluation, sample, checkpoint, note.
+Events, as dicts with the key `event`: decisions, start, rehearsal, step, evaluation, sample, checkpoint, note.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def _remark(event: Event) -> str | None:
             who = f"{event['processes']} process(es) of {event['threads']} thread(s) on {event['place']}"
             why = event["why"]
             return f"{who} ({why['engine']}); {event['dtype']}, {event['kernels']} kernels ({why['kernels']})"
+        case "rehearsal":
+            took, planned = event["peak_bytes"] / _GIB, event["predicted_peak_bytes"] / _GIB
+            return f"the worst step takes {took:.2f} GiB; {planned:.2f} were planned"
         case "sample":
             return f"  asked: {_short(event['prompt'])}\n  said:  {_short(event['answer'])}"
         case "note":

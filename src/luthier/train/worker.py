@@ -20,14 +20,18 @@ from luthier.adapters import files
 from luthier.data.conversation import Message
 from luthier.data.prepare import Prepared, heldout_conversations
 from luthier.data.stream import Stream
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, ModelError
 from luthier.model.causal import CausalModel, build
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
+from luthier.model.place import check_place
 from luthier.recipe import Recipe
 from luthier.runs import Run, sync_folder
 from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
 from luthier.train.loop import Trainer
+from luthier.train.memory import host_peak_bytes
+from luthier.train.rehearse import rehearse
+from luthier.train.reproducible import loosened, reproducible
 from luthier.train.step import Event, Step
 from luthier.train.trackers import Journal, Trackers
 
@@ -44,8 +48,9 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         warn=lambda text: emit({"event": "note", "text": text}),
     )
     folder = model_folder(run.recipe.model)
-    prepared = Prepared.open(run.data, load_tokenizer(folder))
+    prepared = Prepared.open(run.data, load_tokenizer(folder, run.recipe.adapter))
     model = _model(run.recipe, decisions, folder)
+    _check_vocabulary(prepared, len(model.module.get_input_embeddings().weight))
     trainer = Trainer(
         run.recipe,
         model,
@@ -61,14 +66,19 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
         emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
     try:
-        steps = list(trainer)
+        with reproducible(decisions.place):
+            if not trainer.finished:
+                _rehearse(trainer, decisions, emit)
+            steps = list(trainer)
     finally:
         trackers.close()
     if run.recipe.train.keep == "best":
         trainer.keep_best()
     if engine.rank == 0:
+        if getattr(run.recipe.adapter, "new_tokens", None):
+            prepared.encoder.tokenizer.save(run.adapter)  # first: an adapter is there once its config is
         files.save(
-            trainer.lora,
+            trainer.adapter,
             run.adapter,
             base=run.recipe.model.base,
             revision=loaded_revision(folder) or run.recipe.model.revision,
@@ -76,6 +86,27 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         )
         sync_folder(run.adapter)
     return _result(run, decisions, trainer, steps)
+
+
+def _check_vocabulary(prepared: Prepared, rows: int) -> None:
+    """Raises ModelError where the data holds a token that the embedding of `rows` rows does not have."""
+    tokens = prepared.encoder.tokenizer.vocab_size
+    if tokens > rows and max(int(prepared.train.example(i)[0].max()) for i in range(len(prepared.train))) >= rows:
+        what = f"the data has tokens that the model lacks: its tokenizer has {tokens}, its embedding {rows}"
+        raise ModelError(what, fix="use the tokenizer that came with the model")
+
+
+def _rehearse(trainer: Trainer, decisions: Decisions, emit: Emit) -> None:
+    """Proves by the worst step that the memory is enough, and tells what it took beside what was planned."""
+    try:
+        peak = rehearse(trainer)
+    except RuntimeError as error:
+        if not loosened(error):
+            raise
+        emit({"event": "note", "text": "this model adds up in no fixed order: a resumed run may differ in last bits"})
+        peak = rehearse(trainer)
+    predicted = decisions.predicted_peak_bytes
+    emit({"event": "rehearsal", "peak_bytes": peak, "predicted_peak_bytes": predicted})
 
 
 def stream(recipe: Recipe, prepared: Prepared) -> Stream:
@@ -117,6 +148,7 @@ def main(folder: str) -> int:
 
 
 def _model(recipe: Recipe, decisions: Decisions, folder: Path) -> CausalModel:
+    check_place(decisions.place)
     return build(
         recipe.model,
         recipe.adapter,
@@ -126,6 +158,7 @@ def _model(recipe: Recipe, decisions: Decisions, folder: Path) -> CausalModel:
         seed=recipe.train.seed,
         device=torch.device(decisions.place),
         dtype=getattr(torch, decisions.dtype),
+        offload=decisions.offload,
     )
 
 
@@ -148,7 +181,7 @@ def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence
     """Greedy answers to the first held-out prompts, beside what was wanted."""
     from luthier.model.generate import Sampling, generate
 
-    store, decode = prepared.heldout, prepared.encoder.decode
+    store, decode, tokenizer = prepared.heldout, prepared.encoder.decode, prepared.encoder.tokenizer
     rows = [row for row in range(len(store)) if store.prompts[row] > 0][: recipe.evaluate.samples]
     parts = [(store.example(row)[0].tolist(), int(store.prompts[row])) for row in rows]
     sampling = Sampling(max_new_tokens=recipe.evaluate.generate.max_new_tokens)
@@ -158,7 +191,8 @@ def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence
     return [
         {
             "row": str(store.origin(row)),
-            "prompt": _question(asked[store.origin(row)]) or decode(ids[:prompt]),
+            # Without a user's words, the marks of the template say who speaks where.
+            "prompt": _question(asked[store.origin(row)]) or tokenizer.decode(ids[:prompt], control=True),
             "reference": decode(ids[prompt:]),
             "answer": decode(generation.ids),
         }
@@ -183,6 +217,7 @@ def _result(run: Run, decisions: Decisions, trainer: Trainer, steps: list[Step])
         "tokens_per_second": sum(step.tokens for step in steps) / seconds if seconds else 0.0,
         "peak_bytes": max((step.peak_bytes for step in steps), default=0),
         "predicted_peak_bytes": decisions.predicted_peak_bytes,
+        "host_peak_bytes": host_peak_bytes(),
     }
 
 
