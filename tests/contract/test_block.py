@@ -22,7 +22,7 @@ from luthier.model.causal import CausalModel, Kernels
 from luthier.model.pack import share_prefix, trim
 
 VOCAB = 97
-ALL = recipe.Adapter(rank=4, alpha=8)
+ALL = recipe.Lora(rank=4, alpha=8)
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -56,7 +56,7 @@ def module(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
     return made.to(dtype).eval()
 
 
-def model(family: str, kernels: Kernels, adapter: recipe.Adapter = ALL, **options: Any) -> CausalModel:
+def model(family: str, kernels: Kernels, adapter: recipe.Lora = ALL, **options: Any) -> CausalModel:
     recompute, dtype = options.pop("recompute", False), options.pop("dtype", torch.float32)
     base = module(family, dtype, **options)
     lora = attach(base, adapter, seed=3)
@@ -76,12 +76,12 @@ def micro(lengths: tuple[int, ...] = (7, 2, 150, 12), supervised: tuple[int, ...
 
 
 def gradients(model: CausalModel, batch: Micro) -> tuple[Tensor, Tensor]:
-    assert model.lora is not None
-    for parameter in model.lora.parameters():
+    assert model.adapter is not None
+    for parameter in model.adapter.parameters():
         parameter.grad = None
     loss = model.loss(batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.lora.parameters()]
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.adapter.parameters()]
     return loss.detach(), torch.cat([g.flatten() for g in flat])
 
 
@@ -107,7 +107,7 @@ def test_the_reference_path_gives_the_logits_of_the_untouched_module() -> None:
     untouched = copy.deepcopy(made.module)
     untouched.set_attn_implementation("eager")
     rows = torch.cat([untouched(batch.ids[None, a:b]).logits[0] for a, b in pairwise(batch.bounds)])
-    assert error(made.hidden(batch) @ made.head.t(), rows[batch.rows]) <= 1e-5
+    assert error(made.head.logits(made.hidden(batch)), rows[batch.rows]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -147,13 +147,13 @@ def test_shapes_biases_and_scaled_rotations_agree(changes: dict[str, Any], kerne
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_any_targets_agree(targets: list[str], recompute: bool, kernels: Kernels) -> None:
-    adapter = recipe.Adapter(rank=3, alpha=5, targets=targets)
+    adapter = recipe.Lora(rank=3, alpha=5, targets=targets)
     alike(model("qwen2", kernels, adapter, recompute=recompute), model("qwen2", "reference", adapter), micro())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_dropout_masks_are_those_of_the_reference_path(recompute: bool, kernels: Kernels) -> None:
-    adapter = recipe.Adapter(rank=4, dropout=0.3)
+    adapter = recipe.Lora(rank=4, dropout=0.3)
     fast, reference = model("llama", kernels, adapter, recompute=recompute), model("llama", "reference", adapter)
     alike(fast, reference, micro())
     undropped = model("llama", "reference", ALL)
@@ -161,7 +161,7 @@ def test_dropout_masks_are_those_of_the_reference_path(recompute: bool, kernels:
 
 
 def test_evaluation_drops_nothing(kernels: Kernels) -> None:
-    dropping = model("llama", kernels, recipe.Adapter(rank=4, alpha=8, dropout=0.3))
+    dropping = model("llama", kernels, recipe.Lora(rank=4, alpha=8, dropout=0.3))
     with torch.no_grad():
         assert torch.equal(dropping.loss(micro()), model("llama", kernels).loss(micro()))
 
@@ -171,7 +171,7 @@ def test_evaluation_drops_nothing(kernels: Kernels) -> None:
 def test_recomputing_changes_no_bit(paths: Kernels, dropout: float) -> None:
     if paths == "compiled" and native.compiler() is None:
         pytest.skip("no C++ compiler")
-    adapter = recipe.Adapter(rank=4, dropout=dropout)
+    adapter = recipe.Lora(rank=4, dropout=dropout)
     kept, remade = (gradients(model("llama", paths, adapter, recompute=r), micro()) for r in (False, True))
     assert torch.equal(kept[0], remade[0])
     assert torch.equal(kept[1], remade[1])
@@ -179,7 +179,7 @@ def test_recomputing_changes_no_bit(paths: Kernels, dropout: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_promise_1_packed_and_row_by_row_give_the_same_loss_and_gradients(kernels: Kernels, dropout: float) -> None:
-    made, batch = model("llama", kernels, recipe.Adapter(rank=4, dropout=dropout)), micro()
+    made, batch = model("llama", kernels, recipe.Lora(rank=4, dropout=dropout)), micro()
     whole, gradient = gradients(made, batch)
     alone = [gradients(made, row) for row in rows(batch)]
     assert abs(sum(loss for loss, _ in alone) - whole) <= 1e-6 * whole
@@ -252,7 +252,7 @@ def test_a_single_row_and_rows_that_share_little_are_left_alone() -> None:
 
 
 def test_rows_with_dropout_share_no_prefix(kernels: Kernels) -> None:
-    adapter = recipe.Adapter(rank=4, dropout=0.3)
+    adapter = recipe.Lora(rank=4, dropout=0.3)
     alike(model("llama", kernels, adapter), model("llama", "reference", adapter), sharing(25))
 
 
@@ -272,15 +272,15 @@ def test_the_module_still_runs_by_itself_on_the_merged_weights(kernels: Kernels)
 def test_a_disabled_adapter_is_the_base_model(kernels: Kernels) -> None:
     fast = model("llama", kernels)
     base = CausalModel(module("llama"), None, kernels=kernels)
-    assert fast.lora is not None
-    with torch.no_grad(), fast.lora.disabled():
+    assert fast.adapter is not None
+    with torch.no_grad(), fast.adapter.disabled():
         assert torch.equal(fast.loss(micro()), base.loss(micro()))
     with torch.no_grad():
         assert not torch.equal(fast.loss(micro()), base.loss(micro()))
 
 
 def test_nothing_flows_below_the_first_adapted_layer(kernels: Kernels) -> None:
-    adapter = recipe.Adapter(rank=4, targets=["model.layers.2.mlp.down_proj"])
+    adapter = recipe.Lora(rank=4, targets=["model.layers.2.mlp.down_proj"])
     loss = model("llama", kernels, adapter).loss(micro())
     nodes, seen = [loss.grad_fn], set()
     while nodes:
@@ -291,12 +291,18 @@ def test_nothing_flows_below_the_first_adapted_layer(kernels: Kernels) -> None:
     assert [type(node).__name__ for node in seen].count("_LayerBackward") == 1
 
 
-def test_a_row_longer_than_the_window_is_refused(kernels: Kernels) -> None:
-    sliding = {"sliding_window": 100}
-    for paths in (kernels, "reference"):
-        with pytest.raises(ModelError, match="100 tokens"):
-            model("mistral", paths, **sliding).loss(micro())
-        model("mistral", paths, **sliding).loss(micro(lengths=(90, 60)))
+def test_a_row_longer_than_the_window_is_refused_by_the_block_and_right_on_the_reference_path(kernels: Kernels) -> None:
+    sliding, short = {"sliding_window": 100}, micro(lengths=(90, 60))
+    with pytest.raises(ModelError, match="100 tokens"):
+        model("mistral", kernels, **sliding).loss(micro())
+    model("mistral", kernels, **sliding).loss(short)
+    made, batch = model("mistral", "reference", **sliding), micro()
+    untouched = copy.deepcopy(made.module)
+    untouched.set_attn_implementation("eager")
+    rows = torch.cat([untouched(batch.ids[None, a:b]).logits[0] for a, b in pairwise(batch.bounds)])
+    assert error(made.head.logits(made.hidden(batch)), rows[batch.rows]) <= 1e-5
+    unbounded = model("mistral", "reference", sliding_window=None)
+    assert error(unbounded.hidden(batch), made.hidden(batch)) > 1e-3
 
 
 def test_a_family_that_the_block_does_not_run_is_refused_by_name() -> None:

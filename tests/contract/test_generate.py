@@ -13,7 +13,7 @@ from luthier.data.stream import Stream, collate
 from luthier.errors import ModelError
 from luthier.model import decode
 from luthier.model.causal import CausalModel
-from luthier.model.decode import Decoder, FastDecoder, Projection, ReferenceDecoder
+from luthier.model.decode import Decoder, FastDecoder, Projection, ReferenceDecoder, WholeDecoder
 from luthier.model.generate import Generation, Sampling, _answer, _batches, _without_holes, generate, stream
 
 BEGINNING = [5, 9, 3, 7, 11, 2, 13, 17, 6, 4]
@@ -27,9 +27,9 @@ NO_STOPS: frozenset[int] = frozenset()
 def model() -> CausalModel:
     """A tiny Llama whose adapter changes what it says."""
     made = tiny.model(tiny.recipe())
-    assert made.lora is not None
+    assert made.adapter is not None
     generator = torch.Generator().manual_seed(1)
-    for layer in made.lora.layers.values():
+    for layer in made.adapter.layers.values():
         layer.B.data.normal_(0, 0.5, generator=generator)
     return made
 
@@ -37,6 +37,7 @@ def model() -> CausalModel:
 def decoders(model: CausalModel) -> dict[str, Decoder]:
     return {
         "reference": ReferenceDecoder(model),
+        "whole": WholeDecoder(model),
         "merged": FastDecoder(model, merge=True),
         "as it is": FastDecoder(model, merge=False),
     }
@@ -44,7 +45,7 @@ def decoders(model: CausalModel) -> dict[str, Decoder]:
 
 @torch.inference_mode()
 def answers(decoder: Decoder, prompts: list[list[int]], sampling: Sampling, stops: frozenset[int]) -> list[Generation]:
-    made = _answer(decoder, prompts, [[]] * len(prompts), sampling, stops)
+    made = _answer(decoder, prompts, [()] * len(prompts), sampling, stops)
     return [answer for _, answer in sorted(made, key=lambda pair: pair[0])]
 
 
@@ -53,25 +54,31 @@ CONTINUATIONS = [[3], [8, 1, 44, 2], [60] * 7, [5, 6], [9, 9, 9]]
 
 @torch.inference_mode()
 @pytest.mark.parametrize("prompts", [PROMPTS, STRANGERS, PROMPTS[:1]], ids=["shared", "strangers", "one"])
-@pytest.mark.parametrize("kind", ["reference", "merged", "as it is"])
+@pytest.mark.parametrize("kind", ["reference", "whole", "merged", "as it is"])
 def test_a_continuation_weighs_what_it_weighs_in_the_whole_text(
     model: CausalModel, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 8)  # several passes
-    engine, continuations = decoders(model)[kind], CONTINUATIONS[: len(prompts)]
-    weights = engine.weigh(engine.prefill(prompts, 4), continuations)
-    for prompt, continuation, weight in zip(prompts, continuations, weights, strict=True):
-        logits = model.module(input_ids=torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+    engine, count = decoders(model)[kind], len(prompts)
+    rows, continuations = [*range(count), count - 1, 0, 0], [*CONTINUATIONS[:count], [8, 1, 50], [4], [4, 4]]
+    losses = engine.weigh(engine.prefill(prompts, 4), rows, continuations)
+    for row, continuation, loss in zip(rows, continuations, losses, strict=True):
+        logits = model.module(input_ids=torch.tensor([prompts[row] + continuation])).logits[
+            0, len(prompts[row]) - 1 : -1
+        ]
         wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(continuation), reduction="sum")
-        assert weight == pytest.approx(float(wanted), rel=1e-5)
+        assert loss == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_answers_are_the_same_beside_references_of_some(model: CausalModel) -> None:
-    references = [[], [8, 1, 44, 2], [], [5, 6], [3]]
+def test_answers_are_the_same_beside_continuations_of_some(model: CausalModel) -> None:
+    beside = [[], [[8, 1, 44, 2], [8]], [], [[5, 6]], [[3], [4], [5]]]
     alone = generate(model, PROMPTS, GREEDY, NO_STOPS)
-    beside = generate(model, PROMPTS, GREEDY, NO_STOPS, references=references)
-    assert [one.ids for one in beside] == [one.ids for one in alone]
-    assert [one.nll is None for one in beside] == [not reference for reference in references]
+    both = generate(model, PROMPTS, GREEDY, NO_STOPS, continuations=beside)
+    only = generate(model, PROMPTS, Sampling(max_new_tokens=0), NO_STOPS, continuations=beside)
+    assert [one.ids for one in both] == [one.ids for one in alone]
+    assert [len(one.losses) for one in both] == [len(several) for several in beside]
+    assert [one.losses for one in only] == [one.losses for one in both]
+    assert all(one.ids == [] for one in only)
 
 
 def by_transformers(model: CausalModel, prompt: list[int], **options: Any) -> list[int]:
@@ -175,9 +182,9 @@ def test_a_stream_leaves_gradients_on_for_its_caller(model: CausalModel) -> None
 
 
 def test_with_the_adapter_off_the_base_answers(model: CausalModel) -> None:
-    assert model.lora is not None
+    assert model.adapter is not None
     tuned = generate(model, PROMPTS, GREEDY, NO_STOPS)
-    with model.lora.disabled():
+    with model.adapter.disabled():
         base = generate(model, PROMPTS, GREEDY, NO_STOPS)
         assert base == answers(ReferenceDecoder(model), PROMPTS, GREEDY, NO_STOPS)
     assert base != tuned
@@ -228,7 +235,7 @@ def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalMode
     torch.testing.assert_close(Projection(layers, merge=False)(x), expected, atol=1e-5, rtol=1e-5)
     half = tiny.model(tiny.recipe())
     half.module.to(torch.bfloat16)
-    for layer in half.lora.layers.values():  # type: ignore[union-attr]
+    for layer in half.adapter.layers.values():  # type: ignore[union-attr]
         layer.B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.index))
     attention = half.module.base_model.layers[0].self_attn
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]

@@ -160,8 +160,8 @@ def test_linear_cross_entropy(parts: Pointwise, dtype: torch.dtype, rows: int, w
     hidden, head = random(rows, width, dtype=dtype).requires_grad_(), random(words, width, dtype=dtype, seed=1)
     targets = torch.randint(0, words, (rows,), generator=torch.Generator().manual_seed(2))
     twin_hidden = exact(hidden)
-    made = loss.linear_cross_entropy(hidden, head, targets, parts)
-    twin = reference.linear_cross_entropy(twin_hidden, head, targets)
+    made = loss.linear_cross_entropy(hidden, loss.Head(head), targets, parts)
+    twin = reference.linear_cross_entropy(twin_hidden, loss.Head(head), targets)
     assert made.dtype == torch.float32
     close(made, twin, dtype)
     (mine,), (theirs,) = torch.autograd.grad(made * 3, hidden), torch.autograd.grad(twin * 3, twin_hidden)
@@ -170,7 +170,7 @@ def test_linear_cross_entropy(parts: Pointwise, dtype: torch.dtype, rows: int, w
 
 def test_a_loss_of_no_rows_is_zero() -> None:
     empty = torch.zeros(0, 8, requires_grad=True)
-    assert loss.linear_cross_entropy(empty, torch.ones(5, 8), torch.zeros(0, dtype=torch.int64)) == 0
+    assert loss.linear_cross_entropy(empty, loss.Head(torch.ones(5, 8)), torch.zeros(0, dtype=torch.int64)) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -195,7 +195,7 @@ def test_a_value_that_is_not_finite_is_never_lost(parts: Pointwise, dtype: torch
     assert not finite(parts.swiglu_backward(spoilt(3, 8), random(3, 16, dtype=dtype))[0])
     assert not finite(parts.softmax(spoilt(1, 3, 1, 8), torch.tensor([8, 8, 8])))
     assert not finite(
-        loss.linear_cross_entropy(spoilt(3, 8), random(5, 8, dtype=dtype), torch.tensor([0, 1, 2]), parts)
+        loss.linear_cross_entropy(spoilt(3, 8), loss.Head(random(5, 8, dtype=dtype)), torch.tensor([0, 1, 2]), parts)
     )
 
 

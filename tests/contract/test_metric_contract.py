@@ -11,7 +11,8 @@ from luthier.evaluate.metrics import METRICS, Answer, Metric
 
 CHOICES = ("red wine", "green tea")
 QUESTION = Conversation((), Origin("q.jsonl", 1), references=("red wine", "Red wine!"), choices=CHOICES, answer=0)
-RIGHT, WRONG = Answer("red wine", True, 2, nll=1.0, targets=4), Answer("", True, 0, nll=9.0, targets=4)
+RIGHT = Answer("red wine", True, 2, nll=1.0, targets=4, choices=(1.0, 9.0), choice_tokens=(2, 2))
+WRONG = Answer("", True, 0, nll=9.0, targets=4, choices=(9.0, 1.0), choice_tokens=(2, 2))
 
 every = pytest.mark.parametrize("metric", [METRICS.get(name) for name in METRICS.names()], ids=METRICS.names())
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from luthier.data.conversation import Example, Origin
+from luthier.data.conversation import Conversation, Example, Message, Origin, to_json
 from luthier.errors import DataError, RecipeError, RunError, UsageError
-from luthier.evaluate.answers import Memo, Task, _continuing, plan, sampling_of, work
+from luthier.evaluate.answers import Memo, _rest, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
 from luthier.evaluate.subject import Subject
@@ -89,14 +89,75 @@ def test_a_likelihood_is_the_same_with_an_answer_and_alone(run: Run, tmp_path: P
 
 
 def test_a_row_with_an_earlier_answer_is_weighed_whole() -> None:
-    def task(supervised: list[int]) -> list[Task]:
-        example = Example([1, 2, 3, 4, 5, 6], supervised, 4, Origin("", 1))
-        return [Task("base", 0, "a", prompt=[1, 2, 3, 4]), Task("base", 0, "b", example=example)]
+    def rest(supervised: list[int]) -> list[int]:
+        return _rest(Example([1, 2, 3, 4, 5, 6], supervised, 4, Origin("", 1)), [1, 2, 3, 4])
 
-    assert _continuing(task([0, 0, 0, 0, 1, 1]))[0][1] == [5, 6]
-    assert _continuing(task([0, 0, 0, 0, 1, 0]))[0][1] == [5]
-    assert _continuing(task([0, 1, 0, 0, 1, 1])) == {}
-    assert _continuing(task([0, 1, 1, 0, 0, 0])) == {}
+    assert rest([0, 0, 0, 0, 1, 1]) == [5, 6]
+    assert rest([0, 0, 0, 0, 1, 0]) == [5]
+    assert rest([0, 1, 0, 0, 1, 1]) == []
+    assert rest([0, 1, 1, 0, 0, 0]) == []
+
+
+def choosing(run: Run, *choices: str, metrics: tuple[str, ...]) -> Run:
+    """The run with multiple-choice questions to compare on, answered by the text of the choice."""
+    asked = [
+        Conversation(
+            (Message("user", f"what is {a} plus {b}"), Message("assistant", choices[a % len(choices)])),
+            Origin("choices.jsonl", 3 * a + b + 1),
+            references=(choices[a % len(choices)],),
+            choices=choices,
+            answer=a % len(choices),
+        )
+        for a in range(3)
+        for b in range(3)
+    ]
+    (run.data / "test.jsonl").write_text("".join(json.dumps(to_json(question)) + "\n" for question in asked))
+    tree = run.recipe.model_dump(mode="json")
+    tree["data"]["labels"] = "text"
+    tree["evaluate"]["metrics"] = metrics
+    return Run(run.folder, type(run.recipe).model_validate(tree))
+
+
+@pytest.mark.parametrize("kernels", ["reference", "eager"])
+@pytest.mark.parametrize("metrics", [("accuracy_likelihood",), ("accuracy_per_token", "rougeL", "perplexity")])
+def test_the_likelihood_of_a_choice_is_that_of_a_plain_forward_pass(
+    run: Run, metrics: tuple[str, ...], kernels: str
+) -> None:
+    choices = ("3", "4 more", "5 plus 1 more")
+    run.update_manifest(decisions=run.manifest["decisions"] | {"kernels": kernels})
+    run = choosing(run, *choices, metrics=metrics)
+    found, subject = compare(run), Subject.open(run)
+    tokenizer = subject.encoder.tokenizer
+    for row, prompt in zip(found.rows, subject.encoder.prompts(suite(run).questions), strict=True):
+        rests = [ids for ids, _ in tokenizer.encode(choices)]  # words apart, and no end of turn
+        assert row["choices_nll"]["targets"] == [len(rest) for rest in rests] == [1, 2, 4]
+        for side in ("base", "tuned"):
+            plain = []
+            for rest in rests:
+                with subject.side(side):
+                    logits = subject.model.module(torch.tensor([prompt + rest])).logits[0, len(prompt) - 1 : -1]
+                plain.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(rest), reduction="sum")))
+            assert row["choices_nll"][side] == pytest.approx(plain, rel=1e-5)
+            scores = [nll / len(rest) for nll, rest in zip(plain, rests, strict=True)] if "per" in metrics[0] else plain
+            right = choices[scores.index(min(scores))] == row["references"][0]
+            assert row["scores"][metrics[0]][side] == 100.0 * right
+
+
+def test_where_a_choice_begins_another_the_end_of_the_turn_counts(run: Run) -> None:
+    run = choosing(run, "3", "3 more", metrics=("accuracy_likelihood",))
+    asked = suite(run).questions
+    tasks = plan(Subject.open(run), asked, sampling_of(run), needs={"choices"})
+    ends = Subject.open(run).encoder.tokenizer.control["<|end|>"]
+    assert len(tasks) == 2 * len(asked)
+    assert all([rest[-1] for rest in task.choices or ()] == [ends, ends] for task in tasks)
+
+
+def test_the_precision_of_training_is_that_of_its_answers(run: Run) -> None:
+    run.update_manifest(decisions=run.manifest["decisions"] | {"dtype": "bfloat16", "place": "cuda"})
+    subject = Subject.open(run)
+    assert subject.facts["dtype"] == "bfloat16"
+    assert subject.model.dtype == torch.bfloat16
+    assert subject.model.device.type == subject.place == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:

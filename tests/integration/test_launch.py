@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
 import tiny
 from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
-from luthier.errors import RecipeError, RunError, Stopped
+from luthier.errors import ModelError, RecipeError, RunError, Stopped
 from luthier.runs import Run
 from luthier.train.launch import prepare_data, train
 
@@ -166,3 +167,13 @@ def test_a_worker_that_crashes_ends_the_others_and_its_last_words_are_told(tmp_p
 def test_an_error_in_a_worker_is_the_same_error_here(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unknown tracker 'tensorbord'"):
         train(two(tmp_path, "run.track=['tensorbord']"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Its tokens would have no rows in the embedding."""
+    made = tiny.run(tmp_path)
+    config = tiny.config()
+    config.vocab_size = 12
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="tokens that the model lacks"):
+        train(made)

@@ -70,7 +70,7 @@ def test_a_mean_of_means_would_fail_this(tmp_path: Path, whole: list[Step]) -> N
 
     class MeanOfMeans:
         def __init__(self, model: Any) -> None:
-            self.model, self.lora = model, model.lora
+            self.model, self.adapter = model, model.adapter
 
         def loss(self, micro: Any) -> torch.Tensor:
             loss: torch.Tensor = self.model.loss(micro)

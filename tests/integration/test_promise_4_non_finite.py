@@ -18,7 +18,7 @@ class Poisoned:
 
     def __init__(self, recipe: Any, value: float, sample: int | None) -> None:
         self.model = tiny.model(recipe)
-        self.lora, self.value, self.sample = self.model.lora, value, sample
+        self.adapter, self.value, self.sample = self.model.adapter, value, sample
 
     def loss(self, micro: Any) -> torch.Tensor:
         loss = self.model.loss(micro)
@@ -37,11 +37,11 @@ def test_the_run_stops_before_the_update_and_names_the_row(tmp_path: Path, value
     steps = iter(run)
     for _ in range(3):
         next(steps)
-    weights, moments = _copies(run.lora.state_dict()), _copies(optim.moments(run.optimizer))
+    weights, moments = _copies(run.adapter.state_dict()), _copies(optim.moments(run.optimizer))
     with pytest.raises(NotFiniteError, match="step 4 ") as raised:
         next(steps)
     assert raised.value.where == str(run.stream.store.origin(guilty.row))
-    assert _equal(weights, run.lora.state_dict())
+    assert _equal(weights, run.adapter.state_dict())
     assert _equal(moments, optim.moments(run.optimizer))
     assert run.progress.step == 3
 
@@ -64,6 +64,47 @@ def test_the_last_checkpoint_is_sound_and_the_log_ends_before_the_step(tmp_path:
     assert found.progress.step == 2
     assert all(torch.isfinite(tensor).all() for tensor in found.adapter.values())
     assert "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
+
+
+class Narrow(torch.autograd.Function):
+    """What float16 does to a gradient: above `most` nothing is left of it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, most: float) -> torch.Tensor:
+        ctx.most = most
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.where(gradient.abs() > ctx.most, math.inf, gradient), None
+
+
+class Overflowing:
+    def __init__(self, recipe: Any, most: float) -> None:
+        self.model = tiny.model(recipe)
+        self.adapter, self.most = self.model.adapter, most
+
+    def loss(self, micro: Any) -> torch.Tensor:
+        loss: torch.Tensor = Narrow.apply(self.model.loss(micro), self.most if micro.step >= 2 else math.inf)
+        return loss
+
+
+def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_path: Path) -> None:
+    """The scale is a power of two, so that in float32 the run is the one without an overflow, bit for bit."""
+    recipe = tiny.recipe("train.epochs=2", "model.compute=float16")
+    plain = tiny.trainer(tmp_path / "plain", recipe)
+    scaled = tiny.trainer(tmp_path / "scaled", recipe, causal=Overflowing(recipe, most=2.0**-7))
+    assert [step.loss for step in plain] == [step.loss for step in scaled]
+    assert scaled.progress.scale == 2.0**-8
+    assert _equal(plain.adapter.state_dict(), scaled.adapter.state_dict())
+    resumed = tiny.trainer(tmp_path / "scaled", recipe, causal=Overflowing(recipe, most=2.0**-7))
+    assert resumed.progress.scale == 2.0**-8
+
+
+def test_no_scale_saves_a_gradient_that_is_never_finite(tmp_path: Path) -> None:
+    recipe = tiny.recipe("train.epochs=2", "model.compute=float16")
+    with pytest.raises(NotFiniteError, match="step 3 "):
+        list(tiny.trainer(tmp_path, recipe, causal=Overflowing(recipe, most=0.0)))
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -114,7 +114,7 @@ def test_a_signal_during_an_evaluation_loses_nothing(tmp_path: Path, whole: Path
     class Signalling:
         def __init__(self) -> None:
             self.model = tiny.model(recipe)
-            self.lora, self.signalled = self.model.lora, False
+            self.adapter, self.signalled = self.model.adapter, False
 
         def loss(self, micro: Any) -> torch.Tensor:
             if not torch.is_grad_enabled() and micro.step == 6 and not self.signalled:
@@ -175,7 +175,7 @@ class Small:
 
     def __init__(self, recipe: Any, most: int, error: Exception, where: str, spared: int = 0) -> None:
         self.model = tiny.model(recipe)
-        self.lora, self.most, self.error, self.where, self.spared = self.model.lora, most, error, where, spared
+        self.adapter, self.most, self.error, self.where, self.spared = self.model.adapter, most, error, where, spared
 
     def loss(self, micro: Any) -> torch.Tensor:
         loss = self.model.loss(micro)
@@ -233,7 +233,7 @@ class Judged:
 
     def __init__(self, recipe: Any, losses: list[float]) -> None:
         self.model = tiny.model(recipe)
-        self.lora, self.losses = self.model.lora, losses
+        self.adapter, self.losses = self.model.adapter, losses
 
     def loss(self, micro: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -247,11 +247,11 @@ def test_the_best_weights_are_kept_however_long_ago_they_were(tmp_path: Path) ->
     run = tiny.trainer(tmp_path, recipe, held=3, causal=causal)
     for step in run:
         if step.step == 4:
-            best = {name: tensor.clone() for name, tensor in run.lora.state_dict().items()}
+            best = {name: tensor.clone() for name, tensor in run.adapter.state_dict().items()}
     assert run.progress.best_step == 4
-    assert not all(torch.equal(best[name], tensor) for name, tensor in run.lora.state_dict().items())
+    assert not all(torch.equal(best[name], tensor) for name, tensor in run.adapter.state_dict().items())
     run.keep_best()
-    assert all(torch.equal(best[name], tensor) for name, tensor in run.lora.state_dict().items())
+    assert all(torch.equal(best[name], tensor) for name, tensor in run.adapter.state_dict().items())
 
 
 def test_training_stops_early_for_want_of_improvement(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from luthier.errors import MemoryPlanError, RecipeError
-from luthier.machine import GIB, Machine
+from luthier.machine import GIB, Machine, named_gpu
 from luthier.train.decide import Decisions, Rows, decide, halved
 
 IDLE = Machine(
@@ -68,7 +69,7 @@ def test_what_the_recipe_says_is_done() -> None:
     made = decided(*wanted, "run.recompute=true", "model.compute=float32")
     assert (made.engine, made.processes, made.threads, made.micro_tokens) == ("ddp", 2, 3, 300)
     assert (made.kernels, made.recompute, made.dtype) == ("reference", True, "float32")
-    assert set(made.why.values()) == {"as the recipe says", "training on a GPU is not there yet"}
+    assert set(made.why.values()) == {"as the recipe says", "no GPU is seen"}
 
 
 def test_several_processes_contradict_the_local_engine() -> None:
@@ -92,9 +93,56 @@ def test_a_family_that_our_block_does_not_run_takes_the_reference_path() -> None
     assert decided(config={**SMOL, "model_type": "gpt_neox"}).kernels == "reference"
 
 
-def test_a_model_whose_sizes_are_unknown_trains_a_row_at_a_time_in_one_process() -> None:
-    made = decided(config={"model_type": "other"})
-    assert (made.engine, made.micro_tokens, made.kernels) == ("local", 256, "reference")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "adapter.dora=true",
+        "adapter.init=pissa",
+        "adapter.bias=all",
+        "adapter={kind: none}",
+        "model.quantize={kind: int8}",
+    ],
+)
+def test_what_our_block_does_not_compute_takes_the_reference_path(override: str) -> None:
+    assert decided(override).kernels == "reference"
+
+
+GPU = Machine(**{**vars(IDLE), "gpus": (named_gpu("RTX 4090"),)})
+PHI = {"model_type": "phi", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+
+
+def test_a_gpu_runs_one_process_in_bfloat16_on_the_reference_path() -> None:
+    made = decided("run.place=cuda", facts=GPU, config=PHI)
+    assert (made.place, made.engine, made.processes, made.kernels) == ("cuda", "local", 1, "reference")
+    assert (made.dtype, made.why["dtype"]) == ("bfloat16", "the GPU multiplies bfloat16")
+
+
+def test_a_gpu_older_than_ampere_takes_float32() -> None:
+    old = replace(GPU, gpus=(named_gpu("T4"),))
+    assert decided("run.place=cuda", facts=old, config=PHI).dtype == "float32"
+
+
+def test_a_gpu_that_torch_does_not_reach_is_left_alone() -> None:
+    made = decided(facts=GPU)
+    assert made.place == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "RTX 4090" in made.why["place"]
+
+
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(MemoryPlanError, match="no GPU"):
+        decided("run.place=cuda", config=PHI)
+
+
+def test_several_processes_on_a_gpu_are_refused() -> None:
+    with pytest.raises(RecipeError, match="one process"):
+        decided("run.place=cuda", "run.processes=2", facts=GPU, config=PHI)
+
+
+@pytest.mark.parametrize("change", ["model.quantize={kind: nf4}", "adapter.dora=true", "adapter.bias=all"])
+def test_what_the_block_formula_does_not_know_is_traced(change: str) -> None:
+    small = {**SMOL, "num_hidden_layers": 2, "vocab_size": 1000}
+    plain, changed = decided(config=small), decided(change, config=small)
+    assert plain.predicted_peak_bytes != changed.predicted_peak_bytes > 0
 
 
 def test_halving_ends_at_the_longest_row() -> None:

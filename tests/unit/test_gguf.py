@@ -179,7 +179,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
     np.testing.assert_array_equal(gguf._bfloat16(values), expected)
 
 
-def tiny_llama() -> bytes:
+def tiny_llama(family: str = "llama", pre: str = "smollm") -> bytes:
     """A whole Llama of one block: hidden 32, 2 heads of 16, 1 key head, no quantised tensor but the embedding."""
     tokens = ["<|im_start|>", "<|im_end|>", "a", "b", "ab", "1"]
     numbers = {
@@ -195,7 +195,7 @@ def tiny_llama() -> bytes:
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.padding_token_id": 1,
     }
-    texts = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+    texts = {"general.architecture": family, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}
     pairs = [pair(k, U32, struct.pack("<I", v)) for k, v in numbers.items()]
     pairs += [pair(k, STRING, text(v)) for k, v in texts.items()]
     pairs += [
@@ -252,9 +252,60 @@ def test_digits_are_split_before_spaces_are_joined(tmp_path: Path) -> None:
 
 
 def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "tiny.gguf").write_bytes(tiny_llama().replace(b"smollm", b"falcon"))
-    with pytest.raises(ModelError, match="llama/gpt2/falcon"):
+    (tmp_path / "tiny.gguf").write_bytes(tiny_llama(family="phi3x"))
+    with pytest.raises(ModelError, match="holds a phi3x model"):
         gguf.convert(tmp_path / "tiny.gguf", tmp_path)
+
+
+def test_an_unknown_tokenizer_is_refused_with_the_way_out_which_works(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(tiny_llama().replace(b"smollm", b"qwen99"))
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"gpt2/qwen99.*put the model's tokenizer\.json .* beside it"):
+        gguf.convert(tmp_path / "tiny.gguf", folder)
+    (tmp_path / "tokenizer.json").write_text("mine")
+    gguf.convert(tmp_path / "tiny.gguf", folder)
+    assert (folder / "tokenizer.json").read_text() == "mine"
+
+
+def test_the_tokenizer_of_llama_3_keeps_three_digits_together_and_whole_words_unmerged(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    (tmp_path / "tiny.gguf").write_bytes(tiny_llama(pre="llama-bpe"))
+    gguf.convert(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str("It's 20245 x\n\n y")
+    assert [piece for piece, _ in pieces] == ["It", "'s", "Ġ", "202", "45", "Ġx", "ĊĊ", "Ġy"]
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
+def test_stored_numbers_are_what_the_gguf_package_makes_of_them(kind: str) -> None:
+    package = pytest.importorskip("gguf")
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    theirs = package.GGMLQuantizationType[kind]
+    raw = np.ascontiguousarray(package.quants.quantize(values, theirs)).view(np.uint8).reshape(-1)
+    mine = gguf.KINDS[int(theirs)]
+    assert mine.name == kind
+    assert raw.size == values.size // mine.values * mine.size
+    expected = package.quants.dequantize(raw.reshape(4, -1), theirs)
+    np.testing.assert_array_equal(gguf._dequantise(raw, mine).reshape(4, 64), expected)
+
+
+def test_a_gguf_file_is_a_base_and_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.model.load import model_folder
+    from luthier.recipe import Model
+
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").write_bytes(tiny_llama())
+    said: list[str] = []
+    base = Model(base=str(tmp_path / "tiny.gguf"))
+    folder = model_folder(base, said.append)
+    assert model_folder(base, said.append) == folder
+    assert len(said) == 1
+    (tmp_path / "tiny.gguf").write_bytes(tiny_llama(pre="llama-bpe"))
+    assert model_folder(base, said.append) != folder
+    with pytest.raises(ModelError, match="no such folder or file"):
+        model_folder(Model(base=str(tmp_path / "missing.gguf")))
 
 
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:

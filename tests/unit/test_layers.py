@@ -18,8 +18,9 @@ LAYERS = [
     {"evaluate"},
     {"serve"},
     {"ui", "export"},
-    {"api", "doctor", "scaffold"},
+    {"api", "demos", "doctor", "scaffold"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE)

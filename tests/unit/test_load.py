@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier import recipe
@@ -93,6 +95,18 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a shard that lacks a tensor": (renamed_tensor, "00001-of.* lacks"),
     "only pickles": (only_pickles, "never loaded.*convert the weights"),
     "quantised weights": (lambda f: edit(f, quantization_config={"bits": 4}), "quantised"),
+    "weights in another tool's bits": (
+        lambda f: edit(f, quantization_config={"quant_method": "gptq"}),
+        "quantised by gptq; luthier reads unquantised ones and bitsandbytes 4-bit.*unquantised folder",
+    ),
+    "weights in bitsandbytes' 8 bits": (
+        lambda f: edit(f, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "quantised by bitsandbytes in 8 bits",
+    ),
+    "a sentencepiece tokenizer alone": (
+        lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
+        "tokenizer.json is missing, and tokenizer.model alone is not read; make tokenizer.json with",
+    ),
     "code of its own": (lambda f: edit(f, model_type="mine", auto_map={"AutoConfig": "m.C"}), "trust_remote_code"),
     "an attention from a repository": (lambda f: edit(f, _attn_implementation="evil/kernel"), "fetch and run code"),
     "an internal attention": (lambda f: edit(f, _attn_implementation_internal="sdpa"), "fetch and run code"),
@@ -201,7 +215,7 @@ def test_a_snapshot_tells_its_commit() -> None:
     assert load.loaded_revision(Path("my/model")) is None
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_a_dtype_in_the_recipe_is_obeyed(name: str) -> None:
     assert load.compute_dtype(model("any", compute=name), "cpu") == getattr(torch, name)
 
@@ -212,3 +226,12 @@ def test_auto_is_decided_by_the_processor_and_says_why() -> None:
     dtype, why = load.choose_dtype(model("any"), "cpu")
     assert (dtype == torch.bfloat16) == machine().fast_bfloat16
     assert "processor" in why
+
+
+def test_whole_numbers_without_a_word_on_their_scales_are_refused(tmp_path: Path) -> None:
+    folder = tiny.base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(weights | {name: (weights[name] * 127).to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"quantised weights.*{re.escape(name)}"):
+        load.model_folder(recipe.Model(base=str(folder)))

@@ -83,6 +83,14 @@ def test_accuracy_scores_only_questions_with_a_known_choice() -> None:
     assert accuracy.score(asked("B"), Answer("B")) == []
 
 
+def test_the_likeliest_choice_may_be_another_one_by_the_token() -> None:
+    question = asked("the lung", choices=CHOICES, answer=1)
+    answer = Answer(choices=(3.0, 4.0, 5.0, 6.0), choice_tokens=(1, 4, 2, 2))
+    assert METRICS.get("accuracy_likelihood").score(question, answer) == [0.0]
+    assert METRICS.get("accuracy_per_token").score(question, answer) == [100.0]
+    assert METRICS.get("accuracy_per_token").score(asked("the lung"), answer) == []
+
+
 def test_perplexity_weighs_tokens_and_not_rows() -> None:
     answers = [Answer(nll=10 * log(2), targets=10), Answer(nll=30 * log(8), targets=30)]
     total = sum(PERPLEXITY.score(asked("x"), a)[0] for a in answers) / sum(PERPLEXITY.weight(a) for a in answers)

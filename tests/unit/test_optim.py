@@ -1,10 +1,12 @@
 """Learning rates, AdamW, and one buffer for all gradients."""
 
 import math
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 import tiny
@@ -71,26 +73,61 @@ def test_lora_plus_moves_b_by_its_multiple_of_a_s_rate() -> None:
     for times in (1.0, 4.0):
         named = [(f"x.lora_{side}.weight", nn.Parameter(torch.zeros(3))) for side in "ABAB"]
         adamw = optim.optimizer(named, Train(lr=0.1, lora_plus=times))
-        for group in adamw.param_groups:
-            group["lr"] = 0.1 * group["times"]  # as the loop does
         for _, weight in named:
             weight.grad = torch.ones(3)
-        adamw.step()
+        optim.update(adamw, 0.1)
         moved[times] = [-weight.detach()[0].item() for _, weight in named]
     assert moved[1.0] == pytest.approx([0.1] * 4)
     assert moved[4.0] == pytest.approx([0.1, 0.4, 0.1, 0.4])
 
 
-def test_the_moments_go_round_trip() -> None:
-    weights = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
-    first, second = (optim.optimizer([(str(w.shape), w) for w in weights], Train()) for _ in range(2))
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    first.step()
-    optim.restore(second, optim.moments(first))
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_the_moments_go_round_trip_and_the_next_update_is_the_same(name: str) -> None:
+    if name != "adamw":
+        pytest.importorskip("bitsandbytes")
+    # More than 4,096 values, so that eight bits are used at all.
+    starts = [torch.randn(64, 80), torch.randn(80, 64), torch.randn(4)]
+    one, two = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    first, second = (optim.optimizer([(str(w.shape), w) for w in ws], Train(optimizer=name)) for ws in (one, two))
+    gradients = [[torch.randn_like(w) for w in starts] for _ in range(2)]
+    _update(first, one, gradients[0])
+    saved = load(save(optim.moments(first)))  # as a checkpoint does
+    for old, new in zip(one, two, strict=True):
+        new.data.copy_(old.data)
+    optim.restore(second, saved)
+    assert (
+        (saved["0.state1"].dtype == torch.uint8)
+        if "8bit" in name
+        else all(t.dtype != torch.uint8 for t in saved.values())
+    )
+    for optimizer, weights in ((first, one), (second, two)):
+        _update(optimizer, weights, gradients[1])
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     old, new = optim.moments(first), optim.moments(second)
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def _update(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.clone()
+    optimizer.step()
+
+
+def test_moments_are_not_paged_on_a_cpu_and_the_run_says_so() -> None:
+    pytest.importorskip("bitsandbytes")
+    said: list[str] = []
+    made = optim.optimizer([("w", nn.Parameter(torch.ones(3)))], Train(optimizer="paged_adamw_32bit"), said.append)
+    assert type(made).__name__ == "AdamW32bit"
+    assert "only a GPU's memory is paged" in said[0]
+
+
+def test_without_bitsandbytes_plain_adamw_takes_the_place_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # what a missing module looks like to the importer
+    said: list[str] = []
+    made = optim.optimizer([("w", nn.Parameter(torch.ones(3)))], Train(optimizer="paged_adamw_8bit"), said.append)
+    assert type(made) is torch.optim.AdamW
+    assert "train.optimizer=paged_adamw_8bit needs bitsandbytes" in said[0]
 
 
 def test_gradients_are_parts_of_one_buffer_that_backward_adds_to() -> None:
@@ -104,5 +141,5 @@ def test_gradients_are_parts_of_one_buffer_that_backward_adds_to() -> None:
 def test_only_the_adapter_is_given_to_the_optimizer() -> None:
     model = tiny.model(tiny.recipe())
     trained = {id(p) for p in model.module.parameters() if p.requires_grad}
-    assert model.lora is not None
-    assert {id(p) for p in model.lora.parameters()} == trained
+    assert model.adapter is not None
+    assert {id(p) for p in model.adapter.parameters()} == trained

@@ -1,9 +1,13 @@
+from typing import Any
+
 import pytest
 
-from luthier.errors import MemoryPlanError, ModelError
-from luthier.machine import GIB, Machine
-from luthier.plan import Plan, parse_bytes, plan, shape
-from luthier.recipe import Recipe
+from luthier.errors import MemoryPlanError, ModelError, UsageError
+from luthier.machine import GIB, Machine, named_gpu, read_gpus
+from luthier.model.segments import Segments, reserved
+from luthier.model.shape import shape
+from luthier.plan import Plan, Setting, parse_bytes, plan
+from luthier.recipe import Lora, Recipe
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -20,14 +24,14 @@ MACHINE = Machine(cores=2, busy=0, memory=24 * GIB, available=20 * GIB, flags=("
 
 def planned(*overrides: str, processes: int = 1, dtype: str = "float32", longest: int | None = None) -> Plan:
     recipe = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}]}\n", *overrides)
-    return plan(recipe, SMOLLM2, dtype=dtype, processes=processes, threads=1, facts=MACHINE, longest=longest)
+    return plan(recipe, SMOLLM2, Setting("cpu", dtype, True, processes), MACHINE, longest=longest)
 
 
 def test_weights_and_adapter_are_counted_exactly() -> None:
     size = shape(SMOLLM2)
     assert size.weights == 134_515_008  # the published count of SmolLM2-135M
-    assert size.adapter(16, "all-linear") == 4_884_480  # as PEFT counts it at rank 16
-    assert size.adapter(16, ["q_proj", "v_proj"]) == 30 * 16 * (576 + 576 + 576 + 192)
+    assert size.adapter(Lora(rank=16)) == 4_884_480  # as PEFT counts it at rank 16
+    assert size.adapter(Lora(rank=16, targets=["q_proj", "v_proj"])) == 30 * 16 * (576 + 576 + 576 + 192)
 
 
 def test_the_parts_add_up_to_the_peak() -> None:
@@ -63,12 +67,147 @@ def test_a_model_of_another_family_is_named() -> None:
         shape({"model_type": "mamba"})
 
 
+TINY = {
+    "model_type": "phi",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+}
+
+
+def traced(*overrides: str, vram: int = 8 * GIB, config: dict[str, Any] = TINY) -> Plan:
+    gpu = named_gpu("RTX 4090")
+    facts = Machine(**{**vars(MACHINE), "gpus": (type(gpu)(gpu.name, vram, vram, gpu.capability),)})
+    recipe = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}], length: 256}\n", *overrides)
+    return plan(recipe, config, Setting("cuda", "bfloat16", False), facts)
+
+
+def test_a_gpu_is_planned_by_part_for_a_family_that_no_formula_knows() -> None:
+    result = traced()
+    assert sum(result.parts.values()) == result.peak_bytes
+    weights = 2 * 64 * 1000 + 1000 + 8 * (4 * 64 * 64 + 2 * 64 * 128 + 4 * 64 + 128 + 64 + 2 * 64) + 2 * 64
+    assert weights * 2 <= result.parts["weights"] <= weights * 2 + 16384  # rotary tables besides
+    assert {"adapter", "gradients", "optimizer", "activations", "workspace", "fragmentation", "context"} <= set(
+        result.parts
+    )
+    assert result.measurable_bytes == result.peak_bytes - result.parts["context"]
+
+
+def test_packed_weights_have_constants_and_take_a_quarter() -> None:
+    plain, packed = traced(), traced("model.quantize={kind: nf4}")
+    linear = 8 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert plain.parts["weights"] - packed.parts["weights"] == linear * 2 - linear // 2
+    assert packed.parts["constants"] > 0
+
+
+def test_moments_of_8_bits_take_a_quarter() -> None:
+    wide = ["adapter.rank=64"]
+    assert traced(*wide, "train.optimizer=adamw_8bit").parts["optimizer"] < 0.27 * traced(*wide).parts["optimizer"]
+
+
+def test_recomputing_keeps_less() -> None:
+    kept, made_again = traced("run.recompute=false"), traced("run.recompute=true")
+    assert made_again.parts["activations"] < kept.parts["activations"] / 3
+    assert made_again.seconds_per_step >= kept.seconds_per_step
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", [{"model_type": "falcon", "multi_query": True}, {"model_type": "bloom"}], ids=str)
+def test_a_family_with_attention_of_its_own_is_planned(family: dict[str, Any], recompute: bool) -> None:
+    """What a recomputation saves has to be what the first forward pass saved, without data as with it."""
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
+    result = traced(f"run.recompute={str(recompute).lower()}", config=family | sizes)
+    assert result.recompute is recompute
+    assert result.parts["activations"] > 0
+
+
+def test_blocks_that_do_not_fit_stay_in_host_memory_and_no_more_of_them() -> None:
+    wide = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    whole = traced("run.recompute=true", "run.micro_tokens=256", config=wide)
+    block = 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
+    assert whole.offload == 0
+    short = traced("run.micro_tokens=256", config=wide, vram=int((whole.peak_bytes - 5 * block) / 0.96))
+    assert 5 + 2 <= short.offload <= 5 + 4  # two of them are on the GPU at a time
+    assert short.fits
+    assert short.recompute
+    assert sum(short.parts.values()) == short.peak_bytes <= short.budget_bytes
+    asked = traced("run.offload=24", "run.micro_tokens=256", config=wide)
+    assert asked.offload == 24
+    assert whole.peak_bytes - asked.peak_bytes == pytest.approx(22 * block, rel=0.02)
+
+
+def test_a_recipe_makes_no_gpu_larger_than_it_is() -> None:
+    assert traced("run.memory=64GiB", vram=GIB).budget_bytes == GIB
+    assert traced("run.memory=1GiB").budget_bytes == GIB
+
+
+def test_advice_comes_with_the_peak_it_leads_to() -> None:
+    result = traced(vram=GIB // 2)
+    assert not result.fits
+    assert any(offer.startswith("data.length=128 (") and "GiB" in offer for offer in result.advice)
+
+
+def test_a_few_blocks_tell_what_all_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from luthier.model import trace
+
+    model = trace.outline(TINY, Recipe.parse("model: {base: b}\ndata: {train: [{path: a}]}").model, Lora(),
+                          dtype=torch.float32, recompute=False)  # fmt: skip
+    few = trace.trace(model, [40, 30])
+    monkeypatch.setattr(trace, "_FEW", 8)
+    every = trace.trace(model, [40, 30])
+    assert few.peak == every.peak
+    assert few.work == every.work
+
+
+def test_the_allocator_grows_by_pages_and_fills_its_holes() -> None:
+    followed = Segments()
+    followed.take(1, 30 << 20)
+    followed.take(2, 5 << 20)
+    followed.take(3, 100)
+    assert reserved(followed.tops) == (40 << 20) + (2 << 20)
+    followed.give(1)
+    followed.take(4, 20 << 20)
+    followed.take(5, 10 << 20)
+    assert reserved(followed.tops) == (40 << 20) + (2 << 20)
+    followed.give(5)
+    followed.take(6, 11 << 20)  # the hole is too small
+    assert reserved(followed.tops) == (60 << 20) + (2 << 20)
+    assert followed.used == (20 << 20) + (5 << 20) + 512 + (11 << 20)
+
+
+def test_gpus_are_read_from_the_drivers_table() -> None:
+    told = "GPU-a, NVIDIA H200, 143771, 143000, 9.0\nGPU-b, Tesla T4, 15360, 15000, 7.5\nGPU-c, X, [N/A], [N/A], 9.0\n"
+    first, second = read_gpus(told, None)
+    assert (first.free, first.capability, first.known.tflops) == (143000 << 20, (9, 0), 989.4)
+    assert (second.bfloat16, second.known.tflops) == (False, 65.0)
+    assert [gpu.name for gpu in read_gpus(told, "1,0")] == ["Tesla T4", "NVIDIA H200"]
+    assert [gpu.name for gpu in read_gpus(told, "GPU-b")] == ["Tesla T4"]
+    assert read_gpus(told, "") == read_gpus("no devices were found", None) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"), [("NVIDIA A100-SXM4-80GB", 81920), ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA L40S", 46068)]
+)
+def test_a_gpus_kind_is_found_in_its_name(name: str, memory: int) -> None:
+    gpu = named_gpu("t4")
+    assert type(gpu)(name, 0, 0, (8, 0)).known.memory == memory
+
+
+def test_a_gpu_that_nobody_knows_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="RTX 4090"):
+        named_gpu("RTX 4091")
+
+
 @pytest.mark.parametrize(("text", "value"), [("6GiB", 6 * GIB), ("1.5 GB", 1_500_000_000), ("512MiB", 512 * 1024**2)])
 def test_amounts_of_memory_are_read(text: str, value: int) -> None:
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "lots", "6 gallons", "GiB"])
+@pytest.mark.parametrize("text", ["", "lots", "6 gallons", "GiB", "infGiB", "1e400GiB", "-1GiB", "24"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(MemoryPlanError, match="6GiB"):
         parse_bytes(text)

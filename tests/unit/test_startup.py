@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import luthier
 from luthier.cli import parser
 
 HEAVY = ("torch", "transformers", "numpy", "gradio", "pydantic", "rich", "tokenizers", "peft")
@@ -20,6 +21,11 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == luthier.__version__
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -1,0 +1,41 @@
+"""The block's Triton parts against their eager twins, on a CPU through Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.kernels import pointwise
+from luthier.model.heads import RowAttention, Segments, TileAttention
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
+SCRIPT = Path(__file__).with_name("fused_script.py")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_part_equals_its_twin(dtype: str) -> None:
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels, is not installed")
+    # Triton asks whether to interpret when it is imported, so that the whole process has to.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(SCRIPT), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
+    assert len(errors) == 44
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("chosen", [None, [2, 4, 10, 19, 36]])
+def test_whole_rows_attend_as_tiles_do(chosen: list[int] | None) -> None:
+    torch.manual_seed(0)
+    y, cos, sin = torch.randn(37, (4 + 2 * 2) * 8), torch.randn(37, 4), torch.randn(37, 4)
+    segments = Segments(cos, sin, (0, 5, 20, 37), 0, None if chosen is None else torch.tensor(chosen))
+    found = []
+    for attention in (kind(4, 2, pointwise.EAGER) for kind in (TileAttention, RowAttention)):
+        o, saved = attention.forward(y.clone(), segments)
+        found.append((o, attention.backward(torch.ones_like(o) * o, o, saved, segments)))
+    for twin, made in zip(*found, strict=True):
+        assert float((made - twin).norm() / twin.norm()) < 2e-6

@@ -1,0 +1,90 @@
+"""Packed attention on a GPU, held to its plain twin in fp32: forward and gradients, odd lengths, shared keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.kernels import reference
+from luthier.kernels.varlen import takes, varlen_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# Of the whole tensor's norm. Probabilities and products are rounded once each, to 8 bits (bf16) or 11 (fp16).
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+LENGTHS = (1, 7, 129, 64, 33, 300)
+
+
+def tensors(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(heads * size)
+    shapes = [(sum(LENGTHS), n, size) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+
+
+def error(one: Tensor, other: Tensor) -> float:
+    return float((one.detach().float() - other.detach().float()).norm() / other.detach().float().norm())
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float, window: int) -> Tensor:
+    pieces = []
+    for start, end in pairwise(bounds):
+        places = torch.arange(end - start, device=q.device)
+        behind = places[:, None] - places
+        parts = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        seen = (behind >= 0) & (behind < window)
+        out = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=scale, enable_gqa=True)
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_attention_is_its_twin(
+    heads: tuple[int, int], size: int, dtype: torch.dtype, window: int | None
+) -> None:
+    q, k, v, upstream = tensors(*heads, size, dtype)
+    bounds, scale = (0, *accumulate(LENGTHS)), 0.7 * size**-0.5
+    edges = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    mine, exact = ([x.detach().to(kind).requires_grad_() for x in (q, k, v)] for kind in (dtype, torch.float32))
+    assert takes(*mine)
+    made = varlen_attention(*mine, edges, max(LENGTHS), scale, window)
+    twin: Any = (
+        reference.segment_attention(*exact, bounds, scale)
+        if window is None
+        else windowed(*exact, bounds, scale, window)
+    )
+    assert error(made, twin) <= TOLERANCE[dtype]
+    found = torch.autograd.grad(made, mine, upstream)
+    wanted = torch.autograd.grad(twin, exact, upstream.float())
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "phi", "qwen2_moe", "falcon", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_family_on_a_gpu_is_as_near_to_fp32_on_the_processor_as_its_dtype_allows(
+    name: str, dtype: torch.dtype
+) -> None:
+    import toys
+    from luthier.data.stream import Micro
+    from luthier.model import attention
+    from luthier.model.causal import CausalModel
+
+    bounds = (0, *accumulate((9, 30, 4)))
+    ids = torch.randint(8, toys.VOCAB, (bounds[-1],), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
+    rows = (positions > 2).nonzero()[:, 0]
+    batch = Micro(ids, positions, bounds, rows - 1, ids[rows], torch.arange(3), step=0)
+    exact, made = (
+        CausalModel(toys.model(name, attention.NAME if name != "falcon" else "sdpa").to(place, kind), None)
+        for place, kind in (("cpu", torch.float32), ("cuda", dtype))
+    )
+    with torch.no_grad():
+        right = exact.head.logits(exact.hidden(batch))
+        assert error(made.head.logits(made.hidden(batch)).cpu(), right) <= {torch.float32: 1e-3}.get(dtype, 0.1)

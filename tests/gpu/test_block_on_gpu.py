@@ -1,0 +1,114 @@
+"""Our block on a GPU against the fp32 reference on a CPU: dense and packed weights, with and without recompute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier import recipe
+from luthier.adapters.lora import attach
+from luthier.data.stream import Micro
+from luthier.model import attention
+from luthier.model.causal import CausalModel
+from luthier.model.quantize import quantize_module
+
+pytestmark = pytest.mark.gpu
+VOCAB = 1000
+ADAPTER = recipe.Lora(rank=8, alpha=16)
+NF4 = recipe.FourBit(kind="nf4")
+
+
+def base(dtype: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).to(dtype).eval()
+
+
+def model(module: Any, kernels: Any, adapter: recipe.Lora = ADAPTER, **options: Any) -> CausalModel:
+    lora = attach(module, adapter, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.layers.values():
+        values = torch.empty(layer.B.shape).normal_(0, 0.05, generator=generator)
+        layer.B.data.copy_(values)
+    return CausalModel(module, lora, kernels=kernels, **options)
+
+
+def micro(lengths: tuple[int, ...] = (70, 2, 515, 33)) -> Micro:
+    tokens, bounds = sum(lengths), (0, *torch.tensor(lengths).cumsum(0).tolist())
+    ids = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(5))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    learned = ((positions > 0) & (ids % 2 == 0)).nonzero()[:, 0]
+    return Micro(ids, positions, bounds, learned - 1, ids[learned], torch.arange(len(lengths)) + 40, step=2)
+
+
+def gradients(made: CausalModel, batch: Micro) -> tuple[float, Tensor]:
+    assert made.adapter is not None
+    for parameter in made.adapter.parameters():
+        parameter.grad = None
+    loss = made.loss(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in made.adapter.parameters()]
+    return float(loss), torch.cat([g.flatten().float().cpu() for g in flat])
+
+
+def wanted(packed: bool) -> tuple[float, Tensor]:
+    """fp32 on the CPU; with packed weights, of the values they unpack to in bfloat16."""
+    module = base(torch.bfloat16)
+    if packed:
+        other = copy.deepcopy(module)
+        for name in quantize_module(other, NF4, torch.bfloat16):
+            module.get_submodule(name).weight.data.copy_(other.get_submodule(name).dequantize())
+    return gradients(model(module.float(), "reference"), micro())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kernels", ["reference", "eager", "compiled"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_are_those_of_the_reference(packed: bool, kernels: str, recompute: bool) -> None:
+    module = base(torch.bfloat16)
+    if packed:
+        quantize_module(module, NF4, torch.bfloat16)
+    loss, gradient = gradients(model(module.cuda(), kernels, recompute=recompute), micro())
+    expected_loss, expected = wanted(packed)
+    assert loss == pytest.approx(expected_loss, rel=2e-3)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_float32_is_exact(kernels: str) -> None:
+    found = gradients(model(base(torch.float32).cuda(), kernels), micro())
+    expected = gradients(model(base(torch.float32), "reference"), micro())
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_dropout_draws_the_same_masks_as_on_a_cpu(kernels: str) -> None:
+    adapter = recipe.Lora(rank=8, alpha=16, dropout=0.3)
+    found = gradients(model(base(torch.float32).cuda(), kernels, adapter), micro())
+    expected = gradients(model(base(torch.float32), "reference", adapter), micro())
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_the_same_step_gives_the_same_bits(kernels: str) -> None:
+    from luthier.train.reproducible import reproducible
+
+    with reproducible("cuda"):
+        made = model(base(torch.bfloat16).cuda(), kernels)
+        first, second = (gradients(made, micro((1500, 900, 700)))[1] for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,95 @@
+"""The chat at a real terminal: Ctrl-C ends an answer and not the chat."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from luthier.runs import Run
+from luthier.train.launch import train
+
+# Takes the terminal as its own, so that Ctrl-C there is a signal.
+CHAT = """
+import fcntl, runpy, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("luthier.cli", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose model has learned nothing, and whose answers go on for thousands of tokens."""
+    folder = tmp_path_factory.mktemp("talkative")
+    run = tiny.run(folder, "train.max_steps=1", "evaluate.generate.max_new_tokens=20000")
+    train(run)
+    weights = run.adapter / "adapter_model.safetensors"
+    save_file({k: v * ("lora_A" in k) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    config = folder / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 50_000}))
+    return run
+
+
+class Terminal:
+    """What is typed and shown at one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.shown = descriptor, ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def until(self, text: str, count: int) -> None:
+        """Reads until that was shown so often."""
+        while self.shown.count(text) < count:
+            self.read()
+
+    def press_until(self, keys: str, text: str, count: int) -> None:
+        """Types `keys` until `text` was shown so often: between a prompt and the read that waits behind it, Python's
+        `input` notes a signal and reads on."""
+        while self.shown.count(text) < count:
+            self.type(keys)
+            if select.select([self.descriptor], [], [], 2)[0]:
+                self.read()
+
+    def read(self) -> None:
+        assert select.select([self.descriptor], [], [], 120)[0], self.shown
+        self.shown += os.read(self.descriptor, 4096).decode(errors="replace")
+
+
+@contextmanager
+def chatting(run: Run) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
+    outer, inner = os.openpty()
+    command = [sys.executable, "-c", CHAT, "chat", str(run.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    ends = {"stdin": inner, "stdout": inner, "stderr": inner}
+    with subprocess.Popen(command, **ends, env=environment, start_new_session=True) as process:
+        os.close(inner)
+        try:
+            yield Terminal(outer), process
+        finally:
+            process.kill()
+            os.close(outer)
+
+
+def test_ctrl_c_ends_the_answer_and_the_next_one_follows(talkative: Run) -> None:
+    with chatting(talkative) as (terminal, process):
+        for turn in (1, 2):
+            terminal.until("> ", count=turn)
+            terminal.type("what is one plus two\n")
+            terminal.until("plus two", count=turn)
+            asked = len(terminal.shown)
+            while len(terminal.shown) < asked + 40:  # the answer is under way
+                terminal.read()
+            terminal.type("\x03")
+            terminal.until("[stopped]", count=turn)
+        terminal.until("> ", count=3)
+        terminal.press_until("\x03", "> ", count=4)  # at the prompt it starts a new line
+        terminal.type("/quit\n")
+        assert process.wait() == 0
