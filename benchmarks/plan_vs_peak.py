@@ -1,0 +1,222 @@
+"""Predicted against measured peak memory: models of true shapes with random weights, two steps a cell.
+
+    python benchmarks/plan_vs_peak.py --out benchmarks/results/h200.jsonl [--only llama] # on a GPU
+    python benchmarks/plan_vs_peak.py --cpu                                              # small shapes, resident memory
+
+Each cell runs in a process of its own. Weights are made layer by layer on the device, packed as they are made, so that
+the dense model never exists. Rows are as long as allowed and all supervised: what the plan calls the worst micro-batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from random_model import SHAPES
+
+NF4, PLAIN4, INT8 = {"kind": "nf4"}, {"kind": "nf4", "double": False}, {"kind": "int8"}
+# shape, quantize, length, rank, recompute, rows of a micro-batch
+CELLS: list[tuple[str, Any, int, int, bool, int]] = [
+    ("falcon-7b", NF4, 1024, 32, True, 16),
+    ("falcon-7b", NF4, 1024, 32, False, 2),
+    ("falcon-7b", None, 1024, 32, True, 4),
+    ("falcon-7b", INT8, 512, 8, True, 8),
+    ("phi-2", PLAIN4, 2048, 32, True, 1),
+    ("phi-2", PLAIN4, 1024, 32, False, 4),
+    ("phi-2", None, 512, 16, False, 8),
+    ("phi-2", INT8, 2048, 32, True, 4),
+    ("llama-3.1-8b", NF4, 720, 16, True, 4),
+    ("llama-3.1-8b", NF4, 720, 16, False, 2),
+    ("llama-3.1-8b", NF4, 4096, 64, True, 2),
+    ("llama-3.1-8b", None, 720, 16, True, 8),
+    ("glm-4-9b", INT8, 256, 8, True, 32),
+    ("glm-4-9b", INT8, 256, 8, False, 4),
+    ("glm-4-9b", NF4, 1024, 16, True, 8),
+    ("glm-4-9b", None, 256, 8, True, 16),
+]
+SMALL = {
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "vocab_size": 32000,
+    "pad_token_id": None,
+}
+WIDTHS: dict[str, dict[str, Any]] = {
+    "falcon-7b": {},
+    "phi-2": {"hidden_size": 640, "intermediate_size": 2048},
+    "llama-3.1-8b": {"intermediate_size": 1536, "num_key_value_heads": 2},
+    "glm-4-9b": {"intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64},
+}
+CPU_CELLS: list[tuple[str, Any, int, int, bool, int]] = [
+    ("llama-3.1-8b", None, 512, 16, False, 4),
+    ("llama-3.1-8b", None, 512, 16, True, 4),
+    ("phi-2", None, 512, 16, False, 4),
+    ("falcon-7b", None, 512, 16, False, 4),
+    ("glm-4-9b", NF4, 512, 16, False, 4),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cells whose name holds this, such as llama or llama-3.1-8b/nf4")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells that run at a time; their step times are then worth nothing"
+    )
+    parser.add_argument("--out", type=Path, help="rows are appended here")
+    parser.add_argument("--cell", type=int, help="run this one, here")
+    arguments = parser.parse_args()
+    cells = CPU_CELLS if arguments.cpu else CELLS
+    if arguments.cell is not None:
+        print(json.dumps(measure(cells[arguments.cell], "cpu" if arguments.cpu else "cuda")))
+        return
+    chosen = [
+        (number, cell)
+        for number, cell in enumerate(cells)
+        if arguments.only in f"{cell[0]}/{cell[1]['kind'] if cell[1] else 'none'}"
+    ]
+
+    def run(numbered: tuple[int, Any]) -> dict[str, Any]:
+        number, cell = numbered
+        command = [sys.executable, __file__, "--cell", str(number), *(["--cpu"] if arguments.cpu else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-800:]}
+        return {"benchmark": "plan_vs_peak", **named(cell), **row}
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for row in pool.map(run, chosen):
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def named(cell: tuple[str, Any, int, int, bool, int]) -> dict[str, Any]:
+    shape, quantize, length, rank, recompute, rows = cell
+    names = {"shape": shape, "quantize": quantize, "length": length, "rank": rank, "recompute": recompute}
+    return {**names, "micro_tokens": rows * length}
+
+
+def measure(cell: tuple[str, Any, int, int, bool, int], place: str) -> dict[str, Any]:
+    import torch
+
+    from luthier.adapters.method import attach
+    from luthier.allocator import return_freed_memory
+    from luthier.machine import machine
+    from luthier.model.causal import CausalModel
+    from luthier.plan import Setting, plan
+    from luthier.recipe import Recipe
+    from luthier.train.memory import peak_bytes
+    from luthier.train.reproducible import reproducible
+
+    shape, quantize, length, rank, recompute, rows = cell
+    config = SHAPES[shape] if place == "cuda" else SHAPES[shape] | SMALL | WIDTHS[shape]
+    dtype = "bfloat16" if place == "cuda" else "float32"
+    recipe = Recipe.model_validate(
+        {
+            "model": {"base": shape, "quantize": quantize, "compute": dtype},
+            "adapter": {"rank": rank, "dropout": 0.05},
+            "data": {"train": [{"path": "none"}], "length": length},
+            "train": {"samples_per_step": rows},
+            "run": {"recompute": recompute, "micro_tokens": rows * length, "memory": "999GiB"},
+        }
+    )
+    return_freed_memory()
+    started = time.perf_counter()
+    module = random_module(config, recipe, getattr(torch, dtype), place)
+    model = CausalModel(module, attach(module, recipe.adapter, 0), recompute=recompute)
+    built = time.perf_counter() - started
+    if place == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with reproducible(place):
+        seconds = steps(model, recipe, rows, length, len(module.get_input_embeddings().weight))
+    measured = peak_bytes()
+    # Only now: on a CPU the planning takes memory of this process too.
+    planned = plan(recipe, config, Setting(place, dtype, False), machine())
+    predicted = planned.measurable_bytes
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1,
+        "parts": planned.parts,
+        "allocated": torch.cuda.max_memory_allocated() if place == "cuda" else None,
+        "built_s": built,
+        "step_s": seconds,
+        "predicted_step_s": planned.seconds_per_step,
+        "torch": torch.__version__,
+    }
+
+
+def random_module(config: dict[str, Any], recipe: Any, dtype: Any, place: str) -> Any:
+    """The skeleton with random weights, a layer at a time; linear layers are packed as soon as they are made."""
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    from luthier.adapters.linears import dense_weight, linear_names
+    from luthier.model.load import skeleton
+    from luthier.model.quantize import pack
+
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    module = skeleton(made, recipe.model, dtype)
+    buffers = {name: buffer.dtype for name, buffer in module.named_buffers()}
+    chosen = linear_names(module) if recipe.model.quantize else []
+    for name in chosen:
+        layer = module.get_submodule(name)
+        weight = torch.empty(dense_weight(layer).shape, dtype=dtype, device=place).normal_(std=0.02)
+        bias = None if layer.bias is None else torch.zeros(len(weight), dtype=dtype, device=place)
+        module.set_submodule(name, pack(weight, bias, recipe.model.quantize, dtype))
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=place)
+                filled = value.normal_(std=0.02) if value.ndim > 1 else value.fill_(float(not name.endswith("bias")))
+                setattr(layer, name, torch.nn.Parameter(filled, requires_grad=False))
+    module.tie_weights()
+    with torch.device(place):  # rotary tables and the like are computed by the modules themselves
+        rebuilt = type(module)._from_config(type(made).from_dict({**config, "num_hidden_layers": 1}), dtype=dtype)
+    for name in buffers:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            value = rebuilt.get_buffer(name)
+        except AttributeError:  # of a layer beyond the first: as the first one's
+            value = rebuilt.get_buffer(name.replace(name.split(".layers.")[-1].split(".")[0], "0", 1))
+        module.get_submodule(owner)._buffers[leaf] = value.detach().clone().to(place)
+    del rebuilt
+    return module.requires_grad_(False).eval()
+
+
+def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> float:
+    """Two whole steps of one micro-batch; the seconds of the second."""
+    import torch
+
+    from luthier.data.stream import Micro
+    from luthier.train import optim
+
+    gradient = optim.flat_gradient(list(model.adapter.parameters()))
+    optimizer = optim.optimizer(model.adapter.named_parameters(), recipe.train)
+    tokens = rows * length
+    positions = torch.arange(length).repeat(rows)
+    ids = torch.arange(tokens) * 7919 % vocabulary
+    last = (positions < length - 1).nonzero()[:, 0]
+    bounds = tuple(range(0, tokens + 1, length))
+    micro = Micro(ids, positions, bounds, last, ids[last + 1], torch.arange(rows), step=0)
+    for _ in range(2):
+        started = time.perf_counter()
+        gradient.zero_()
+        model.loss(micro).backward()
+        torch.linalg.vector_norm(gradient).item()
+        optim.update(optimizer, 1e-4)
+        if gradient.is_cuda:
+            torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
