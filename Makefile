@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The CPU build of torch, exactly: any looser request would pull gigabytes of CUDA. Set TORCH= for a GPU machine.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs architectures clean
 
 demo: .venv/.run
 	$(BIN)/luthier demo
@@ -17,6 +17,10 @@ lint: .venv/.dev
 
 docs: .venv/.dev
 	$(BIN)/python scripts/docs.py
+
+# The table of docs/reference/architectures.md; ONLY=llama,phi makes those rows anew.
+architectures: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/architectures.py --only '$(ONLY)'
 
 clean:
 	rm -rf .venv
