@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,20 @@ def _library() -> ctypes.CDLL:
     path = _cache() / f"native-{key}.so"
     if not path.exists():
         _build(command, path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a machine that lost power may keep half a file under its full name
+        _build(command, path)
+        return ctypes.CDLL(str(path))
 
 
 def _build(command: list[str], path: Path) -> None:
-    """Builds aside and renames: another process may be doing the same."""
+    """Builds aside and renames: another process or thread may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, str(SOURCE), "-o", str(aside)], check=True, capture_output=True, timeout=300)
-    aside.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        subprocess.run([*command, str(SOURCE), "-o", str(aside)], check=True, capture_output=True, timeout=300)
+        aside.replace(path)
 
 
 def _cache() -> Path:

@@ -150,11 +150,16 @@ def _typed(out: TextIO, read: Callable[[str], str] = input) -> Iterator[str]:
     """Lines typed at a prompt, with the keys of readline where Python has it; Ctrl-C at the prompt starts a new one."""
     with suppress(ImportError):
         import readline  # noqa: F401  # input() edits lines with it
+    told = ""
     while True:
-        try:
-            yield read("> ")
+        try:  # around all that is done between two lines: a hand on Ctrl-C presses it more than once
+            print(told, end="", file=out)
+            told = ""
+            line = read("> ")
         except EOFError:
             print(file=out)
             return
         except KeyboardInterrupt:
-            print(f"\n{HELP}", file=out)
+            told = f"\n{HELP}\n"
+        else:
+            yield line
