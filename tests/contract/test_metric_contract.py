@@ -17,16 +17,20 @@ WRONG = Answer("", True, 0, nll=9.0, targets=4, choices=(9.0, 1.0), choice_token
 every = pytest.mark.parametrize("metric", [METRICS.get(name) for name in METRICS.names()], ids=METRICS.names())
 
 
+def best(metric: Metric, answer: Answer) -> float:
+    return metric.figure(metric.best(metric.score(QUESTION, answer)))
+
+
 @every
 def test_the_right_answer_scores_better_than_an_empty_one(metric: Metric) -> None:
-    right, wrong = (max(metric.score(QUESTION, answer)) for answer in (RIGHT, WRONG))
+    right, wrong = (best(metric, answer) for answer in (RIGHT, WRONG))
     assert (right > wrong) == metric.higher
 
 
 @every
 def test_a_text_metric_gives_points_of_100(metric: Metric) -> None:
     if metric.unit == "points":
-        scores = metric.score(QUESTION, RIGHT) + metric.score(QUESTION, WRONG)
+        scores = [metric.figure(s) for answer in (RIGHT, WRONG) for s in metric.score(QUESTION, answer)]
         assert all(0.0 <= score <= 100.0 for score in scores)
         assert max(scores) == 100.0
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError
 from luthier.evaluate.comparison import Comparison, first_words, judge
-from luthier.evaluate.metrics import METRICS, PERPLEXITY, ROUGEL, Answer
+from luthier.evaluate.metrics import METRICS, PERPLEXITY, ROUGEL, Answer, points
 from luthier.evaluate.paired import LEAST, explain, figure, paired, signed
 from luthier.evaluate.terminal import draw, printable, render
 
@@ -47,7 +47,7 @@ def test_noise_alone_is_no_evidence_19_times_in_20() -> None:
     verdicts = []
     for _ in range(150):
         hard = rng.normal(40, 15, 40)
-        sides = [list(hard + rng.normal(0, 6, 40)) for _ in range(2)]
+        sides = [points(hard + rng.normal(0, 6, 40)) for _ in range(2)]
         verdicts.append(paired(ROUGEL, *sides).verdict)
     assert verdicts.count("no evidence") >= 0.9 * len(verdicts)
 
@@ -55,7 +55,7 @@ def test_noise_alone_is_no_evidence_19_times_in_20() -> None:
 def test_pairing_finds_a_gain_that_the_spread_of_questions_would_hide() -> None:
     rng = np.random.default_rng(1)
     hard = rng.normal(50, 25, 60)
-    found = paired(ROUGEL, list(hard), list(hard + rng.normal(3, 4, 60)))
+    found = paired(ROUGEL, points(hard), points(hard + rng.normal(3, 4, 60)))
     assert found.verdict == "better"
     assert found.low > 1.0
     assert found.high - found.low < 4.0
@@ -64,7 +64,7 @@ def test_pairing_finds_a_gain_that_the_spread_of_questions_would_hide() -> None:
 def test_the_interval_is_that_of_the_plain_percentile_bootstrap_for_many_rows() -> None:
     rng = np.random.default_rng(2)
     difference = rng.exponential(5, 400)
-    found = paired(ROUGEL, [0.0] * 400, list(difference))
+    found = paired(ROUGEL, points([0.0] * 400), points(difference))
     draws = difference[rng.integers(0, 400, (10_000, 400))].mean(axis=1)
     assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist(), abs=0.03)
 
@@ -72,7 +72,7 @@ def test_the_interval_is_that_of_the_plain_percentile_bootstrap_for_many_rows() 
 def test_the_interval_of_few_rows_is_wider_than_the_plain_one() -> None:
     rng = np.random.default_rng(3)
     difference = rng.normal(2, 5, 10)
-    found = paired(ROUGEL, [0.0] * 10, list(difference))
+    found = paired(ROUGEL, points([0.0] * 10), points(difference))
     draws = difference[rng.integers(0, 10, (10_000, 10))].mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     assert found.low < low
@@ -80,7 +80,7 @@ def test_the_interval_of_few_rows_is_wider_than_the_plain_one() -> None:
 
 
 def test_the_same_answers_give_the_same_interval_each_time() -> None:
-    sides = [[1.0, 5.0, 2.0, 9.0] * 5, [2.0, 5.0, 4.0, 9.5] * 5]
+    sides = [points([1.0, 5.0, 2.0, 9.0] * 5), points([2.0, 5.0, 4.0, 9.5] * 5)]
     assert paired(ROUGEL, *sides) == paired(ROUGEL, *sides)
 
 
@@ -96,7 +96,7 @@ def test_lower_perplexity_is_better_and_its_difference_is_negative() -> None:
 def test_perplexity_is_resampled_by_rows_with_their_tokens() -> None:
     tokens = [1.0, 100.0] * 20
     base, tuned = [3.0 * t for t in tokens], [(0.1 if t == 1.0 else 3.0) * t for t in tokens]
-    found = paired(PERPLEXITY, base, tuned, tokens)
+    found = paired(PERPLEXITY, list(zip(base, tokens, strict=True)), list(zip(tuned, tokens, strict=True)))
     assert found.tuned == pytest.approx(np.exp(sum(tuned) / sum(tokens)))
     assert abs(found.difference) < 1.0  # the short rows improved a lot, and hardly count
 
@@ -119,7 +119,7 @@ def test_no_rows_and_unequal_rows_are_programming_errors() -> None:
     with pytest.raises(ValueError, match="at least one"):
         paired(ROUGEL, [], [])
     with pytest.raises(ValueError, match="same questions"):
-        paired(ROUGEL, [1.0], [1.0, 2.0])
+        paired(ROUGEL, points([1.0]), points([1.0, 2.0]))
 
 
 def test_a_gain_that_is_only_length_is_said_to_be_length() -> None:
@@ -201,7 +201,7 @@ def test_json_has_the_stable_keys_and_no_infinity() -> None:
 
 def test_the_sentence_says_what_moved_how_far_and_how_sure() -> None:
     metric = METRICS.get("rougeL")
-    found = replace(paired(metric, [10.0] * 120, [20.0] * 120), difference=9.84, low=7.93, high=11.71)
+    found = replace(paired(metric, points([10.0] * 120), points([20.0] * 120)), difference=9.84, low=7.93, high=11.71)
     assert explain(metric, found) == "better: ROUGE-L rises by 9.8 points (95 % interval 7.9 to 11.7, 120 rows)"
     worse = replace(found, difference=-2.0, low=-3.0, high=-1.04, verdict="worse")
     assert explain(metric, worse) == "worse: ROUGE-L falls by 2.0 points (95 % interval 1.0 to 3.0, 120 rows)"
@@ -233,7 +233,7 @@ def test_the_terminal_table_is_whole_at(width: int) -> None:
 
 
 def test_a_drawn_interval_that_holds_zero_crosses_its_line() -> None:
-    score = replace(paired(ROUGEL, [1.0] * 9, [1.0] * 9), low=-2.0, difference=3.0, high=8.0)
+    score = replace(paired(ROUGEL, points([1.0] * 9), points([1.0] * 9)), low=-2.0, difference=3.0, high=8.0)
     assert draw(score, (-2.0, 8.0), 11) == "━━┿━━●━━━━━"
     assert draw(replace(score, low=1.0), (-2.0, 8.0), 11) == "··│━━●━━━━━"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from luthier.data.conversation import Conversation, Origin
-from luthier.evaluate.metrics import METRICS, PERPLEXITY, Answer, parse_choice
+from luthier.evaluate.metrics import METRICS, PERPLEXITY, Answer, parse_choice, points
 
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 CHOICES = ("the heart", "the left lung", "the lung", "a kidney")
@@ -27,25 +27,26 @@ def test_rouge_equals_rouge_score_with_stemmer_and_the_best_reference_is_its_sco
 ) -> None:
     theirs = RougeScorer(ROUGE, use_stemmer=True).score_multi(references, text)
     for name in ROUGE:
-        mine = METRICS.get(name).score(asked(*references), Answer(text))
+        metric = METRICS.get(name)
+        mine = metric.score(asked(*references), Answer(text))
         assert len(mine) == len(references)
-        assert max(mine) == pytest.approx(100 * theirs[name].fmeasure, abs=1e-9)
+        assert metric.figure(metric.best(mine)) == pytest.approx(100 * theirs[name].fmeasure, abs=1e-9)
 
 
 def test_rouge_lsum_takes_each_line_as_a_sentence() -> None:
     question = asked("the cat sat\nthe dog ran")
     swapped = Answer("the dog ran\nthe cat sat")
-    assert METRICS.get("rougeLsum").score(question, swapped) == [100.0]
-    assert METRICS.get("rougeL").score(question, swapped)[0] < 100.0
+    assert METRICS.get("rougeLsum").score(question, swapped) == points([100.0])
+    assert METRICS.get("rougeL").score(question, swapped)[0] < (100.0, 1.0)
 
 
 @pytest.mark.parametrize("said", ["Yes, it is", " yes,  it\nis ", "YES, IT IS"])
 def test_exact_match_ignores_case_and_white_space(said: str) -> None:
-    assert METRICS.get("exact_match").score(asked("yes, it is"), Answer(said)) == [100.0]
+    assert METRICS.get("exact_match").score(asked("yes, it is"), Answer(said)) == points([100.0])
 
 
 def test_exact_match_does_not_ignore_words_or_punctuation() -> None:
-    assert METRICS.get("exact_match").score(asked("yes", "no."), Answer("no")) == [0.0, 0.0]
+    assert METRICS.get("exact_match").score(asked("yes", "no."), Answer("no")) == points([0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -78,23 +79,25 @@ def test_a_choice_is_found_in_what_a_model_says(said: str, index: int | None) ->
 
 def test_accuracy_scores_only_questions_with_a_known_choice() -> None:
     accuracy = METRICS.get("accuracy")
-    assert accuracy.score(asked("B", choices=CHOICES, answer=1), Answer("the left lung")) == [100.0]
-    assert accuracy.score(asked("B", choices=CHOICES, answer=1), Answer("no idea")) == [0.0]
+    assert accuracy.score(asked("B", choices=CHOICES, answer=1), Answer("the left lung")) == points([100.0])
+    assert accuracy.score(asked("B", choices=CHOICES, answer=1), Answer("no idea")) == points([0.0])
     assert accuracy.score(asked("B"), Answer("B")) == []
 
 
 def test_the_likeliest_choice_may_be_another_one_by_the_token() -> None:
     question = asked("the lung", choices=CHOICES, answer=1)
     answer = Answer(choices=(3.0, 4.0, 5.0, 6.0), choice_tokens=(1, 4, 2, 2))
-    assert METRICS.get("accuracy_likelihood").score(question, answer) == [0.0]
-    assert METRICS.get("accuracy_per_token").score(question, answer) == [100.0]
+    assert METRICS.get("accuracy_likelihood").score(question, answer) == points([0.0])
+    assert METRICS.get("accuracy_per_token").score(question, answer) == points([100.0])
     assert METRICS.get("accuracy_per_token").score(asked("the lung"), answer) == []
 
 
 def test_perplexity_weighs_tokens_and_not_rows() -> None:
     answers = [Answer(nll=10 * log(2), targets=10), Answer(nll=30 * log(8), targets=30)]
-    total = sum(PERPLEXITY.score(asked("x"), a)[0] for a in answers) / sum(PERPLEXITY.weight(a) for a in answers)
-    assert PERPLEXITY.finish(total) == pytest.approx(exp((10 * log(2) + 30 * log(8)) / 40))
+    scores = [PERPLEXITY.score(asked("x"), answer)[0] for answer in answers]
+    assert PERPLEXITY.figure(tuple(map(sum, zip(*scores, strict=True)))) == pytest.approx(
+        exp((10 * log(2) + 30 * log(8)) / 40)
+    )
 
 
 def test_perplexity_of_nothing_is_no_score() -> None:

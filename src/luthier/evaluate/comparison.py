@@ -4,14 +4,14 @@ out: no model, no file."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from luthier.data.conversation import Conversation
 from luthier.errors import RecipeError
-from luthier.evaluate.metrics import METRICS, Answer, Metric, words
+from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, words
 from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, paired
 
 
@@ -105,9 +105,8 @@ class _Scores:
 
     metric: Metric
     rows: list[int]
-    base: list[list[float]]
-    tuned: list[list[float]]
-    weights: list[float]
+    base: list[list[Statistics]]
+    tuned: list[list[Statistics]]
 
     @classmethod
     def of(
@@ -116,21 +115,28 @@ class _Scores:
         left = [_score(metric, q, a) for q, a in zip(questions, base, strict=True)]
         right = [_score(metric, q, a) for q, a in zip(questions, tuned, strict=True)]
         rows = [i for i, (b, t) in enumerate(zip(left, right, strict=True)) if b and t]
-        weights = [metric.weight(base[i]) for i in rows]
-        return cls(metric, rows, [left[i] for i in rows], [right[i] for i in rows], weights)
+        return cls(metric, rows, [left[i] for i in rows], [right[i] for i in rows])
 
     @property
     def several(self) -> bool:
         return any(len(scores) > 1 for scores in self.base)
 
     def best(self) -> Paired:
-        return paired(self.metric, [max(s) for s in self.base], [max(s) for s in self.tuned], self.weights)
+        return self._paired(self.metric.best)
 
     def mean(self) -> Paired:
-        return paired(self.metric, [fmean(s) for s in self.base], [fmean(s) for s in self.tuned], self.weights)
+        return self._paired(_mean)
+
+    def _paired(self, choose: Callable[[list[Statistics]], Statistics]) -> Paired:
+        base, tuned = ([choose(scores) for scores in side] for side in (self.base, self.tuned))
+        return paired(self.metric, base, tuned)
 
 
-def _score(metric: Metric, question: Conversation, answer: Answer) -> list[float]:
+def _mean(scores: list[Statistics]) -> Statistics:
+    return tuple(fmean(column) for column in zip(*scores, strict=True))
+
+
+def _score(metric: Metric, question: Conversation, answer: Answer) -> list[Statistics]:
     return [] if getattr(answer, metric.needs) is None else metric.score(question, answer)
 
 
@@ -219,7 +225,8 @@ def _rows(
     scores: list[dict[str, dict[str, float]]] = [{} for _ in questions]
     for name, column in table.items():
         for index, b, t in zip(column.rows, column.base, column.tuned, strict=True):
-            scores[index][name] = {"base": round(max(b), 4), "tuned": round(max(t), 4)}
+            base_figure, tuned_figure = (column.metric.figure(column.metric.best(side)) for side in (b, t))
+            scores[index][name] = {"base": round(base_figure, 4), "tuned": round(tuned_figure, 4)}
     return [_row(*parts) for parts in zip(questions, base, tuned, scores, strict=True)]
 
 

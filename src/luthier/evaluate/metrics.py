@@ -1,20 +1,25 @@
 """Scores per example. A metric is one `Metric` value and one line in `METRICS`.
 
-Every metric is a ratio of sums over questions, so that one paired bootstrap serves them all: a text metric is
+Every metric is a function of sums over questions, so that one paired bootstrap serves them all: a text metric is
 sum(points) / sum(1), perplexity is exp(sum(negative log-likelihood) / sum(tokens)).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from math import exp
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.conversation import Conversation
 from luthier.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +41,59 @@ class Answer:
     choice_tokens: Sequence[int] = ()
 
 
+Statistics = tuple[float, ...]
+"""What one answer adds to the sums that a metric is a function of."""
+
+
+def ratio(sums: Floats) -> Floats:
+    """[..., 2] -> [...]: the first sum over the second."""
+    quotient: Floats = sums[..., 0] / sums[..., 1]
+    return quotient
+
+
+def exp_ratio(sums: Floats) -> Floats:
+    """[..., 2] -> [...]: exp of the first sum over the second."""
+    import numpy as np
+
+    return np.exp(ratio(sums))
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """How one answer is scored.
 
     Attributes:
-        score: question, answer -> one score per reference (points of 100; nats for perplexity); empty where the
-            question cannot be scored, for instance without references.
+        score: question, answer -> the statistics against each reference, or one where all count together; empty where
+            the question cannot be scored, for instance without references.
         needs: the part of an `Answer` it reads.
-        higher: whether a higher score is better.
-        weight: answer -> what its score counts in the ratio of sums.
-        finish: the ratio of sums -> the figure that is reported.
+        higher: whether a higher figure is better.
+        finish: sums of statistics, float64 [..., k] -> the figures that are reported [...]. Of one question's
+            statistics alone it is that question's figure.
         unit: what the figure counts, for the verdict's sentence.
     """
 
     name: str
     title: str
-    score: Callable[[Conversation, Answer], list[float]]
+    score: Callable[[Conversation, Answer], list[Statistics]]
     needs: Literal["text", "nll", "choices"] = "text"
     higher: bool = True
-    weight: Callable[[Answer], float] = lambda answer: 1.0
-    finish: Callable[[float], float] = float
+    finish: Callable[[Floats], Floats] = ratio
     unit: str = "points"
+
+    def figure(self, statistics: Statistics) -> float:
+        """The figure of one question, or of sums."""
+        import numpy as np
+
+        return float(self.finish(np.array(statistics)))
+
+    def best(self, scores: Sequence[Statistics]) -> Statistics:
+        """Of the statistics against several references, those of the best figure."""
+        return (max if self.higher else min)(scores, key=self.figure)
+
+
+def points(values: Iterable[float]) -> list[Statistics]:
+    """Points of 100, a question counting once, as statistics for `ratio`."""
+    return [(value, 1.0) for value in values]
 
 
 def words(text: str) -> int:
@@ -68,9 +104,9 @@ def _rouge(kind: str, title: str) -> Metric:
     """ROUGE F-measure as `rouge-score` computes it with the Porter stemmer (Lin 2004). `rougeLsum` takes each line as
     a sentence, which is the package's default. Only the letters a-z and digits count: that is ROUGE's own rule."""
 
-    def score(question: Conversation, answer: Answer) -> list[float]:
+    def score(question: Conversation, answer: Answer) -> list[Statistics]:
         text = answer.text or ""
-        return [100.0 * _scorer(kind).score(reference, text)[kind].fmeasure for reference in question.references]
+        return points(100.0 * _scorer(kind).score(reference, text)[kind].fmeasure for reference in question.references)
 
     return Metric(kind, title, score)
 
@@ -107,16 +143,16 @@ def normalise(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def exact_match(question: Conversation, answer: Answer) -> list[float]:
+def exact_match(question: Conversation, answer: Answer) -> list[Statistics]:
     said = normalise(answer.text or "")
-    return [100.0 * (said == normalise(reference)) for reference in question.references]
+    return points(100.0 * (said == normalise(reference)) for reference in question.references)
 
 
-def accuracy(question: Conversation, answer: Answer) -> list[float]:
+def accuracy(question: Conversation, answer: Answer) -> list[Statistics]:
     """Whether the generated answer names the right choice; an answer that names none, or several, is wrong."""
     if question.answer is None:
         return []
-    return [100.0 * (parse_choice(answer.text or "", question.choices) == question.answer)]
+    return points([100.0 * (parse_choice(answer.text or "", question.choices) == question.answer)])
 
 
 def parse_choice(text: str, choices: tuple[str, ...]) -> int | None:
@@ -158,25 +194,25 @@ def _contains(text: str, part: str) -> bool:
     return bool(part) and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
-def likeliest(question: Conversation, answer: Answer) -> list[float]:
+def likeliest(question: Conversation, answer: Answer) -> list[Statistics]:
     """Whether the right choice is the likeliest answer: no format has to be learned to score."""
     return _lowest(question, answer.choices or ())
 
 
-def likeliest_per_token(question: Conversation, answer: Answer) -> list[float]:
+def likeliest_per_token(question: Conversation, answer: Answer) -> list[Statistics]:
     """The same by the mean over a choice's tokens, so that a long one is not unlikely for its length alone."""
     pairs = zip(answer.choices or (), answer.choice_tokens, strict=True)
     return _lowest(question, [nll / tokens for nll, tokens in pairs])
 
 
-def _lowest(question: Conversation, losses: Sequence[float]) -> list[float]:
+def _lowest(question: Conversation, losses: Sequence[float]) -> list[Statistics]:
     if question.answer is None or not losses:
         return []
-    return [100.0 * (min(range(len(losses)), key=losses.__getitem__) == question.answer)]
+    return points([100.0 * (min(range(len(losses)), key=losses.__getitem__) == question.answer)])
 
 
-def likelihood(question: Conversation, answer: Answer) -> list[float]:
-    return [] if answer.nll is None or not answer.targets else [answer.nll]
+def likelihood(question: Conversation, answer: Answer) -> list[Statistics]:
+    return [] if answer.nll is None or not answer.targets else [(answer.nll, float(answer.targets))]
 
 
 ROUGE1 = _rouge("rouge1", "ROUGE-1")
@@ -189,16 +225,7 @@ ACCURACY_LIKELIHOOD = Metric("accuracy_likelihood", "accuracy (likelihood)", lik
 ACCURACY_PER_TOKEN = Metric(
     "accuracy_per_token", "accuracy (likelihood per token)", likeliest_per_token, needs="choices"
 )
-PERPLEXITY = Metric(
-    "perplexity",
-    "perplexity",
-    likelihood,
-    needs="nll",
-    higher=False,
-    weight=lambda answer: float(answer.targets),
-    finish=exp,
-    unit="",
-)
+PERPLEXITY = Metric("perplexity", "perplexity", likelihood, needs="nll", higher=False, finish=exp_ratio, unit="")
 
 METRICS = Registry(
     "metric",

@@ -12,7 +12,7 @@ from math import isfinite, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.evaluate.metrics import Metric
+from luthier.evaluate.metrics import Metric, Statistics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,30 +49,20 @@ class Paired:
         return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
 
 
-def paired(
-    metric: Metric,
-    base: Sequence[float],
-    tuned: Sequence[float],
-    weights: Sequence[float] | None = None,
-    *,
-    seed: int = 0,
-) -> Paired:
-    """Compares the scores [n] of one metric on the same n questions. Raises ValueError where n is 0 or lengths differ.
-
-    `weights` [n] are the metric's (tokens for perplexity), 1 if left out. The same seed draws the same questions for
-    every metric, so intervals of one comparison belong together.
+def paired(metric: Metric, base: Sequence[Statistics], tuned: Sequence[Statistics], *, seed: int = 0) -> Paired:
+    """Compares the statistics [n] of one metric on the same n questions. Raises ValueError where n is 0 or lengths
+    differ. The same seed draws the same questions for every metric, so intervals of one comparison belong together.
     """
     import numpy as np
 
-    if not len(base) == len(tuned) == len(weights or base) or not len(base):
+    if len(base) != len(tuned) or not len(base):
         raise ValueError("a paired comparison needs the same questions on both sides, and at least one")
     sides = np.array([base, tuned], dtype=np.float64)
-    weight = np.ones(len(base)) if weights is None else np.array(weights, dtype=np.float64)
-    there = [metric.finish(float(side.sum() / weight.sum())) for side in sides]
-    low, high = _interval(_resampled(metric, sides, weight, seed), len(base))
-    difference = there[1] - there[0]
+    there = metric.finish(sides.sum(axis=1))
+    low, high = _interval(_resampled(metric, sides, seed), len(base))
     verdict = verdict_of(low, high, len(base), higher=metric.higher)
-    return Paired(there[0], there[1], difference, low, high, len(base), metric.higher, verdict)
+    difference = float(there[1] - there[0])
+    return Paired(float(there[0]), float(there[1]), difference, low, high, len(base), metric.higher, verdict)
 
 
 def verdict_of(low: float, high: float, n: int, *, higher: bool) -> Verdict:
@@ -82,19 +72,28 @@ def verdict_of(low: float, high: float, n: int, *, higher: bool) -> Verdict:
     return "better" if (low > 0.0) == higher else "worse"
 
 
-def _resampled(metric: Metric, sides: Floats, weight: Floats, seed: int) -> Floats:
-    """The difference tuned - base on each of RESAMPLES draws of n questions with replacement, float64 [RESAMPLES]."""
+def _resampled(metric: Metric, sides: Floats, seed: int) -> Floats:
+    """The difference tuned - base on each of RESAMPLES draws of n questions with replacement: statistics [2, n, k] ->
+    [RESAMPLES]."""
     import numpy as np
 
-    draw, n = np.random.default_rng(seed), len(weight)
+    draw, n = np.random.default_rng(seed), sides.shape[1]
     block = max(1, 2_000_000 // n)  # bounds the memory of one draw at about 16 MB an array
     parts = []
     for start in range(0, RESAMPLES, block):
-        rows = draw.integers(0, n, (min(block, RESAMPLES - start), n))
-        total = weight[rows].sum(axis=1)
-        base, tuned = (np.array([metric.finish(r) for r in side[rows].sum(axis=1) / total]) for side in sides)
+        counts = _counts(draw.integers(0, n, (min(block, RESAMPLES - start), n)))
+        base, tuned = (metric.finish(counts @ side) for side in sides)
         parts.append(tuned - base)
     return np.concatenate(parts)
+
+
+def _counts(rows: NDArray[np.int64]) -> Floats:
+    """How often each draw [draws, n] has taken each question, [draws, n]: a draw's sums are then a matrix product."""
+    import numpy as np
+
+    draws, n = rows.shape
+    places = rows + n * np.arange(draws)[:, None]
+    return np.bincount(places.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
 
 
 def _interval(differences: Floats, n: int) -> tuple[float, float]:
