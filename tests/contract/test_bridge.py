@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -230,6 +231,12 @@ def test_a_file_without_a_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / files.CONFIG).write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="says no 'peft_type'"):
         files.load(tmp_path)
+
+
+def test_building_a_method_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    attach(llama(), settings("BOFT"), 0)
+    assert "CXX" not in os.environ
 
 
 def test_start_values_depend_on_the_seed_and_leave_the_generator_alone() -> None:

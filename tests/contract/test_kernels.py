@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -209,6 +213,17 @@ def test_native_parts_use_several_threads_to_the_same_end() -> None:
         assert torch.equal(native.parts().swiglu(x), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
+def test_a_driver_for_c_builds_what_loads(tmp_path: Path) -> None:
+    """In a process of its own: one that has loaded the C++ library already would hide that it is not linked."""
+    environment = {**os.environ, "CXX": "gcc", "LUTHIER_CACHE": str(tmp_path)}
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", "from luthier.kernels import native; native.parts()"], env=environment, check=True
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, tmp_path.glob("*.so"))], check=True)
 
 
 def test_a_compiler_that_fails_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

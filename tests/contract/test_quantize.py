@@ -410,7 +410,8 @@ def test_a_checkpoint_of_transformers_and_bitsandbytes_gives_the_same_logits(tmp
     mine = llama()
     for name in quantize.packable_names(mine):
         mine.set_submodule(name, quantize.from_bitsandbytes(tensors, f"{name}.weight", None, torch.float32))
-    torch.testing.assert_close(logits(mine), logits(theirs.eval()), rtol=0, atol=1e-6)
+    # Elsewhere than in training bitsandbytes multiplies in bfloat16 on processors that have it.
+    torch.testing.assert_close(logits(mine), logits(theirs.train()), rtol=0, atol=1e-6)
     assert error(logits(mine), logits(llama())) > 0.01
 
 

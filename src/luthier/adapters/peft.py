@@ -7,6 +7,7 @@ tokens are another matter: `virtual` puts them before each row, and such rows ar
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,10 +252,22 @@ def _without_dropout(options: dict[str, Any], fields: set[str]) -> dict[str, Any
 
 
 def _built(module: nn.Module, config: Any, seed: int) -> Any:
-    with _explained(), torch.random.fork_rng(), warnings.catch_warnings():
+    with _explained(), torch.random.fork_rng(), warnings.catch_warnings(), _environment():
         warnings.simplefilter("ignore")  # of PEFT, about its defaults
         torch.manual_seed(seed)
         return _peft().get_peft_model(module, config).eval()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Leaves the process's variables as they were: BOFT sets CXX=gcc for a kernel of its own, and on failure for good."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager

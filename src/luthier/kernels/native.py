@@ -25,6 +25,7 @@ from luthier.kernels.pointwise import Pointwise
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+LIBRARIES = ["-lstdc++"]  # what a driver for C, such as CXX=gcc, leaves out
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -145,15 +146,11 @@ def _library() -> ctypes.CDLL:
     processor = _processor()
     # Compilers keep to half of a 512-bit register unless told; bf16 needs the whole (1.5 times as fast).
     command = [found, *FLAGS, *(["-mprefer-vector-width=512"] if "avx512f" in processor else [])]
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, processor)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, LIBRARIES, processor)).encode()).hexdigest()[:16]
     path = _cache() / f"native-{key}.so"
     if not path.exists():
         _build(command, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # a machine that lost power may keep half a file under its full name
-        _build(command, path)
-        return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))
 
 
 def _build(command: list[str], path: Path) -> None:
@@ -161,7 +158,9 @@ def _build(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         aside = Path(folder) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(aside)], check=True, capture_output=True, timeout=300)
+        subprocess.run(
+            [*command, str(SOURCE), *LIBRARIES, "-o", str(aside)], check=True, capture_output=True, timeout=300
+        )
         aside.replace(path)
 
 
