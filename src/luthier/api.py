@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from luthier.data.prepare import Prepared
     from luthier.evaluate.compare import Comparison
+    from luthier.evaluate.repro import Repro
     from luthier.plan import Plan
 
 
@@ -116,6 +117,7 @@ def _print_plan(planned: Plan, console: Console) -> None:
     console.print(f"memory, on {where}")
     console.print(table)
     console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
+    console.print(f"products in {planned.dtype}: {planned.why['dtype']}")
     console.print(f"about {planned.seconds_per_step:.2g} s a step")
     if not planned.fits:
         console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))
@@ -205,6 +207,22 @@ def _show_run(run: Run, console: Console) -> dict[str, Any]:
         _say(console, f"{key.removeprefix('manifest.'):30} {_plain(value)}")
     _say(console, f"{'recipe':30} {run.folder / 'recipe.yaml'}")
     return result
+
+
+def show_repro(run: Run, *, out: Path | None = None, console: Console) -> Repro:
+    """Makes a finished run again, and prints what was not the same before, what came out, and a verdict."""
+    from luthier.evaluate.repro import repro
+
+    found = repro(run, out, console=console)
+    for name, (old, new) in found.changes.items():
+        _say(console, f"{name}: {_plain(old)} then, {_plain(new)} now")
+    if not found.adapter.identical:
+        _say(console, f"adapter: {found.adapter.tensor} is off by {found.adapter.largest:.2g}, and no tensor by more")
+    if found.answers:
+        same, count = found.answers
+        _say(console, f"comparison: {same} of {count} rows are the same")
+    _say(console, found.sentence)
+    return found
 
 
 def _plain(value: Any) -> str:

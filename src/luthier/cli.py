@@ -113,9 +113,17 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("folder", metavar="RUN", help="a run folder")
     chat.add_argument("--both", action="store_true", help="let the base model answer too, side by side")
 
-    runs = verb("runs", _runs, "list runs, show one, or compare two recipes")
-    runs.add_argument("action", nargs="?", choices=["list", "show", "diff"], default="list")
-    runs.add_argument("folders", metavar="RUN", nargs="*")
+    runs = verb("runs", _runs, "list runs, show one, compare two recipes, or make a run again (repro)")
+    runs.add_argument(
+        "action",
+        nargs="?",
+        choices=["list", "show", "diff", "repro"],
+        default="list",
+        help="repro trains a finished run anew from its folder and its data files, and says whether the same comes "
+        "out: equal, within noise, or different (exit code 1)",
+    )
+    runs.add_argument("folders", metavar="RUN", nargs="*", help="one for show and repro, two for diff")
+    runs.add_argument("--out", metavar="RUN", help="where repro makes the run again (default: RUN-repro)")
     with_json(runs)
 
     with_json(verb("doctor", _doctor, "versions, processor, memory, and which kernels would be used and why"))
@@ -274,15 +282,29 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> int:
-    wanted = {"list": 0, "show": 1, "diff": 2}[args.action]
+    wanted = {"list": 0, "show": 1, "diff": 2, "repro": 1}[args.action]
     if len(args.folders) != wanted:
         raise UsageError(f"`runs {args.action}` takes {wanted} run folder(s)", fix="see luthier runs --help")
+    if args.action == "repro":
+        return _repro(args)
+    if args.out:
+        raise UsageError(f"`runs {args.action}` takes no --out", fix="see luthier runs --help")
     from luthier.api import show_runs
 
     result = show_runs(args.action, [Path(folder) for folder in args.folders], console=_console(args))
     if args.json:
         _emit(result)
     return 0
+
+
+def _repro(args: argparse.Namespace) -> int:
+    from luthier.api import show_repro
+    from luthier.runs import Run
+
+    found = show_repro(Run.open(args.folders[0]), out=Path(args.out) if args.out else None, console=_console(args))
+    if args.json:
+        _emit(found.as_dict())
+    return 1 if found.verdict == "different" else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

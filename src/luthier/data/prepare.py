@@ -104,8 +104,10 @@ def prepare(
     folder: Path,
     root: Path | None = None,
     progress: Progress | None = None,
+    template: dict[str, Any] | None = None,
 ) -> Prepared:
     """Reads, converts, cleans, deduplicates, checks for leaks, encodes and splits the data; writes it to `folder`.
+    `template` is the spec of one that was made before, with its day, to take instead of the one that `data` names.
 
     Test rows may lack answers. A training row leaks if a test row has its prompt or its text, exactly or with a Jaccard
     similarity of word 3-shingles of 0.8 or more; training rows are compared with the held-out rows in the same way.
@@ -113,12 +115,13 @@ def prepare(
     Raises DataError where a row is bad and the recipe refuses bad rows (it names the first places and the count), and
     where no rows are left. The folder appears when all is done; a failure leaves the old one as it was.
     """
-    encoder = Encoder(tokenizer, load_template(data.template, tokenizer), data.supervise, data.system)
+    made = Template.from_spec(template, tokenizer) if template else load_template(data.template, tokenizer)
+    encoder = Encoder(tokenizer, made, data.supervise, data.system)
     with _aside(folder) as aside:
         with _Journey(data, encoder, seed, aside, root, progress or _silent) as journey:
             report = journey.run()
-        made = {"template": encoder.template.spec(), "supervise": data.supervise, "system": data.system}
-        _write_json(aside / "template.json", made)
+        described = {"template": encoder.template.spec(), "supervise": data.supervise, "system": data.system}
+        _write_json(aside / "template.json", described)
         _write_json(aside / "report.json", report)
     return Prepared.open(folder, tokenizer)
 
