@@ -4,8 +4,8 @@ out: no model, no file."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -67,24 +67,46 @@ def judge(
 
     Raises RecipeError where the deciding metric can score no question.
     """
-    table = {name: _Scores.of(METRICS.get(name), questions, base, tuned) for name in metrics}
-    first = metrics[0]
-    if not table[first].rows:
-        raise _undecided(first)
-    warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
-    table = {name: scores for name, scores in table.items() if scores.rows}
-    found = {name: scores.best() for name, scores in table.items()}
-    matched, stopped = _matched(first, table, questions, base, tuned), _stopped(base, tuned)
+    return contrast(questions, score(questions, [base, tuned], metrics))
+
+
+def contrast(questions: Sequence[Conversation], scored: Scored, base: int = 0, tuned: int = 1) -> Comparison:
+    """Compares two of the scored sides, given by their places."""
+    first, table, sides = scored.first, scored.table, (scored.answers[base], scored.answers[tuned])
+    found = {name: scores.best(base, tuned) for name, scores in table.items()}
+    matched, stopped = _matched(first, table, questions, *sides), _stopped(*sides)
+    warnings = [*scored.warnings, *_blind(first, questions)]
     return Comparison(
         first=first,
         metrics=found,
-        means={name: scores.mean() for name, scores in table.items() if scores.several},
+        means={name: scores.mean(base, tuned) for name, scores in table.items() if scores.several},
         matched=matched,
-        lengths=_lengths(questions, base, tuned),
+        lengths=_lengths(questions, *sides),
         stopped=stopped,
-        warnings=[*warnings, *_blind(first, questions), *_warnings(found[first], METRICS.get(first), matched, stopped)],
-        rows=_rows(questions, base, tuned, table),
+        warnings=[*warnings, *_warnings(found[first], METRICS.get(first), matched, stopped)],
+        rows=_rows(questions, *sides, {name: scores.of_pair(base, tuned) for name, scores in table.items()}),
     )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answers of several sides to the same questions, and their scores by metric. `first` is the metric that
+    decides; a metric that can score no question is left out, with a warning."""
+
+    first: str
+    answers: list[Sequence[Answer]]
+    table: dict[str, Scores]
+    warnings: list[str]
+
+
+def score(questions: Sequence[Conversation], sides: Sequence[Sequence[Answer]], metrics: Sequence[str]) -> Scored:
+    """Scores each side's answers once. Raises RecipeError where the deciding metric can score no question."""
+    table = {name: Scores.of(METRICS.get(name), questions, sides) for name in metrics}
+    if not table[metrics[0]].rows:
+        raise _undecided(metrics[0])
+    warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
+    table = {name: scores for name, scores in table.items() if scores.rows}
+    return Scored(metrics[0], list(sides), table, warnings)
 
 
 def check_decides(questions: Sequence[Conversation], metric: str) -> None:
@@ -100,36 +122,39 @@ def _undecided(metric: str) -> RecipeError:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """One metric's scores, one per reference, for the questions (`rows`, indices) that both sides can be scored on."""
+class Scores:
+    """One metric's scores, one per reference, for the questions (`rows`, indices) that all sides can be scored on:
+    `sides[side][row]`."""
 
     metric: Metric
     rows: list[int]
-    base: list[list[Statistics]]
-    tuned: list[list[Statistics]]
+    sides: list[list[list[Statistics]]]
 
     @classmethod
-    def of(
-        cls, metric: Metric, questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer]
-    ) -> _Scores:
-        left = [_score(metric, q, a) for q, a in zip(questions, base, strict=True)]
-        right = [_score(metric, q, a) for q, a in zip(questions, tuned, strict=True)]
-        rows = [i for i, (b, t) in enumerate(zip(left, right, strict=True)) if b and t]
-        return cls(metric, rows, [left[i] for i in rows], [right[i] for i in rows])
+    def of(cls, metric: Metric, questions: Sequence[Conversation], sides: Sequence[Sequence[Answer]]) -> Scores:
+        found = [[_score(metric, q, a) for q, a in zip(questions, side, strict=True)] for side in sides]
+        rows = [i for i, scores in enumerate(zip(*found, strict=True)) if all(scores)]
+        return cls(metric, rows, [[side[i] for i in rows] for side in found])
 
     @property
     def several(self) -> bool:
-        return any(len(scores) > 1 for scores in self.base)
+        return any(len(scores) > 1 for scores in self.sides[0])
 
-    def best(self) -> Paired:
-        return self._paired(self.metric.best)
+    def best(self, base: int = 0, tuned: int = 1) -> Paired:
+        """By the best of several references."""
+        return paired(self.metric, self.statistics(base), self.statistics(tuned))
 
-    def mean(self) -> Paired:
-        return self._paired(_mean)
+    def mean(self, base: int = 0, tuned: int = 1) -> Paired:
+        """By the mean over several references."""
+        means = ([_mean(scores) for scores in self.sides[side]] for side in (base, tuned))
+        return paired(self.metric, *means)
 
-    def _paired(self, choose: Callable[[list[Statistics]], Statistics]) -> Paired:
-        base, tuned = ([choose(scores) for scores in side] for side in (self.base, self.tuned))
-        return paired(self.metric, base, tuned)
+    def statistics(self, side: int) -> list[Statistics]:
+        """Of the best reference, in the order of `rows`."""
+        return [self.metric.best(scores) for scores in self.sides[side]]
+
+    def of_pair(self, base: int, tuned: int) -> Scores:
+        return replace(self, sides=[self.sides[base], self.sides[tuned]])
 
 
 def _mean(scores: list[Statistics]) -> Statistics:
@@ -148,7 +173,7 @@ def _fix(name: str) -> str:
 
 def _matched(
     first: str,
-    table: dict[str, _Scores],
+    table: dict[str, Scores],
     questions: Sequence[Conversation],
     base: Sequence[Answer],
     tuned: Sequence[Answer],
@@ -157,7 +182,7 @@ def _matched(
     rouge = [name for name in (first, "rougeL", *table) if name.startswith("rouge") and name in table][:1]
     cuts = [min(words(b.text or ""), words(t.text or "")) for b, t in zip(base, tuned, strict=True)]
     sides = [[Answer(first_words(a.text or "", k)) for a, k in zip(side, cuts, strict=True)] for side in (base, tuned)]
-    return {name: _Scores.of(table[name].metric, questions, *sides).best() for name in rouge}
+    return {name: Scores.of(table[name].metric, questions, sides).best() for name in rouge}
 
 
 def first_words(text: str, count: int) -> str:
@@ -220,12 +245,12 @@ def _blind(first: str, questions: Sequence[Conversation]) -> list[str]:
 
 
 def _rows(
-    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], table: dict[str, _Scores]
+    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], table: dict[str, Scores]
 ) -> list[dict[str, Any]]:
     scores: list[dict[str, dict[str, float]]] = [{} for _ in questions]
     for name, column in table.items():
-        for index, b, t in zip(column.rows, column.base, column.tuned, strict=True):
-            base_figure, tuned_figure = (column.metric.figure(column.metric.best(side)) for side in (b, t))
+        for index, *pair in zip(column.rows, *map(column.statistics, (0, 1)), strict=True):
+            base_figure, tuned_figure = map(column.metric.figure, pair)
             scores[index][name] = {"base": round(base_figure, 4), "tuned": round(tuned_figure, 4)}
     return [_row(*parts) for parts in zip(questions, base, tuned, scores, strict=True)]
 
