@@ -428,11 +428,11 @@ def work(options: argparse.Namespace) -> None:
 def dtype_of(name: str) -> Any:
     import torch
 
-    from luthier import recipe
-    from luthier.model.load import compute_dtype
+    from luthier.machine import machine
+    from luthier.model.load import dtype_name
 
     if name == "auto":
-        return compute_dtype(recipe.Model(base="smollm2-135m"), torch.device("cpu"))
+        return getattr(torch, dtype_name("auto", "cpu", machine())[0])
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 

@@ -41,16 +41,13 @@ def examine(console: Console) -> dict[str, Any]:
 
 def _choices(facts: Machine) -> dict[str, str]:
     """What every `auto` would become here, each with its reason."""
-    import torch
+    from luthier.model.load import dtype_name
 
-    from luthier.model.load import choose_dtype
-    from luthier.recipe import Model
-
-    dtype, why = choose_dtype(Model(base="any"), torch.device("cpu"))
+    dtype, why = dtype_name("auto", "cpu", facts)
     several = facts.free_cores > 1
     return {
         "place": "cpu: training on a GPU is not there yet",
-        "compute": f"{str(dtype).removeprefix('torch.')}: {why}",
+        "compute": f"{dtype}: {why}",
         "engine": f"ddp: {facts.free_cores} free cores, one process each" if several else "local: one free core",
         "kernels": f"compiled where a run is long enough: {facts.compiler}"
         if facts.compiler

@@ -14,7 +14,15 @@ from luthier.errors import UsageError
 from luthier.registry import nearest
 
 GIB = 1024**3
-_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "asimd", "bf16")
+_FLAGS = (
+    *("amx_bf16", "amx_fp16", "amx_tile", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512f", "avx2"),
+    *("asimd", "asimdhp", "bf16"),
+)
+# The instructions by which torch's products in 16 bits (oneDNN's, and Arm's library in it) are fast.
+_PRODUCTS = {
+    "bfloat16": {"amx_bf16", "avx512_bf16", "bf16"},
+    "float16": {"amx_fp16", "avx512_fp16", "asimdhp"},
+}
 
 
 class _Known(NamedTuple):
@@ -43,8 +51,8 @@ GPUS = {
     "L40S": _Known(46068, 362.0, 864, (8, 9)),
     "A10": _Known(23028, 125.0, 600, (8, 6)),
     "A10G": _Known(23028, 70.0, 600, (8, 6)),
-    "A100-40": _Known(40960, 312.0, 1555, (8, 0)),
-    "A100-80": _Known(81920, 312.0, 2039, (8, 0)),
+    "A100 40GB": _Known(40960, 312.0, 1555, (8, 0)),
+    "A100 80GB": _Known(81920, 312.0, 2039, (8, 0)),
     "H100": _Known(81559, 989.4, 3350, (9, 0)),
     "H200": _Known(143771, 989.4, 4800, (9, 0)),
     "B200": _Known(183359, 2250.0, 8000, (10, 0)),
@@ -64,8 +72,8 @@ class Gpu:
     @property
     def known(self) -> _Known:
         """Rates of its kind; where the kind is not in the table, a guess."""
-        words = set(self.name.lower().replace("-", " ").replace("gb", "").split())
-        kinds = [kind for kind in GPUS if words >= set(kind.lower().replace("-", " ").split())]
+        words = set(_words(self.name))
+        kinds = [kind for kind in GPUS if words.issuperset(_words(kind))]
         return GPUS[max(kinds, key=len)] if kinds else _UNKNOWN
 
     @property
@@ -93,10 +101,10 @@ class Machine:
         """Cores that other work leaves, at least one."""
         return max(1, min(self.cores, (self.all_cores or self.cores) - self.busy))
 
-    @property
-    def fast_bfloat16(self) -> bool:
-        """Whether the processor multiplies bfloat16 in hardware; elsewhere float32 is about three times as fast."""
-        return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(self.flags))
+    def multiplies(self, dtype: str) -> bool:
+        """Whether the processor multiplies matrices of `dtype` in hardware; where not, float32 is three to eight times
+        as fast (docs/log.md)."""
+        return dtype not in _PRODUCTS or not _PRODUCTS[dtype].isdisjoint(self.flags)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,11 +117,23 @@ def machine() -> Machine:
 
 
 def named_gpu(name: str) -> Gpu:
-    """An empty GPU of a kind in `GPUS`. Raises UsageError with the nearest name."""
-    found = {kind.lower(): kind for kind in GPUS}.get(name.strip().lower())
-    if found is None:
-        raise UsageError(f"no GPU called '{name}' is known; {nearest(name, list(GPUS))}", fix="or give --vram")
-    return Gpu(found, GPUS[found].memory << 20, GPUS[found].memory << 20, GPUS[found].capability)
+    """An empty GPU of a kind in `GPUS`. Raises UsageError with the kinds that begin so, else the nearest names."""
+    wanted = _words(name)
+    if not wanted:
+        raise UsageError("--gpu is given no name", fix="write one, such as 'RTX 4090', or give --vram")
+    found = [kind for kind in GPUS if _words(kind) == wanted]
+    if not found:
+        begun = [f"'{kind}'" for kind in GPUS if " ".join(_words(kind)).startswith(" ".join(wanted))]
+        hint = f"did you mean {' or '.join(begun)}?" if begun else nearest(name.strip(), list(GPUS))
+        raise UsageError(f"no GPU called '{name}' is known; {hint}", fix="or give --vram")
+    memory = GPUS[found[0]].memory << 20
+    return Gpu(found[0], memory, memory, GPUS[found[0]].capability)
+
+
+def _words(name: str) -> list[str]:
+    """Of a GPU's name, however it is written: `a100-80GB` is `A100 80`, and the maker is not in it."""
+    words = name.lower().replace("-", " ").replace("gb", " ").split()
+    return [word for word in words if word not in ("nvidia", "geforce", "tesla")]
 
 
 def unnamed_gpu(memory: int) -> Gpu:

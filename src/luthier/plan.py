@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +77,9 @@ class Plan:
     offload: int = 0
     """Decoder blocks whose weights stay in host memory."""
     advice: tuple[str, ...] = ()
+    dtype: str = ""
+    why: dict[str, str] = field(default_factory=dict)
+    """For what was decided before the plan, which fact made it."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -153,11 +153,22 @@ def test_where_a_choice_begins_another_the_end_of_the_turn_counts(run: Run) -> N
 
 
 def test_the_precision_of_training_is_that_of_its_answers(run: Run) -> None:
-    run.update_manifest(decisions=run.manifest["decisions"] | {"dtype": "bfloat16", "place": "cuda"})
+    run.update_manifest(decisions=run.manifest["decisions"] | {"dtype": "bfloat16"})
     subject = Subject.open(run)
     assert subject.facts["dtype"] == "bfloat16"
     assert subject.model.dtype == torch.bfloat16
-    assert subject.model.device.type == subject.place == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_elsewhere_the_precision_is_what_that_place_makes_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a GPU in float16, answered on a processor without, and on one with, its products."""
+    from luthier import machine
+
+    run.update_manifest(decisions=run.manifest["decisions"] | {"dtype": "float16", "place": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_FLAGS", ())
+    assert Subject.open(run).facts["dtype"] == "float32"
+    run.update_manifest(decisions=run.manifest["decisions"] | {"place": "cpu"})
+    assert Subject.open(run).facts["dtype"] == "float16"
 
 
 def test_the_base_side_is_the_model_without_an_adapter(run: Run) -> None:

@@ -15,7 +15,7 @@ from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
 from luthier.errors import ModelError, RecipeError, RunError, Stopped
 from luthier.runs import Run
-from luthier.train.launch import prepare_data, train
+from luthier.train.launch import decisions_of, prepare_data, train
 
 HERE = Path(__file__)
 
@@ -90,6 +90,17 @@ def test_the_run_folder_holds_all_that_was_decided_and_made(local: tuple[Run, di
     assert adapter.rank == 4
     assert len(tensors) == 28
     assert files.load_extra(run.adapter)["template"]["supervise"] == "answers"
+
+
+def test_a_run_that_has_begun_keeps_its_dtype_when_it_is_run_otherwise(tmp_path: Path) -> None:
+    run = tiny.run(tmp_path)
+    prepared = prepare_data(run)
+    made = decisions_of(run, prepared)
+    run.update_manifest(decisions=made.as_dict() | {"dtype": "bfloat16"}, asked=None)
+    assert decisions_of(run, prepared).dtype == "float32"  # not begun
+    run.update_manifest(decisions=made.as_dict() | {"dtype": "bfloat16"}, asked=None)
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert decisions_of(run, prepared).dtype == run.manifest["decisions"]["dtype"] == "bfloat16"
 
 
 def test_a_changed_file_is_prepared_again_until_the_run_has_begun(tmp_path: Path) -> None:

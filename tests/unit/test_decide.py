@@ -9,7 +9,7 @@ import torch
 import tiny
 from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import GIB, Machine, named_gpu
-from luthier.train.decide import Decisions, Rows, decide, halved
+from luthier.train.decide import Decisions, Rows, decide, halved, planned
 
 IDLE = Machine(
     cores=4, busy=0, memory=16 * GIB, available=12 * GIB, flags=("avx2", "amx_bf16"), compiler="/usr/bin/g++"
@@ -80,6 +80,18 @@ def test_several_processes_contradict_the_local_engine() -> None:
 def test_the_dtype_is_bfloat16_only_where_the_processor_multiplies_it() -> None:
     assert decided().dtype == "bfloat16"
     assert decided(facts=replace(IDLE, flags=("avx2",))).dtype == "float32"
+
+
+def test_float16_that_the_processor_would_crawl_through_is_computed_in_float32() -> None:
+    made = decided("model.compute=float16")
+    assert (made.dtype, "float16" in made.why["dtype"]) == ("float32", True)
+    assert decided("model.compute=float16", facts=replace(IDLE, flags=("avx512_fp16",))).dtype == "float16"
+    assert planned(tiny.recipe("model.compute=float16"), SMOL, IDLE, "cpu").why["dtype"] == made.why["dtype"]
+
+
+def test_a_run_that_has_begun_keeps_its_dtype() -> None:
+    made = decide(tiny.recipe("model.compute=float16"), SMOL, IDLE, ROWS, dtype="bfloat16")
+    assert (made.dtype, made.why["dtype"]) == ("bfloat16", "as this run began")
 
 
 def test_the_block_is_compiled_only_where_that_pays() -> None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from luthier import recipe
 from luthier.errors import ModelError
+from luthier.machine import Machine
 from luthier.model import load
 
 Break = Callable[[Path], Any]
@@ -215,16 +217,27 @@ def test_a_snapshot_tells_its_commit() -> None:
     assert load.loaded_revision(Path("my/model")) is None
 
 
+SLOW = Machine(cores=2, busy=0, memory=8, available=6, flags=("avx2", "avx512f"), compiler=None)
+FAST = replace(SLOW, flags=("avx512_bf16", "avx512_fp16"))
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_a_dtype_in_the_recipe_is_obeyed(name: str) -> None:
-    assert load.compute_dtype(model("any", compute=name), "cpu") == getattr(torch, name)
+def test_a_dtype_that_the_processor_multiplies_is_as_the_recipe_says(name: str) -> None:
+    assert load.dtype_name(name, "cpu", FAST) == (name, "as the recipe says")
 
 
-def test_auto_is_decided_by_the_processor_and_says_why() -> None:
-    from luthier.machine import machine
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_cpu_that_does_not_multiply_a_dtype_takes_float32_and_names_what_it_stands_for(name: str) -> None:
+    dtype, why = load.dtype_name(name, "cpu", SLOW)
+    assert dtype == "float32"
+    assert f"in place of {name}" in why
+    assert load.dtype_name(name, "cuda", SLOW) == (name, "as the recipe says")
 
-    dtype, why = load.choose_dtype(model("any"), "cpu")
-    assert (dtype == torch.bfloat16) == machine().fast_bfloat16
+
+@pytest.mark.parametrize(("facts", "name"), [(FAST, "bfloat16"), (SLOW, "float32")])
+def test_auto_is_decided_by_the_processor_and_says_why(facts: Machine, name: str) -> None:
+    dtype, why = load.dtype_name("auto", "cpu", facts)
+    assert dtype == name
     assert "processor" in why
 
 

@@ -26,13 +26,20 @@ def test_free_cores_are_ours_that_others_leave(cores: int, busy: int, all_cores:
 
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16"])
-def test_a_processor_that_multiplies_bfloat16_is_fast_at_it(flag: str) -> None:
-    assert replace(PLAIN, flags=("avx2", flag)).fast_bfloat16
+def test_a_processor_that_multiplies_bfloat16_says_so(flag: str) -> None:
+    assert replace(PLAIN, flags=("avx2", flag)).multiplies("bfloat16")
+
+
+@pytest.mark.parametrize("flag", ["amx_fp16", "avx512_fp16", "asimdhp"])
+def test_a_processor_that_multiplies_float16_says_so(flag: str) -> None:
+    assert replace(PLAIN, flags=("avx2", flag)).multiplies("float16")
+    assert not replace(PLAIN, flags=("avx2", flag)).multiplies("bfloat16")
 
 
 @pytest.mark.parametrize("flags", [(), ("avx2", "avx512f", "avx512_vnni"), ("amx_tile",), ("asimd",)])
 def test_a_processor_that_only_has_other_instructions_is_not(flags: tuple[str, ...]) -> None:
-    assert not replace(PLAIN, flags=flags).fast_bfloat16
+    made = replace(PLAIN, flags=flags)
+    assert [name for name in ("float32", "bfloat16", "float16") if made.multiplies(name)] == ["float32"]
 
 
 def test_facts_become_plain_values_and_back() -> None:

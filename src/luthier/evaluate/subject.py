@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier import recipe
 from luthier.errors import RunError
+from luthier.evaluate.seat import Seat, Stored
 from luthier.evaluate.suite import digest
 from luthier.machine import machine
 from luthier.runs import Run, read_json
@@ -28,22 +29,32 @@ class Subject:
     """Opening one reads no weights: `model` is loaded when it is first asked for, and holds both sides.
 
     Attributes:
+        run: gives the recipe's `model`, how a choice is written, and what training decided.
         encoder: that of training, template included.
         facts: what decides its answers besides the prompt: base, revision or weights, adapter, and the precision that
             training decided on.
+        stored: where the tuned side's tensors are.
+        seat: where the model sits; subjects that share it share the memory of one model.
     """
 
     run: Run
     encoder: Encoder
     facts: dict[str, Any]
+    stored: Stored
+    seat: Seat = field(default_factory=Seat)
 
     @classmethod
     def open(cls, run: Run) -> Subject:
         """Raises RunError if `run` is not trained, ModelError if its base cannot be had."""
         if not run.finished:
-            raise RunError("has no adapter yet", where=str(run.folder), fix=f"finish it: luthier train {run.folder}")
-        from luthier.adapters.files import WEIGHTS
-        from luthier.model.load import dtype_name, load_tokenizer, loaded_revision, model_folder
+            raise RunError("has no adapter yet", where=str(run.folder), fix=_unfinished(run))
+        return cls.of(run, Stored(run, run.adapter), run.recipe.adapter, Seat())
+
+    @classmethod
+    def of(cls, run: Run, stored: Stored, adapter: recipe.Adapter, seat: Seat) -> Subject:
+        """A subject with the tensors of `stored`, for an adapter as `adapter` says, on the base and under the decisions
+        of `run`. Raises ModelError if the base cannot be had."""
+        from luthier.model.load import load_tokenizer, loaded_revision, model_folder
 
         model = run.recipe.model
         folder = model_folder(model)
@@ -51,57 +62,44 @@ class Subject:
             "base": model.base,
             "revision": loaded_revision(folder),
             "weights": _weights(folder),
-            "adapter": _sha256(run.adapter / WEIGHTS),
-            "dtype": _decided(run, "dtype") or dtype_name(model, "cpu", machine())[0],
+            "adapter": stored.digest,
+            "dtype": _dtype(run),
             "quantize": model.quantize and model.quantize.model_dump(mode="json"),
             "norms": model.norms,
         }
-        return cls(run, _encoder(run, load_tokenizer(folder, run.recipe.adapter)), facts)
+        return cls(run, _encoder(run, stored.folder, load_tokenizer(folder, adapter)), facts, stored, seat)
 
-    @cached_property
+    @property
     def model(self) -> CausalModel:
         """The base with the adapter. Raises ModelError or AdapterError if a file of either is malformed."""
-        import torch
+        return self.seat.model(self)
 
-        from luthier.adapters import files
-        from luthier.model.causal import build
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """What tells the loaded base from another: two spellings of one folder are the same base."""
         from luthier.model.load import model_folder
 
-        recipe = self.run.recipe
-        if isinstance(recipe.run.threads, int):
-            torch.set_num_threads(recipe.run.threads)
-        adapter, tensors = files.load(self.run.adapter)
-        with files.fitting(self.run.adapter, recipe.model.base, self.facts["revision"]):
-            model = build(
-                recipe.model,
-                adapter,
-                folder=model_folder(recipe.model),
-                kernels=_kernels(self.run),
-                recompute=False,
-                seed=0,
-                device=torch.device(self.place),
-                dtype=getattr(torch, self.facts["dtype"]),
-            )
-            assert model.adapter is not None
-            model.adapter.load_state_dict(tensors)
-        return model
+        facts = {name: fact for name, fact in self.facts.items() if name not in ("base", "adapter")}
+        return facts | {"folder": str(model_folder(self.run.recipe.model).resolve()), "place": self.place}
 
     @cached_property
     def place(self) -> str:
         """Where training ran, if this machine has it, else the CPU."""
-        import torch
+        return _place(self.run)
 
-        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        place: str = _decided(self.run, "place") or "cpu"
-        return place if here[place] else "cpu"
+    @property
+    def kernels(self) -> Literal["reference", "eager"]:
+        """Our block where training ran on it; nothing is compiled for an evaluation."""
+        return "eager" if _decided(self.run, "kernels") in ("eager", "compiled") else "reference"
 
     @contextmanager
     def side(self, side: Side) -> Iterator[None]:
         """Inside, `model` is that side."""
         import torch
 
-        assert self.model.adapter is not None
-        with torch.inference_mode(), self.model.adapter.disabled() if side == "base" else nullcontext():
+        adapter = self.model.adapter
+        assert adapter is not None
+        with torch.inference_mode(), adapter.disabled() if side == "base" else nullcontext():
             yield
 
     def identity(self, side: Side) -> dict[str, Any]:
@@ -109,9 +107,31 @@ class Subject:
         return {name: fact for name, fact in self.facts.items() if side == "tuned" or name != "adapter"}
 
 
-def _kernels(run: Run) -> Literal["reference", "eager"]:
-    """Our block where training ran on it; nothing is compiled for an evaluation."""
-    return "eager" if _decided(run, "kernels") in ("eager", "compiled") else "reference"
+def _unfinished(run: Run) -> str:
+    newest = next(reversed(sorted(run.checkpoints.glob("step-" + "[0-9]" * 8))), None)
+    finish = f"finish it: luthier train {run.folder}"
+    return f"{finish}; or take a checkpoint: {newest}" if newest else finish
+
+
+def _place(run: Run) -> str:
+    place: str = _decided(run, "place") or "cpu"
+    if place == "cpu":
+        return place
+    import torch
+
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return place if here[place] else "cpu"
+
+
+def _dtype(run: Run) -> str:
+    """That of training; elsewhere than training ran, what that place makes of it."""
+    from luthier.model.load import dtype_name
+
+    decided: str | None = _decided(run, "dtype")
+    place = _place(run)
+    if decided and place == _decided(run, "place"):
+        return decided
+    return dtype_name(decided or run.recipe.model.compute, place, machine())[0]
 
 
 def _decided(run: Run, what: str) -> Any:
@@ -119,13 +139,13 @@ def _decided(run: Run, what: str) -> Any:
     return run.manifest.get("decisions", {}).get(what)
 
 
-def _encoder(run: Run, tokenizer: Tokenizer) -> Encoder:
-    """The encoder of training. Its template travels with the adapter; the run's data folder has the same."""
+def _encoder(run: Run, adapter: Path, tokenizer: Tokenizer) -> Encoder:
+    """The encoder of training. Its template travels with an adapter; the run's data folder has the same."""
     from luthier.adapters.files import load_extra
     from luthier.data.templates import Template
     from luthier.data.tokens import Encoder
 
-    made = load_extra(run.adapter).get("template") or read_json(run.data / "template.json")
+    made = load_extra(adapter).get("template") or read_json(run.data / "template.json")
     return Encoder(tokenizer, Template.from_spec(made["template"], tokenizer), made["supervise"], made["system"])
 
 
@@ -133,8 +153,3 @@ def _weights(folder: Path) -> str:
     """Tells one set of weights from another without reading gigabytes: names, sizes and times of their files."""
     stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import recipe
 from luthier.errors import ModelError
-from luthier.machine import Machine, machine
+from luthier.machine import Machine
 from luthier.model import embedded
 from luthier.model.folder import check_folder, shards, some
 from luthier.model.hub import config_file, loaded_revision, snapshot
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_folder",
-    "choose_dtype",
-    "compute_dtype",
     "dtype_name",
     "load_causal",
     "load_tokenizer",
@@ -256,35 +254,38 @@ def _output_in(dtype: torch.dtype, layer: nn.Module, inputs: Any, output: torch.
     return output.to(dtype)
 
 
-def compute_dtype(model: recipe.Model, device: torch.device | str) -> torch.dtype:
-    """The dtype of weights and matrix products that `model.compute` means on `device`."""
-    return choose_dtype(model, device)[0]
+def dtype_name(wanted: str, place: str, facts: Machine) -> tuple[str, str]:
+    """The dtype that weights and products have at `place` (`cpu`, `cuda` or `mps`) where `model.compute` is `wanted`,
+    and why: decided from what the processor or the first GPU has, never from a timing.
 
-
-def choose_dtype(model: recipe.Model, device: torch.device | str) -> tuple[torch.dtype, str]:
-    """`compute_dtype` and, in some words, why."""
-    import torch
-
-    name, why = dtype_name(model, torch.device(device).type, machine())
-    return getattr(torch, name), why
-
-
-def dtype_name(model: recipe.Model, place: str, facts: Machine) -> tuple[str, str]:
-    """The name of the dtype that `model.compute` means on `cpu`, `cuda` or `mps`, and why. `auto` is decided from what
-    the processor has, never from a timing. Imports torch only to ask about a GPU."""
-    if model.compute != "auto":
-        return model.compute, "as the recipe says"
-    if place == "cuda":
-        import torch
-
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU multiplies bfloat16"
-        return "float32", "the GPU does not multiply bfloat16"
+    A CPU that does not multiply `wanted` in hardware computes in float32, which is finer and several times as fast.
+    Imports torch only for a GPU that `facts` does not know.
+    """
+    if place == "cpu":
+        return _cpu_dtype(wanted, facts)
+    if wanted != "auto":
+        return wanted, "as the recipe says"
     if place == "mps":
         return "bfloat16", "Apple's GPU multiplies bfloat16"
-    if facts.fast_bfloat16:
-        return "bfloat16", "the processor multiplies bfloat16"
-    return "float32", "the processor does not multiply bfloat16, and float32 is faster then"
+    if facts.gpus[0].bfloat16 if facts.gpus else _torch_multiplies_bfloat16():
+        return "bfloat16", "the GPU multiplies bfloat16"
+    return "float32", "the GPU does not multiply bfloat16"
+
+
+def _cpu_dtype(wanted: str, facts: Machine) -> tuple[str, str]:
+    name = "bfloat16" if wanted == "auto" else wanted
+    if facts.multiplies(name):
+        return name, "the processor multiplies bfloat16" if wanted == "auto" else "as the recipe says"
+    if wanted == "auto":
+        return "float32", "the processor does not multiply bfloat16, and float32 is faster then"
+    return "float32", f"in place of {name}, which this processor multiplies several times more slowly"
+
+
+def _torch_multiplies_bfloat16() -> bool:
+    import torch
+
+    supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+    return supported
 
 
 def _one_line(error: BaseException) -> str:

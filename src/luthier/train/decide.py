@@ -59,18 +59,22 @@ class _Layout:
     why: str
 
 
-def decide(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows) -> Decisions:
+def decide(
+    recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows, *, dtype: str | None = None
+) -> Decisions:
     """Resolves every `auto`.
 
     Args:
         config: the model's `config.json`.
         facts: of this machine.
+        dtype: of a run that has begun, which goes on in it: another one would change what is learned.
 
     Raises MemoryPlanError with what to change if no arrangement fits the memory, RecipeError if the recipe
     contradicts itself.
     """
     place, place_why = _place(recipe, facts)
-    dtype, dtype_why = _dtype(recipe, place, facts)
+    chosen = (dtype, "as this run began") if dtype else dtype_name(recipe.model.compute, place, facts)
+    dtype, dtype_why = chosen
     layout, planned = arrange(recipe, config, facts, rows, place=place, dtype=dtype)
     if not planned.fits:
         raise MemoryPlanError(
@@ -111,19 +115,12 @@ def _place(recipe: Recipe, facts: Machine) -> tuple[str, str]:
     return "cpu", f"this torch does not reach the {facts.gpus[0].name}"
 
 
-def _dtype(recipe: Recipe, place: str, facts: Machine) -> tuple[str, str]:
-    """As `dtype_name`, and for a GPU that is only named too."""
-    if place != "cuda" or recipe.model.compute != "auto" or not facts.gpus:
-        return dtype_name(recipe.model, place, facts)
-    if facts.gpus[0].bfloat16:
-        return "bfloat16", "the GPU multiplies bfloat16"
-    return "float32", "the GPU does not multiply bfloat16"
-
-
 def planned(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str | None = None) -> Plan:
     """The plan of `recipe` before its data is known; `place`: not where the recipe says, but there."""
     place = place or _place(recipe, facts)[0]
-    return arrange(recipe, config, facts, None, place=place, dtype=_dtype(recipe, place, facts)[0])[1]
+    dtype, why = dtype_name(recipe.model.compute, place, facts)
+    found = arrange(recipe, config, facts, None, place=place, dtype=dtype)[1]
+    return replace(found, dtype=dtype, why={"dtype": why})
 
 
 def arrange(

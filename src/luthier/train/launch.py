@@ -86,14 +86,16 @@ def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared
 
 
 def decisions_of(run: Run, prepared: Prepared) -> Decisions:
-    """The decisions recorded in the manifest, if the recipe asks for the same; else new ones, then recorded."""
+    """The decisions recorded in the manifest, if the recipe asks for the same; else new ones, then recorded. A run that
+    has begun keeps its dtype: that decides what is learned."""
     manifest = run.manifest
     asked = run.recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
     if manifest.get("asked") == asked:
         return Decisions(**manifest["decisions"])
     facts = machine()
     rows = _rows(run.recipe, prepared)
-    decisions = decide(run.recipe, _config(run.recipe), facts, rows)
+    dtype = manifest["decisions"]["dtype"] if "decisions" in manifest and run.steps() else None
+    decisions = decide(run.recipe, _config(run.recipe), facts, rows, dtype=dtype)
     run.update_manifest(asked=asked, decisions=decisions.as_dict(), machine=facts.as_dict())
     return decisions
 

@@ -106,7 +106,8 @@ def _remark(event: Event) -> str | None:
         case "decisions":
             who = f"{event['processes']} process(es) of {event['threads']} thread(s) on {event['place']}"
             why = event["why"]
-            return f"{who} ({why['engine']}); {event['dtype']}, {event['kernels']} kernels ({why['kernels']})"
+            how = f"{event['dtype']} ({why['dtype']}), {event['kernels']} kernels ({why['kernels']})"
+            return f"{who} ({why['engine']}); {how}"
         case "rehearsal":
             took, planned = event["peak_bytes"] / _GIB, event["predicted_peak_bytes"] / _GIB
             return f"the worst step takes {took:.2f} GiB; {planned:.2f} were planned"
