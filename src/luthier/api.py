@@ -92,9 +92,9 @@ def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None
     from luthier.train.launch import decide_for
 
     facts, place = machine(), None
-    if gpu or vram:
-        chosen = named_gpu(gpu) if gpu else facts.gpus[0] if facts.gpus else unnamed_gpu(0)
-        if vram:
+    if gpu is not None or vram is not None:
+        chosen = named_gpu(gpu) if gpu is not None else facts.gpus[0] if facts.gpus else unnamed_gpu(0)
+        if vram is not None:
             chosen = replace(chosen, total=parse_bytes(vram), free=parse_bytes(vram))
         facts, place = replace(facts, gpus=(chosen,)), "cuda"
     planned = decide_for(recipe, facts, place)

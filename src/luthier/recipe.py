@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from luthier.errors import RecipeError, UsageError
 from luthier.registry import nearest
@@ -147,6 +147,15 @@ class Lora(Section):
     """Modules that are trained whole and saved with the adapter, such as `[lm_head]`."""
     new_tokens: list[str] = []
     """Tokens added to the vocabulary; their rows of the embedding are trained and saved with the adapter."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _tokens_can_be_seen(cls, tokens: list[str]) -> list[str]:
+        if blank := [token for token in tokens if not token.strip()]:
+            raise ValueError(
+                f"{blank[0]!r} is blank: a token needs a letter or a sign, to be told from its surroundings"
+            )
+        return tokens
 
     @property
     def title(self) -> str:
@@ -377,6 +386,24 @@ class Recipe(Section):
 
         Raises RecipeError naming file, line, column and field; UsageError for a malformed override.
         """
+    @model_validator(mode="after")
+    def _loftq_needs_quantised_weights(self) -> Self:
+        if isinstance(self.adapter, Lora) and self.adapter.init == "loftq" and self.model.quantize is None:
+            raise ValueError(
+                "adapter.init=loftq starts from what quantisation takes from the weights: set model.quantize, "
+                "e.g. model.quantize={kind: nf4}, or take another init"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_plus_needs_a_lora(self) -> Self:
+        if self.train.lora_plus != 1 and not isinstance(self.adapter, Lora):
+            raise ValueError(
+                f"train.lora_plus={self.train.lora_plus:g} is the rate of a LoRA's B, which adapter.kind="
+                f"{self.adapter.kind} does not have: leave it out"
+            )
+        return self
+
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -421,6 +448,11 @@ class Recipe(Section):
 
 
 def packaged(name: str) -> Path | None:
+    @property
+    def split_seed(self) -> int:
+        """The seed that decides which rows are held out."""
+        return self.train.seed if self.data.heldout.seed is None else self.data.heldout.seed
+
     """The recipe that ships with luthier under this name, unless a file or folder of that name is at hand."""
     path = Path(__file__).parent / "recipes" / f"{name}.yaml"
     return path if path.is_file() and not Path(name).exists() else None
@@ -476,25 +508,60 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, tree: dict[str, Any], name: str) -> str:
     """All problems at once, a line each: file:line:column: field: what is wrong; what to do."""
-    return "\n".join(_problem(dict(p), tree, name) for p in error.errors(include_url=False))
+    problems: dict[tuple[tuple[Any, ...], str], list[dict[str, Any]]] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(_subject(dict(problem)), []).append(dict(problem))
+    lines = []
+    for (path, kind), about in problems.items():
+        field = ".".join(map(str, path)) or "recipe"
+        message = _of_another_kind(field, kind, about) if kind else _message(path, field, about)
+        lines.append(f"{_place(tree, path, name)}: {field}: {message}")
+    return "\n".join(lines)
 
 
-def _problem(problem: dict[str, Any], tree: dict[str, Any], name: str) -> str:
-    path = [p for p in problem["loc"] if _is_key(p)]
-    field = ".".join(str(p) for p in path) or "recipe"
-    message = problem["msg"].removeprefix("Value error, ")
+def _subject(problem: dict[str, Any]) -> tuple[tuple[Any, ...], str]:
+    """The path that a problem is about; for a key that only other kinds of its section have, that of the section, and
+    the kind that it has."""
+    path = tuple(part for part in problem["loc"] if _is_key(part))
+    kind = str(problem["loc"][-2]) if len(problem["loc"]) > 1 else ""
+    is_another_s = kind.startswith("kind: ") and any(path[-1] in other.model_fields for other in _sections(path[:-1]))
+    return (path[:-1], kind) if problem["type"] == "extra_forbidden" and is_another_s else (path, "")
+
+
+def _of_another_kind(field: str, kind: str, about: list[dict[str, Any]]) -> str:
+    keys = ", ".join(str(problem["loc"][-1]) for problem in about)
+    what, them = ("is a key", "it") if len(about) == 1 else ("are keys", "them")
+    return f"{keys} {what} of another kind; take {them} out, or replace the section as a whole: {field}={{{kind}}}"
+
+
+def _message(path: tuple[Any, ...], field: str, about: list[dict[str, Any]]) -> str:
+    problem = about[0]
     if problem["type"] == "extra_forbidden":
         other = _ELSEWHERE.get(str(path[-1]))
         hint = f"here it is `{other}`" if other else nearest(str(path[-1]), _siblings(problem["loc"]))
-        message = f"unknown key; {hint}"
-    elif problem["type"] == "missing":
-        message = "is missing"
-    elif problem["type"] == "union_tag_invalid":
-        tags = problem["ctx"]["expected_tags"].replace("kind: ", "").replace("'", "")
-        message = f"write a mapping whose kind is one of {tags}"
-    elif not isinstance(problem.get("input"), dict | list):
-        message = f"{message} (found {problem.get('input')!r})"
-    return f"{_place(tree, path, name)}: {field}: {message}"
+        return f"unknown key; {hint}"
+    if problem["type"] == "missing":
+        return "is missing"
+    if problem["type"] in ("union_tag_invalid", "model_type") and (kinds := _kinds(path)):
+        return _kind_wanted(field, kinds, problem["input"])
+    return _said(about)
+
+
+def _kind_wanted(field: str, kinds: list[str], given: Any) -> str:
+    kind = given.get("kind") if isinstance(given, dict) else given
+    if not isinstance(kind, str):
+        return f"write a mapping whose kind is one of {', '.join(kinds)}"
+    if kind in kinds:
+        return f"write a mapping: {field}={{kind: {kind}}}"
+    return f"there is no kind '{kind}'; {nearest(kind, kinds)}"
+
+
+def _said(about: list[dict[str, Any]]) -> str:
+    """pydantic's words on one value, which may have failed at several types."""
+    first, *others = dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in about)
+    text = " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
+    given = about[0].get("input")
+    return text if isinstance(given, dict | list | BaseModel) else f"{text} (found {given!r})"
 
 
 def _is_key(part: Any) -> bool:
@@ -506,15 +573,28 @@ def _is_key(part: Any) -> bool:
 
 def _siblings(path: Sequence[Any]) -> list[str]:
     sections: list[type[Section]] = [Recipe]
-    for part in path[:-1]:
+    for part in path:
         if isinstance(part, str) and part.startswith("kind: "):
-            sections = [
-                s for s in sections if part.removeprefix("kind: ") in get_args(s.model_fields["kind"].annotation)
-            ]
+            sections = [section for section in sections if part.removeprefix("kind: ") in _kinds_of(section)]
+    return sorted({name for section in _sections(path[:-1]) for name in section.model_fields})
+
+
+def _kinds(path: Sequence[Any]) -> list[str]:
+    """The kinds of section that may lie at `path`, if it says of which kind it is."""
+    sections = [section for section in _sections(path) if "kind" in section.model_fields]
+    return [kind for section in sections for kind in _kinds_of(section)]
+
+
+def _kinds_of(section: type[Section]) -> tuple[str, ...]:
+    return get_args(section.model_fields["kind"].annotation)
+
+
+def _sections(path: Sequence[Any]) -> list[type[Section]]:
+    """The sections that may lie at `path`, of the kinds that it names on the way."""
         elif isinstance(part, str):
             fields = [section.model_fields[part] for section in sections if part in section.model_fields]
             sections = [inner for field in fields for inner in sections_in(field.annotation)]
-    return sorted({name for section in sections for name in section.model_fields})
+    return sections
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:
@@ -524,7 +604,7 @@ def sections_in(annotation: Any) -> list[type[Section]]:
     return list(dict.fromkeys(inner for part in get_args(annotation) for inner in sections_in(part)))
 
 
-def _place(tree: Any, path: list[Any], name: str) -> str:
+def _place(tree: Any, path: Sequence[Any], name: str) -> str:
     """`file:line:column` of the deepest part of `path` that the file has; overrides have no place, only the file."""
     place, node = name, tree
     for part in path:

@@ -197,9 +197,26 @@ def test_a_gpus_kind_is_found_in_its_name(name: str, memory: int) -> None:
     assert type(gpu)(name, 0, 0, (8, 0)).known.memory == memory
 
 
-def test_a_gpu_that_nobody_knows_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match="RTX 4090"):
-        named_gpu("RTX 4091")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RTX 4091", "did you mean 'RTX 4090'"),
+        ("A100", r"did you mean 'A100 40GB' or 'A100 80GB'\?; or give --vram$"),
+        ("rtx 40", "did you mean 'RTX 4060 Ti' or 'RTX 4070' or 'RTX 4080' or 'RTX 4090'"),
+        ("L40", "did you mean 'L40S'"),
+        ("MI300X", "known names: A10, "),
+        ("", "--gpu is given no name; write one, such as 'RTX 4090'"),
+        (" ", "--gpu is given no name"),
+    ],
+)
+def test_a_gpu_that_nobody_knows_is_answered_with_those_that_are_meant(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        named_gpu(name)
+
+
+@pytest.mark.parametrize("name", ["A100-80", "a100 80GB", "A100-80GB", "NVIDIA A100 80 GB"])
+def test_a_gpu_is_known_however_its_name_is_written(name: str) -> None:
+    assert named_gpu(name).total == 81920 << 20
 
 
 @pytest.mark.parametrize(("text", "value"), [("6GiB", 6 * GIB), ("1.5 GB", 1_500_000_000), ("512MiB", 512 * 1024**2)])

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,59 @@ def test_the_packaged_recipe_is_found_by_name_and_is_valid() -> None:
     recipe = Recipe.load(path)
     assert all((path.parent / source.path).is_file() for source in recipe.data.train + recipe.data.test)
     assert packaged("no-such-recipe") is None
+
+
+LORA = MINIMAL + "adapter: {kind: lora, rank: 4, alpha: 8, dropout: 0.1}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.kind=bottleneck", "rank, alpha are keys of another kind; .*: adapter={kind: bottleneck}$"),
+        ("adapter.kind=none", "rank, alpha, dropout are keys of another kind; .*: adapter={kind: none}$"),
+        ("adapter.kind=botleneck", "adapter: there is no kind 'botleneck'; did you mean 'bottleneck'"),
+        ("adapter=lora", "adapter: write a mapping: adapter={kind: lora}$"),
+        ("adapter=", "adapter: write a mapping whose kind is one of lora, bottleneck, none, peft$"),
+        ("model.quantize=nf4", "model.quantize: write a mapping: model.quantize={kind: nf4}$"),
+        ("model.quantize={kind: int4}", "model.quantize: there is no kind 'int4'; did you mean 'int8'"),
+        ("model.quantize={kind: zzz}", "there is no kind 'zzz'; known names: fp4, fp8, int8, nf4$"),
+        ("model.quantize={double: true}", "write a mapping whose kind is one of nf4, fp4, int8, fp8$"),
+        ("model.quantize={kind: nf4, threshold: 3}", "threshold is a key of another kind; take it out"),
+    ],
+)
+def test_a_section_of_another_kind_is_answered_with_what_to_write(override: str, message: str) -> None:
+    found = problem(LORA, override)
+    assert re.search(message, found)
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter={kind: none, blocks: 0}", "adapter.blocks: Input should be 'all' or greater than or equal to 1"),
+        ("run.processes=0", "run.processes: Input should be 'auto' or greater than or equal to 1 (found 0)"),
+        ("train.warmup=-1", "train.warmup: Input should be greater than or equal to 0 (found -1)"),
+    ],
+)
+def test_a_value_that_could_be_of_several_types_is_one_problem(override: str, message: str) -> None:
+    found = problem(MINIMAL, override)
+    assert message in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.init=loftq"], r"loftq starts from what quantisation takes.*model\.quantize={kind: nf4}"),
+        (
+            ["adapter={kind: bottleneck}", "train.lora_plus=16"],
+            r"lora_plus=16 .*adapter\.kind=bottleneck does not have",
+        ),
+        (["adapter={kind: none}", "train.lora_plus=16"], r"adapter\.kind=none does not have"),
+        (["adapter={kind: peft, method: IA3}", "train.lora_plus=16"], r"adapter\.kind=peft does not have"),
+        (["adapter.new_tokens=[' ']"], r"adapter\.new_tokens: ' ' is blank: a token needs a letter"),
+        (["adapter.new_tokens=[ok, '']"], r"adapter\.new_tokens: '' is blank"),
+    ],
+)
+def test_what_would_have_no_effect_or_no_start_is_refused(overrides: list[str], message: str) -> None:
+    assert re.search(message, problem(MINIMAL, *overrides))
