@@ -380,12 +380,6 @@ class Recipe(Section):
             )
         return self
 
-    @classmethod
-    def load(cls, path: str | Path, *overrides: str) -> Recipe:
-        """Reads YAML and applies `section.key=value` overrides (values are YAML too).
-
-        Raises RecipeError naming file, line, column and field; UsageError for a malformed override.
-        """
     @model_validator(mode="after")
     def _loftq_needs_quantised_weights(self) -> Self:
         if isinstance(self.adapter, Lora) and self.adapter.init == "loftq" and self.model.quantize is None:
@@ -404,6 +398,12 @@ class Recipe(Section):
             )
         return self
 
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Recipe:
+        """Reads YAML and applies `section.key=value` overrides (values are YAML too).
+
+        Raises RecipeError naming file, line, column and field; UsageError for a malformed override.
+        """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -442,17 +442,17 @@ class Recipe(Section):
         mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
         return {k: (mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
 
+    @property
+    def split_seed(self) -> int:
+        """The seed that decides which rows are held out."""
+        return self.train.seed if self.data.heldout.seed is None else self.data.heldout.seed
+
     def learned(self) -> dict[str, Any]:
         """The half that says what is learned, as plain values: two runs with equal `learned()` have one loss curve."""
         return self.model_dump(mode="json", exclude={"run"})
 
 
 def packaged(name: str) -> Path | None:
-    @property
-    def split_seed(self) -> int:
-        """The seed that decides which rows are held out."""
-        return self.train.seed if self.data.heldout.seed is None else self.data.heldout.seed
-
     """The recipe that ships with luthier under this name, unless a file or folder of that name is at hand."""
     path = Path(__file__).parent / "recipes" / f"{name}.yaml"
     return path if path.is_file() and not Path(name).exists() else None
@@ -572,10 +572,6 @@ def _is_key(part: Any) -> bool:
 
 
 def _siblings(path: Sequence[Any]) -> list[str]:
-    sections: list[type[Section]] = [Recipe]
-    for part in path:
-        if isinstance(part, str) and part.startswith("kind: "):
-            sections = [section for section in sections if part.removeprefix("kind: ") in _kinds_of(section)]
     return sorted({name for section in _sections(path[:-1]) for name in section.model_fields})
 
 
@@ -591,6 +587,10 @@ def _kinds_of(section: type[Section]) -> tuple[str, ...]:
 
 def _sections(path: Sequence[Any]) -> list[type[Section]]:
     """The sections that may lie at `path`, of the kinds that it names on the way."""
+    sections: list[type[Section]] = [Recipe]
+    for part in path:
+        if isinstance(part, str) and part.startswith("kind: "):
+            sections = [section for section in sections if part.removeprefix("kind: ") in _kinds_of(section)]
         elif isinstance(part, str):
             fields = [section.model_fields[part] for section in sections if part in section.model_fields]
             sections = [inner for field in fields for inner in sections_in(field.annotation)]
