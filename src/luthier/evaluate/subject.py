@@ -108,7 +108,7 @@ class Subject:
 
 
 def _unfinished(run: Run) -> str:
-    newest = next(reversed(sorted(run.checkpoints.glob("step-" + "[0-9]" * 8))), None)
+    newest = max(run.checkpoints.glob("step-" + "[0-9]" * 8), default=None)
     finish = f"finish it: luthier train {run.folder}"
     return f"{finish}; or take a checkpoint: {newest}" if newest else finish
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier import recipe
 from luthier.adapters.method import Adapter, Noise, attach
@@ -41,7 +43,7 @@ class CausalModel:
     def __init__(
         self, module: Any, adapter: Adapter | None, *, kernels: Kernels = "reference", recompute: bool = False
     ) -> None:
-        self.module, self.adapter, self.recompute = module, adapter, recompute
+        self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
         if getattr(module.config, "multi_query", False):
             attention.share_head(module)
         embed = module.get_input_embeddings()
@@ -159,25 +161,37 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     offload: int = 0,
+    loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
 
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
     block, for the families in `families.py`. `recompute` trades activations for a second forward pass. With `offload`,
-    so many of the first decoder blocks stay in host memory and stream to `device`.
+    so many of the first decoder blocks stay in host memory and stream to `device`. `loaded`: the base, read before by
+    `load_causal` with the same settings; it stays as it is, and its weights are shared (see `shell`).
 
     Raises ModelError for a folder that cannot be loaded, AdapterError for targets that match nothing.
     """
     from luthier.model.load import load_causal
 
     (return_freed_memory if kernels == "reference" else keep_freed_memory)()
-    module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", offload=offload)
+    if loaded is not None:
+        module = shell(loaded)
+    else:
+        module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", offload=offload)
     attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
     if offload:
         for parameter in attached.parameters() if attached is not None else ():
             parameter.data = parameter.data.to(device)
         stream(module, offload, device)
     return CausalModel(module, attached, kernels=kernels, recompute=recompute)
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A module of the same structure with the same tensors, not copies: layers can be put into its places, and what is
+    attached to it leaves `module` alone."""
+    tensors = chain(module.parameters(), module.buffers())
+    return deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def _facts(adapter: recipe.Adapter, folder: Path) -> dict[str, Any]:

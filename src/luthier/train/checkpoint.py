@@ -137,6 +137,16 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(load(adapter), load(optimizer), Progress(**json.loads(progress)))
 
 
+def read_adapter(folder: Path) -> Tensors:
+    """The adapter's tensors of one checkpoint, verified, without what resuming needs besides. Raises CheckpointError."""
+    return load(_verified(folder / _FILES[0], _read_manifest(folder)["files"][_FILES[0]]))
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of the adapter's tensors of one checkpoint, as its manifest says. Raises CheckpointError."""
+    return str(_read_manifest(folder)["files"][_FILES[0]]["sha256"])
+
+
 def published(root: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first. Order comes from names, never from file times."""
     return sorted(root.glob("step-" + "[0-9]" * 8))
