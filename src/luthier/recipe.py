@@ -8,9 +8,12 @@ name; validation never edits; what follows from the recipe (a run folder's name,
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -315,13 +318,125 @@ class Generate(Section):
     repetition_penalty: float = Field(1.0, gt=0)
 
 
+class JsonFields(Section):
+    """The share of a JSON reference's fields that a generated JSON answer has with the same value."""
+
+    kind: Literal["json"]
+    name: str | None = None
+    """What tables call it; null: `json`."""
+    fields: list[str] = []
+    """Only fields at or below these paths, such as `customer.name` or `items.0.price`; none named: all."""
+
+
+class Pattern(Section):
+    """Whether a regular expression is found in the generated answer."""
+
+    kind: Literal["regex"]
+    name: str | None = None
+    """What tables call it; null: `regex`."""
+    pattern: str
+    """As Python's `re.search` reads it: `^\\d{4}$` must be the whole answer, `(?i)sorry` ignores case."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        return pattern
+
+
+class Check(Section):
+    """What a Python function of yours says of the generated answer."""
+
+    kind: Literal["python"]
+    name: str | None = None
+    """What tables call it; null: the function's name."""
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`package.module:function`. It is called with the answer's text and the question (a Conversation) and returns
+    True, False, a share from 0 to 1, or None where it cannot tell."""
+
+
+class Judge(Section):
+    """Another model says whose answer is better, the base's or the tuned one's, asked in both orders. Nothing is sent
+    unless this is written."""
+
+    kind: Literal["judge"]
+    name: str | None = None
+    """What tables call it; null: `judge`."""
+    url: str
+    """An OpenAI-compatible endpoint without `/chat/completions`, such as `http://127.0.0.1:8000/v1`."""
+    model: str
+    """The judge, as the endpoint calls it."""
+    criterion: str
+    """What makes an answer better, in a sentence: `It names every fault that the customer reports, and no other.`"""
+    key_env: str | None = None
+    """The environment variable that holds the endpoint's key. The key itself is never written anywhere."""
+    share: bool = False
+    """Allow an endpoint on another machine, which then reads the questions, the references and both answers."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds until a request is given up and tried again, at most five times."""
+
+    @model_validator(mode="after")
+    def _stays_here(self) -> Self:
+        address = urlsplit(self.url)
+        if not _has_port(address) or address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(
+                f"judge.url is no address of an endpoint: write http://127.0.0.1:8000/v1 (found {self.url!r})"
+            )
+        if address.username or address.password:
+            raise ValueError("judge.url holds a name or password: put the key into a variable, named by key_env")
+        if not (self.share or is_loopback(address.hostname)):
+            raise ValueError(
+                f"{address.hostname} is another machine: the test questions, their references and both sides' answers "
+                "would be sent there; write `share: true` beside the url if they may be"
+            )
+        return self
+
+
+def _has_port(address: SplitResult) -> bool:
+    """Whether its port is a number, or left out."""
+    try:
+        return address.port != 0
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _entry(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "a name" if isinstance(value, str) else f"kind: {kind}"
+
+
+MetricEntry = Annotated[
+    Annotated[str, Tag("a name")]
+    | Annotated[JsonFields, Tag("kind: json")]
+    | Annotated[Pattern, Tag("kind: regex")]
+    | Annotated[Check, Tag("kind: python")]
+    | Annotated[Judge, Tag("kind: judge")],
+    Discriminator(_entry),
+]
+
+
 class Evaluate(Section):
     every: int | None = Field(None, ge=1)
     """Steps between evaluations on the held-out rows; null: five times a run."""
     samples: int = Field(2, ge=0)
     """How many held-out prompts are answered at each evaluation, for the eye."""
-    metrics: list[str] = Field(["rougeL", "rouge1", "rouge2", "rougeLsum", "exact_match", "perplexity"], min_length=1)
-    """The first decides the verdict."""
+    metrics: list[MetricEntry] = Field(
+        ["rougeL", "rouge1", "rouge2", "rougeLsum", "exact_match", "perplexity"], min_length=1
+    )
+    """Names, or mappings for metrics with options (below). The first decides the verdict."""
+    harness: list[str] = []
+    """Tasks of lm-evaluation-harness that `compare` runs too, on both sides: names, or paths of task files (.yaml)."""
     generate: Generate = Generate()
     rows: int | None = Field(None, ge=1)
     """Compare on this many test rows (the first ones); null: all."""

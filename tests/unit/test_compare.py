@@ -12,7 +12,8 @@ from rich.console import Console
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError
 from luthier.evaluate.comparison import Comparison, first_words, judge
-from luthier.evaluate.metrics import METRICS, PERPLEXITY, ROUGEL, Answer, points
+from luthier.evaluate.metrics import METRICS, Answer, points
+from luthier.evaluate.metrics.text import PERPLEXITY, ROUGEL
 from luthier.evaluate.paired import LEAST, explain, figure, paired, signed
 from luthier.evaluate.terminal import draw, printable, render
 

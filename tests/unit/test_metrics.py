@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from luthier.data.conversation import Conversation, Origin
-from luthier.evaluate.metrics import METRICS, PERPLEXITY, Answer, parse_choice, points
+from luthier.evaluate.metrics import METRICS, Answer, points
+from luthier.evaluate.metrics.choice import parse_choice
+from luthier.evaluate.metrics.text import PERPLEXITY
 
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 CHOICES = ("the heart", "the left lung", "the lung", "a kidney")

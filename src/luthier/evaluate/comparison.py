@@ -7,12 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from luthier.data.conversation import Conversation
 from luthier.errors import RecipeError
-from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, words
+from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, resolved, words
 from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, paired
+
+if TYPE_CHECKING:
+    from luthier.recipe import MetricEntry
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Comparison:
 
     Attributes:
         first: name of the metric that decides.
+        known: the metrics themselves, by name.
         metrics: by name, with the best of several references; `means`: the same with the mean over references (only
             metrics and questions that have several).
         matched: the deciding ROUGE with both answers cut, question by question, to the shorter one's word count.
@@ -28,6 +32,7 @@ class Comparison:
     """
 
     first: str
+    known: dict[str, Metric]
     metrics: dict[str, Paired]
     means: dict[str, Paired]
     matched: dict[str, Paired]
@@ -43,14 +48,14 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        return explain(METRICS.get(self.first), self.metrics[self.first])
+        return explain(self.known[self.first], self.metrics[self.first])
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
             "metric": self.first,
-            "metrics": {name: p.as_dict() for name, p in self.metrics.items()},
+            "metrics": {name: {**p.as_dict(), **self._described(name)} for name, p in self.metrics.items()},
             "means": {name: p.as_dict() for name, p in self.means.items()},
             "matched": {name: p.as_dict() for name, p in self.matched.items()},
             "lengths": self.lengths,
@@ -59,9 +64,12 @@ class Comparison:
             "settings": self.settings,
         }
 
+    def _described(self, name: str) -> dict[str, str]:
+        return {"title": self.known[name].title, "unit": self.known[name].unit}
+
 
 def judge(
-    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], metrics: Sequence[str]
+    questions: Sequence[Conversation], base: Sequence[Answer], tuned: Sequence[Answer], metrics: Sequence[MetricEntry]
 ) -> Comparison:
     """Compares given answers; questions and both sides' answers are in the same order. The first metric decides.
 
@@ -78,12 +86,13 @@ def contrast(questions: Sequence[Conversation], scored: Scored, base: int = 0, t
     warnings = [*scored.warnings, *_blind(first, questions)]
     return Comparison(
         first=first,
+        known={name: scores.metric for name, scores in table.items()},
         metrics=found,
         means={name: scores.mean(base, tuned) for name, scores in table.items() if scores.several},
         matched=matched,
         lengths=_lengths(questions, *sides),
         stopped=stopped,
-        warnings=[*warnings, *_warnings(found[first], METRICS.get(first), matched, stopped)],
+        warnings=[*warnings, *_warnings(found[first], table[first].metric, matched, stopped)],
         rows=_rows(questions, *sides, {name: scores.of_pair(base, tuned) for name, scores in table.items()}),
     )
 
@@ -99,26 +108,38 @@ class Scored:
     warnings: list[str]
 
 
-def score(questions: Sequence[Conversation], sides: Sequence[Sequence[Answer]], metrics: Sequence[str]) -> Scored:
+def score(
+    questions: Sequence[Conversation], sides: Sequence[Sequence[Answer]], metrics: Sequence[MetricEntry]
+) -> Scored:
     """Scores each side's answers once. Raises RecipeError where the deciding metric can score no question."""
-    table = {name: Scores.of(METRICS.get(name), questions, sides) for name in metrics}
-    if not table[metrics[0]].rows:
-        raise _undecided(metrics[0])
-    warnings = [f"{name} is left out: {_fix(name)}" for name, scores in table.items() if not scores.rows]
+    table = {name: Scores.of(metric, questions, sides) for name, metric in resolved(metrics).items()}
+    first = next(iter(table))
+    if not table[first].rows:
+        raise _undecided(table[first].metric)
+    warnings = [f"{name} is left out: {s.metric.lacks}" for name, s in table.items() if not s.rows]
     table = {name: scores for name, scores in table.items() if scores.rows}
-    return Scored(metrics[0], list(sides), table, warnings)
+    return Scored(first, list(sides), table, warnings)
 
 
-def check_decides(questions: Sequence[Conversation], metric: str) -> None:
-    """Raises RecipeError where `metric` could score none of the questions, whatever the answers."""
-    score, anything = METRICS.get(metric).score, Answer("", nll=0.0, targets=1, choices=(0.0,), choice_tokens=(1,))
-    if not any(score(question, anything) for question in questions):
+def check_decides(questions: Sequence[Conversation], entry: MetricEntry) -> None:
+    """Raises RecipeError where a metric could score none of the questions, whatever the answers."""
+    (metric,) = resolved([entry]).values()
+    anything = Answer(
+        nll=0.0,
+        targets=1,
+        choices=(0.0,),
+        choice_tokens=(1,),
+        choice_characters=(1,),
+        unasked=(0.0,),
+        preferences={metric.name: 50.0},
+    )
+    if not any(metric.score(q, replace(anything, text=next(iter(q.references), ""))) for q in questions):
         raise _undecided(metric)
 
 
-def _undecided(metric: str) -> RecipeError:
-    what = f"'{metric}' decides the verdict but can score no question"
-    return RecipeError(what, where="evaluate.metrics", fix=_fix(metric))
+def _undecided(metric: Metric) -> RecipeError:
+    what = f"'{metric.name}' decides the verdict but can score no question"
+    return RecipeError(what, where="evaluate.metrics", fix=metric.lacks)
 
 
 @dataclass(frozen=True)
@@ -163,12 +184,6 @@ def _mean(scores: list[Statistics]) -> Statistics:
 
 def _score(metric: Metric, question: Conversation, answer: Answer) -> list[Statistics]:
     return [] if getattr(answer, metric.needs) is None else metric.score(question, answer)
-
-
-def _fix(name: str) -> str:
-    if name.startswith("accuracy"):
-        return "no question has choices and a known answer; name another metric, such as rougeL"
-    return "no question has a reference answer; give test rows with answers"
 
 
 def _matched(
@@ -272,4 +287,5 @@ def _row(question: Conversation, base: Answer, tuned: Answer, scores: dict[str, 
         "stopped": {"base": base.stopped, "tuned": tuned.stopped},
         "nll": {"base": base.nll, "tuned": tuned.nll, "targets": base.targets},
         "choices_nll": {"base": base.choices, "tuned": tuned.choices, "targets": list(base.choice_tokens)},
+        "unasked_nll": {"base": base.unasked, "tuned": tuned.unasked},
     }

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, TypeVar
 
-from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
@@ -58,9 +57,9 @@ def _table(found: Comparison, width: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)
     table.add_column("", no_wrap=True)
-    rows = [(METRICS.get(name).title, METRICS.get(name), p) for name, p in found.metrics.items()]
-    rows += [(" same length", METRICS.get(name), p) for name, p in found.matched.items()]
-    rows += [(" mean of refs", METRICS.get(name), p) for name, p in found.means.items() if name == found.first]
+    rows = [(found.known[name].title, found.known[name], p) for name, p in found.metrics.items()]
+    rows += [(" same length", found.known[name], p) for name, p in found.matched.items()]
+    rows += [(" mean of refs", found.known[name], p) for name, p in found.means.items() if name == found.first]
     shared = _ends(paired for _, metric, paired in rows if metric.unit)
     for place, (title, metric, paired) in enumerate(rows):
         drawn = draw(paired, shared if metric.unit else _ends([paired]), width)
