@@ -20,9 +20,10 @@ from luthier.errors import DataError, RecipeError, RunError, UsageError
 from luthier.evaluate.answers import Memo, _rest, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
+from luthier.evaluate.sides import pair_of
 from luthier.evaluate.subject import Subject
 from luthier.evaluate.suite import suite
-from luthier.evaluate.workers import fill, processes, share
+from luthier.evaluate.workers import Job, fill, processes, share
 from luthier.machine import machine
 from luthier.model.generate import Sampling, generate
 from luthier.model.load import load_causal
@@ -247,7 +248,8 @@ def test_two_processes_say_what_one_says(run: Run) -> None:
     run.update_manifest(decisions=run.manifest["decisions"] | {"processes": 2})
     assert processes(run, 1000) == min(2, machine().cores)
     seen: list[tuple[str, int]] = []
-    fill(run, "together", 2, lambda label, done: seen.append((label, done)))
+    job = Job(str(run.folder), str(run.results / "together"), tuple(pair_of(run)))
+    fill(job, 2, lambda label, done: seen.append((label, done)))
     kept = (run.results / "together" / "answers.jsonl").read_bytes()
     together = compare(run, name="together")
     assert (run.results / "together" / "answers.jsonl").read_bytes() == kept  # nothing was left for the parent

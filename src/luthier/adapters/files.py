@@ -50,12 +50,12 @@ def load(folder: Path) -> tuple[recipe.Adapter, dict[str, Tensor]]:
 
 @contextmanager
 def fitting(folder: Path, base: str, revision: str | None) -> Iterator[None]:
-    """Inside, the adapter in `folder` is attached to `base`: an AdapterError then also says so if it was trained on
-    another. That alone is no error: a base may have moved."""
+    """Inside, the adapter in `folder` is attached to `base`: an AdapterError then names both, and says so if it was
+    trained on another. That alone is no error: a base may have moved."""
     try:
         yield
     except AdapterError as error:
-        where = ": ".join(part for part in (str(folder), error.where) if part)
+        where = ": ".join(part for part in (f"{folder} on {base}", error.where) if part)
         fix = other_base(folder, base, revision) or error.fix
         raise AdapterError(error.what, where=where, fix=fix) from error
 
@@ -70,6 +70,11 @@ def other_base(folder: Path, base: str, revision: str | None) -> str:
     return (
         f"it was trained on {was}{f' at {at}' if at else ''}, and this is {base}{f' at {revision}' if revision else ''}"
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says. Raises AdapterError if it is missing or malformed."""
+    return _read_json(folder / CONFIG)
 
 
 def load_extra(folder: Path) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -43,7 +43,8 @@ PACK = 1024
 @dataclass(frozen=True)
 class Task:
     """One side's answer to a question's `prompt`, the likelihood of its `example`, or those of the `choices` that may
-    follow its `prompt`."""
+    follow its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
+    """
 
     side: Side
     question: int
@@ -51,6 +52,13 @@ class Task:
     prompt: list[int] | None = None
     example: Example | None = None
     choices: list[list[int]] | None = None
+    characters: tuple[int, ...] = ()
+    unasked: bool = False
+
+    @property
+    def place(self) -> tuple[int, bool]:
+        """Tasks of one place have one prompt."""
+        return self.question, self.unasked
 
     @property
     def kind(self) -> Literal["answers", "likelihoods", "choices"]:
@@ -79,36 +87,48 @@ def plan(
     needs: Collection[str] = ("text",),
 ) -> list[Task]:
     """What has to be known of the questions: their answers (`text` in `needs`), the likelihood of their first
-    references (`nll`) and of their choices (`choices`), on each side. A reference's targets are the tokens that
+    references (`nll`) and of their choices (`choices`), also with no question asked (`unasked`), on each side. A
+    reference's targets are the tokens that
     training would supervise, so that exp(mean) is the perplexity of the held-out loss."""
     prompts = _prompts(subject, questions) if "text" in needs else {}
     examples = _examples(subject, questions) if "nll" in needs else {}
-    choices = _choices(subject, questions) if "choices" in needs else {}
+    choices = _choices(subject, questions) if {"choices", "unasked"} & set(needs) else {}
+    unasked = _choices(subject, [_without_question(question) for question in questions]) if "unasked" in needs else {}
     tasks = []
     for side in sides:
         identity = subject.identity(side)
-        rule = {**identity, **asdict(sampling), "stop": sorted(subject.encoder.stop_ids)}
+        rule = {**identity, **_decoding(sampling), "stop": sorted(subject.encoder.stop_ids)}
         tasks += [Task(side, i, digest([rule, prompt]), prompt=prompt) for i, prompt in prompts.items()]
         for i, example in examples.items():
             key = digest(["likelihood", identity, example.ids, example.supervised])
             tasks.append(Task(side, i, key, example=example))
-        for i, (prompt, rests) in choices.items():
-            key = digest(["choices", identity, prompt, rests])
-            tasks.append(Task(side, i, key, prompt=prompt, choices=rests))
+        for found, bare in ((choices, False), (unasked, True)):
+            for i, (prompt, rests, lengths) in found.items():
+                key = digest(["choices", identity, prompt, rests])
+                tasks.append(Task(side, i, key, prompt=prompt, choices=rests, characters=lengths, unasked=bare))
     return tasks
 
 
-def work(subject: Subject, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance) -> None:
-    """Does the tasks that `memo` lacks, longest first, so that what needs most memory and time comes first."""
+def work(
+    subject: Subject,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    memo: Memo,
+    advance: Advance,
+    *,
+    in_flight: int | None = None,
+) -> None:
+    """Does the tasks that `memo` lacks, longest first, so that what needs most memory and time comes first. At most
+    `in_flight` tokens have their keys and values held together; None: as many as a part of the free memory holds."""
     missing = {task.key: task for task in tasks if task.key not in memo}
     ordered = sorted(missing.values(), key=lambda task: -task.length)
     for side in dict.fromkeys(task.side for task in ordered):
         mine = [task for task in ordered if task.side == side]
         with subject.side(side):
             riders, nothing = _riders(mine), replace(sampling, max_new_tokens=0)
-            _read(subject, [task for task in mine if task.kind == "answers"], riders, sampling, memo, advance)
-            unread = [task for task in mine if task.choices and task.key not in memo]
-            _read(subject, unread, riders, nothing, memo, advance)
+            read = partial(_read, subject, riders=riders, memo=memo, advance=advance, in_flight=in_flight)
+            read([task for task in mine if task.kind == "answers"], sampling)
+            read([task for task in mine if task.choices and task.key not in memo], nothing)
             _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
 
 
@@ -117,8 +137,15 @@ def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[A
     found: list[Result] = [{} for _ in range(count)]
     for task in tasks:
         if task.side == side:
-            found[task.question].update(memo[task.key])
+            found[task.question].update(_part(task, memo[task.key]))
     return [Answer(**{k: v for k, v in result.items() if k != "key"}) for result in found]
+
+
+def _part(task: Task, result: Result) -> Result:
+    """What a task's result is to its question's answer."""
+    if task.unasked:
+        return {"unasked": result["choices"]}
+    return {**result, "choice_characters": task.characters} if task.choices else result
 
 
 def sampling_of(run: Run) -> Sampling:
@@ -135,17 +162,26 @@ def sampling_of(run: Run) -> Sampling:
     )
 
 
-class Memo:
-    """Results by key, a JSON line each, appended as they come, by one process or several."""
+def _decoding(sampling: Sampling) -> dict[str, Any]:
+    """What of the decoding decides an answer: nothing is drawn where the likeliest token is taken, so that runs of
+    other seeds share the answers of their base."""
+    drawn = ("seed", "top_p") if sampling.temperature == 0 else ()
+    return {name: value for name, value in asdict(sampling).items() if name not in drawn}
 
-    def __init__(self, path: Path) -> None:
+
+class Memo:
+    """Results by key, a JSON line each, appended as they come, by one process or several. Those in the files `others`
+    are read, never written."""
+
+    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked() as file:
             whole = file.read()
             kept = whole[: whole.rfind(b"\n") + 1]
             file.truncate(len(kept))  # a last line torn by a crash: what follows must not be glued to it
-        self._results = {record["key"]: record for line in kept.splitlines() if (record := _record(line))}
+        lines = chain(*(other.read_bytes().splitlines() for other in others if other.exists()), kept.splitlines())
+        self._results = {record["key"]: record for line in lines if (record := _record(line))}
 
     def __contains__(self, key: str) -> bool:
         return key in self._results
@@ -191,18 +227,29 @@ def _examples(subject: Subject, questions: Sequence[Conversation]) -> dict[int, 
     return {i: example for i, example in examples if any(example.supervised[1:])}
 
 
-def _choices(subject: Subject, questions: Sequence[Conversation]) -> dict[int, tuple[list[int], list[list[int]]]]:
+Choices = tuple[list[int], list[list[int]], tuple[int, ...]]
+"""A prompt, the tokens of each choice that may follow it, and how many characters they spell."""
+
+
+def _without_question(question: Conversation) -> Conversation:
+    """What is left of it for `accuracy_calibrated`: its system message and an empty turn of the user's."""
+    system = [message for message in question.prompt if message.role == "system"]
+    return replace(question, messages=(*system, Message("user", ""))) if answerable(question) else question
+
+
+def _choices(subject: Subject, questions: Sequence[Conversation]) -> dict[int, Choices]:
     """By question with a known choice, its prompt and each choice as training would write it after the prompt."""
     from luthier.data.formats import written_choices
 
-    labels, found = subject.run.recipe.data.labels, {}
+    labels, found = subject.run.recipe.data.labels, dict[int, Choices]()
     for i, question in enumerate(questions):
         if question.answer is not None and answerable(question):
-            said = [Message("assistant", choice) for choice in written_choices(question.choices, labels)]
-            examples = subject.encoder.examples([replace(question, messages=(*question.prompt, m)) for m in said])
+            written = written_choices(question.choices, labels)
+            said = [replace(question, messages=(*question.prompt, Message("assistant", text))) for text in written]
+            examples = subject.encoder.examples(said)
             start = examples[0].prompt
             rests = _spelled(subject.encoder, [example.ids[start:] for example in examples])
-            found[i] = examples[0].ids[:start], rests
+            found[i] = examples[0].ids[:start], rests, tuple(map(len, written))
     return found
 
 
@@ -219,15 +266,15 @@ def _spelled(encoder: Encoder, rests: list[list[int]]) -> list[list[int]]:
     return rests if begins else bare
 
 
-def _riders(tasks: Sequence[Task]) -> dict[int, list[Rider]]:
-    """By question, the tasks that ask for what follows the question's prompt: it need not be read again for them."""
-    prompts = {task.question: task.prompt for task in tasks if task.prompt}
-    found: dict[int, list[Rider]] = {question: [] for question in prompts}
+def _riders(tasks: Sequence[Task]) -> dict[tuple[int, bool], list[Rider]]:
+    """By place, the tasks that ask for what follows its prompt: it need not be read again for them."""
+    prompts = {task.place: task.prompt for task in tasks if task.prompt}
+    found: dict[tuple[int, bool], list[Rider]] = {place: [] for place in prompts}
     for task in tasks:
         if task.choices:
-            found[task.question].append((task, task.choices))
-        elif task.example and (rest := _rest(task.example, prompts.get(task.question) or [])):
-            found[task.question].append((task, [rest]))
+            found[task.place].append((task, task.choices))
+        elif task.example and (rest := _rest(task.example, prompts.get(task.place) or [])):
+            found[task.place].append((task, [rest]))
     return found
 
 
@@ -242,10 +289,12 @@ def _rest(example: Example, prompt: list[int]) -> list[int]:
 def _read(
     subject: Subject,
     tasks: Sequence[Task],
-    riders: dict[int, list[Rider]],
     sampling: Sampling,
+    *,
+    riders: dict[tuple[int, bool], list[Rider]],
     memo: Memo,
     advance: Advance,
+    in_flight: int | None,
 ) -> None:
     """Reads the prompt of each task once, for its answer and for all that rides on it."""
     from luthier.model.generate import generate
@@ -253,10 +302,18 @@ def _read(
     encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
-        riding = [riders[task.question] for task in chunk]
+        riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
         prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
-        made = generate(subject.model, prompts, sampling, encoder.stop_ids, continuations=weighed, progress=done)
+        made = generate(
+            subject.model,
+            prompts,
+            sampling,
+            encoder.stop_ids,
+            continuations=weighed,
+            progress=done,
+            max_tokens_in_flight=in_flight,
+        )
         results: dict[str, Result] = {}
         for task, several, one in zip(chunk, riding, made, strict=True):
             if task.kind == "answers":

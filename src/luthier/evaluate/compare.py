@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.answers import Memo, Task, collect, plan, sampling_of, work
+from luthier.evaluate.answers import collect, sampling_of
 from luthier.evaluate.comparison import Comparison, check_decides, judge
 from luthier.evaluate.paired import LEVEL, RESAMPLES
 from luthier.evaluate.report import write_report
-from luthier.evaluate.subject import SIDES, Subject
+from luthier.evaluate.seat import Seat
+from luthier.evaluate.sides import open_sides, pair_of
+from luthier.evaluate.subject import Subject
 from luthier.evaluate.suite import Suite, digest, suite
-from luthier.evaluate.terminal import Bar, progress, render
-from luthier.evaluate.workers import fill, needed, processes
+from luthier.evaluate.terminal import progress, render
+from luthier.evaluate.workers import Job, done, needed, turns
 from luthier.runs import Run, versions, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -37,33 +38,19 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     needs = needed(run)  # an unknown metric is told before anything is loaded
     asked, folder, started = suite(run), run.results / name, time.monotonic()
     check_decides(asked.questions, run.recipe.evaluate.metrics[0])  # before hours of answering, not after
-    subject, sampling = Subject.open(run), sampling_of(run)
-    tasks = plan(subject, asked.questions, sampling, needs=needs)
+    job, sampling = Job(str(run.folder), str(folder), tuple(pair_of(run))), sampling_of(run)
+    wanted = turns(open_sides(job.entries, Seat(), run), asked.questions, sampling, needs)
     with progress(console) as bar:
-        memo = _done(run, name, subject, tasks, sampling, bar)
-        base, tuned = (collect(tasks, memo, len(asked.questions), side) for side in SIDES)
+        memo = done(job, run, wanted, bar)
+        base, tuned = (collect(turn.tasks, memo, len(asked.questions), turn.side.side) for turn in wanted)
         found = bar.wait("scoring", lambda: judge(asked.questions, base, tuned, run.recipe.evaluate.metrics))
+    subject = wanted[0].side.subject
     found = replace(found, settings=_settings(run, asked, subject, sampling, time.monotonic() - started))
     if asked.source == "held-out":
         found.warnings.append("there is no test set: these are the held-out rows of the training file")
     _keep(found, folder)
     write_report(run, name)
     return found
-
-
-def _done(run: Run, name: str, subject: Subject, tasks: list[Task], sampling: Sampling, bar: Bar) -> Memo:
-    """The memo of comparison `name` with every task in it."""
-    path = run.results / name / "answers.jsonl"
-    memo = Memo(path)
-    missing = len({task.key for task in tasks} - memo.keys())
-    for label, labelled in groupby(sorted(tasks, key=lambda task: task.label), key=lambda task: task.label):
-        keys = {task.key for task in labelled}
-        bar.start(label, len(keys), len(keys & memo.keys()))
-    if (count := processes(run, missing)) > 1:
-        fill(run, name, count, bar.advance)
-        memo = Memo(path)
-    work(subject, tasks, sampling, memo, bar.advance)
-    return memo
 
 
 def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seconds: float) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Seat:
 
         Raises ModelError or AdapterError if a file of base or adapter is malformed.
         """
-        if self._of is subject and self._model is not None:
+        if self._model is not None and self._of is subject:
             return self._model
         from luthier.adapters import files
 

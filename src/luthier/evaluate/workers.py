@@ -1,6 +1,8 @@
-"""Tasks done by several processes: on a CPU, one process per core answers faster than one process with as many threads.
+"""Questions asked of some sides, in one process or several: on a CPU, one process per core answers faster than one
+process with as many threads.
 
-Workers only fill the memo. Whatever a lost one leaves undone, the parent does itself.
+Workers only fill the memo. Whatever a lost one leaves undone, the parent does itself; but not where a run trains on
+this machine: then all is done by workers, which have stepped back.
 """
 
 from __future__ import annotations
@@ -10,23 +12,129 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from luthier.data.conversation import Conversation
+from luthier.errors import RunError
 from luthier.evaluate.answers import Advance, Memo, Task, plan, sampling_of, work
-from luthier.evaluate.metrics import METRICS
-from luthier.evaluate.subject import Subject
+from luthier.evaluate.metrics import resolved
+from luthier.evaluate.neighbours import Training, room, step_back, taken, trainings
+from luthier.evaluate.seat import Seat
+from luthier.evaluate.sides import Entry, Opened, by_base, open_sides
 from luthier.evaluate.suite import suite
 from luthier.machine import machine
 from luthier.runs import Run
+
+if TYPE_CHECKING:
+    from luthier.evaluate.terminal import Bar
+    from luthier.model.generate import Sampling
 
 WORTH = 16
 """Tasks that one more process must have to be worth its start."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """The questions of the run `asker`, asked of some sides, in plain values: any process can do its share.
+
+    Attributes:
+        folder: where answers.jsonl lies.
+        others: files with answers that need not be made again.
+        in_flight: the most tokens that a process may hold keys and values of; None: what memory it finds free.
+    """
+
+    asker: str
+    folder: str
+    entries: tuple[Entry, ...]
+    others: tuple[str, ...] = ()
+    in_flight: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        values = json.loads(text)
+        return cls(**{**values, "entries": tuple(Entry(**entry) for entry in values["entries"])})
+
+    def memo(self) -> Memo:
+        return Memo(Path(self.folder) / "answers.jsonl", map(Path, self.others))
+
+
+class Turn(NamedTuple):
+    """A side, and what it has to do."""
+
+    side: Opened
+    tasks: list[Task]
+
+
+def turns(
+    sides: Sequence[Opened], questions: Sequence[Conversation], sampling: Sampling, needs: Collection[str]
+) -> list[Turn]:
+    """The sides' tasks, those of one base together."""
+    asked = (plan(side.subject, questions, sampling, sides=[side.side], needs=needs) for side in by_base(sides))
+    return [Turn(side, tasks) for side, tasks in zip(by_base(sides), asked, strict=True)]
+
+
 def needed(run: Run) -> set[str]:
     """The parts of an answer that the recipe's metrics read. Raises RecipeError for an unknown metric."""
-    return {METRICS.get(metric).needs for metric in run.recipe.evaluate.metrics}
+    return {metric.needs for metric in resolved(run.recipe.evaluate.metrics).values()}
+
+
+def done(job: Job, asker: Run, wanted: Sequence[Turn], bar: Bar) -> Memo:
+    """The memo with every task in it. Raises MemoryPlanError where there is no memory for it, and RunError where what
+    trains on this machine has pushed it aside."""
+    memo, sampling = job.memo(), sampling_of(asker)
+    _start_bar(wanted, memo, bar)
+    missing = [turn for turn in wanted if any(task.key not in memo for task in turn.tasks)]
+    if not missing:
+        return memo
+    near = trainings(turn.side.subject.run for turn in wanted)
+    count = processes(asker, len({task.key for turn in missing for task in turn.tasks} - memo.keys()))
+    count, in_flight = _room(missing, count, sampling, near)
+    if count > 1 or near:
+        fill(replace(job, in_flight=in_flight), count, bar.advance, beside=bool(near))
+        memo = job.memo()
+    if near and any(task.key not in memo for turn in missing for task in turn.tasks):
+        fix = "the same command goes on where it was; it is surest when nothing trains here"
+        raise RunError("the processes that answer were ended, most likely for want of memory", fix=fix)
+    for turn in missing:
+        _work(turn, turn.tasks, sampling, memo, bar.advance, in_flight)
+    return memo
+
+
+def _start_bar(wanted: Sequence[Turn], memo: Memo, bar: Bar) -> None:
+    for turn in wanted:
+        kinds: dict[str, set[str]] = {}
+        for task in turn.tasks:
+            kinds.setdefault(_label(turn, task.label), set()).add(task.key)
+        for label, keys in kinds.items():
+            bar.start(label, len(keys), len(keys & memo.keys()))
+
+
+def _label(turn: Turn, label: str) -> str:
+    """`base answers`, by the name that people know the side by."""
+    return f"{turn.side.name} {label.partition(' ')[2]}"
+
+
+def _work(
+    turn: Turn, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance, in_flight: int | None
+) -> None:
+    def named(label: str, count: int) -> None:
+        advance(_label(turn, label), count)
+
+    work(turn.side.subject, tasks, sampling, memo, named, in_flight=in_flight)
+
+
+def _room(missing: Sequence[Turn], count: int, sampling: Sampling, near: list[Training]) -> tuple[int, int | None]:
+    """In how many processes, and with how many tokens in flight, there is memory for the largest of the sides."""
+    facts = machine()
+    found = []
+    for turn in missing:
+        longest = max(task.length for task in turn.tasks) + sampling.max_new_tokens
+        found.append(room(taken(turn.side.subject), longest, count, turn.side.subject.place, facts, near))
+    return min(processes for processes, _ in found), min(tokens for _, tokens in found) if near else None
 
 
 def processes(run: Run, tasks: int) -> int:
@@ -38,14 +146,14 @@ def processes(run: Run, tasks: int) -> int:
     return max(1, min(planned, machine().cores, tasks // WORTH))
 
 
-def fill(run: Run, name: str, count: int, advance: Advance) -> None:
-    """Does the tasks of comparison `name` in `count` processes, and returns when all have ended."""
+def fill(job: Job, count: int, advance: Advance, *, beside: bool = False) -> None:
+    """Does the job in `count` processes, and returns when all have ended. `beside` a run that trains they step back."""
     threads = {"OMP_NUM_THREADS": str(max(1, machine().cores // count)), "OMP_WAIT_POLICY": "passive"}
-    environment = {**os.environ, **threads}
+    environment, text = {**os.environ, **threads}, json.dumps(asdict(job))
     with ExitStack() as stack:
         listeners = []
         for rank in range(count):
-            worker = stack.enter_context(_start([str(run.folder), name, str(rank), str(count)], environment))
+            worker = stack.enter_context(_start([text, str(rank), str(count), str(int(beside))], environment))
             stack.callback(worker.kill)  # runs before the worker is waited for
             listeners.append(threading.Thread(target=_listen, args=(worker, advance), daemon=True))
             listeners[-1].start()
@@ -84,8 +192,10 @@ def _end_with_parent() -> None:
     os._exit(3)
 
 
-def main(folder: str, name: str, rank: str, count: str) -> None:
+def main(text: str, rank: str, count: str, beside: str) -> None:
     """One worker."""
+    if beside == "1":
+        step_back()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not get between the events
@@ -94,11 +204,11 @@ def main(folder: str, name: str, rank: str, count: str) -> None:
         events.write(json.dumps([label, done]) + "\n")
         events.flush()
 
-    run = Run.open(folder)
-    subject, sampling = Subject.open(run), sampling_of(run)
-    tasks = plan(subject, suite(run).questions, sampling, needs=needed(run))
-    memo = Memo(run.results / name / "answers.jsonl")
-    work(subject, share(tasks, int(rank), int(count)), sampling, memo, advance)
+    job = Job.parse(text)
+    asker = Run.open(job.asker)
+    questions, sampling, memo = suite(asker).questions, sampling_of(asker), job.memo()
+    for turn in turns(open_sides(job.entries, Seat()), questions, sampling, needed(asker)):
+        _work(turn, share(turn.tasks, int(rank), int(count)), sampling, memo, advance, job.in_flight)
 
 
 if __name__ == "__main__":
