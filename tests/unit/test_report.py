@@ -1,33 +1,37 @@
-"""report.html: one file, no network, no script, and hostile data stays text."""
+"""report.html: one file, no network, no script but ours, and hostile data stays text."""
 
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import luthier.evaluate
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.evaluate.comparison import Comparison, judge
-from luthier.evaluate.figures import Axis, chart, histogram, interval, smooth
+from luthier.evaluate.figures import Axis, chart, histogram, interval, labels, smooth
 from luthier.evaluate.metrics import Answer
-from luthier.evaluate.report import duration, marked, render, write_report
+from luthier.evaluate.page.facts import duration
+from luthier.evaluate.page.rows import fitting, marked, read
+from luthier.evaluate.page.scores import chance
+from luthier.evaluate.report import render, write_report
 from luthier.recipe import Recipe
 from luthier.runs import Run, write_json
 
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} \"' & 😀"
 
 
-def run_with(folder: Path, found: Comparison | None = None) -> Run:
+def run_with(folder: Path, found: Comparison | None = None, **more: Any) -> Run:
     tree = f"model: {{base: tiny}}\ndata: {{train: [{{path: rows.jsonl}}]}}\nrun: {{dir: {folder / 'run'}}}"
     run = Run.create(Recipe.parse(tree), root=folder)
     if found is not None:
         place = run.results / "compare"
         place.mkdir(parents=True)
         (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows))
-        write_json(place / "comparison.json", found.as_dict())
+        write_json(place / "comparison.json", found.as_dict() | more)
     return run
 
 
@@ -57,17 +61,29 @@ def prepared(run: Run, dropped: dict[str, int]) -> None:
 
 
 class Page(HTMLParser):
+    """Tags, the text outside of scripts, and the scripts."""
+
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data + " "
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data + " "
+
+
+def found_slices() -> dict[str, Any]:
+    """Slices in the shape of comparison.json."""
+    part = {"base": 10.0, "tuned": 14.5, "difference": 4.5, "low": -1.0, "high": 9.0, "n": 40}
+    return {"topic": {"<travel>": {"rougeL": part, "exact_match": part | {"n": 41}}, "work": {"rougeL": part}}}
 
 
 def test_the_verdict_comes_first(tmp_path: Path) -> None:
@@ -82,7 +98,13 @@ def test_everything_from_data_is_text(tmp_path: Path) -> None:
     trained(run)
     prepared(run, {HOSTILE: 3})
     page = Page(render(run))
-    assert not {"script", "img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
+    assert not {"img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [
+        {"type": "application/json", "id": "rows-data"},
+        {},
+    ]
+    assert json.loads(page.scripts[0])["rows"][0]["prompt"] == f"{HOSTILE} 0"
+    assert "<" not in page.scripts[0]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7 * 7 }}" in page.text
@@ -91,9 +113,105 @@ def test_everything_from_data_is_text(tmp_path: Path) -> None:
 def test_the_page_asks_nothing_of_a_network(tmp_path: Path) -> None:
     page = Page(render(run_with(tmp_path, compared())))
     targets = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "action")]
-    assert targets == ["#main"]
+    assert {target for target in targets if target and not target.startswith("#")} == set()
     assert any("default-src 'none'" in (a.get("content") or "") for tag, a in page.tags if tag == "meta")
     assert "url(" not in render(run_with(tmp_path / "again", compared()))
+
+
+def test_a_page_without_rows_has_no_script(tmp_path: Path) -> None:
+    page = Page(render(run_with(tmp_path)))
+    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert not any("script-src" in (a.get("content") or "") for tag, a in page.tags if tag == "meta")
+
+
+def test_every_link_leads_to_a_section_that_is_there(tmp_path: Path) -> None:
+    run = run_with(tmp_path, compared(), slices=found_slices())
+    trained(run)
+    prepared(run, {})
+    page = Page(render(run))
+    links = {a["href"] for tag, a in page.tags if tag == "a"}
+    assert links == {"#main", *(f"#{a['id']}" for tag, a in page.tags if tag == "h2")}
+
+
+def test_all_rows_are_in_the_page_for_its_script(tmp_path: Path) -> None:
+    found = compared()
+    data = json.loads(Page(render(run_with(tmp_path, found))).scripts[0])
+    assert [row["origin"] for row in data["rows"]] == [row["origin"] for row in found.rows]
+    assert data["rows"][1]["answers"] == ["x y", "a b"]
+    assert data["rows"][1]["scores"]["rougeL"] == list(found.rows[1]["scores"]["rougeL"].values())
+
+
+def test_rows_beyond_the_room_of_a_page_are_left_out_evenly(tmp_path: Path) -> None:
+    run_with(tmp_path, compared(count=300))
+    rows = read(tmp_path / "run/results/compare/rows.jsonl")
+    kept = [int(row["origin"].rpartition(":")[2]) for row in fitting(rows, room=100 * len("question 100a b cx ya b"))]
+    assert 90 < len(kept) <= 110
+    assert kept == sorted(kept)
+    assert 120 < sum(kept) / len(kept) < 180
+    assert fitting(rows) == rows
+
+
+def test_the_page_says_so_where_rows_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.evaluate.page.rows.ROOM", 100)
+    page = Page(render(run_with(tmp_path, compared())))
+    count = len(json.loads(page.scripts[0])["rows"])
+    assert f"A random draw of {count} of 12 rows" in " ".join(page.text.split())
+
+
+def test_slices_have_a_table_each_with_an_interval_for_every_value(tmp_path: Path) -> None:
+    text = Page(render(run_with(tmp_path, compared(), slices=found_slices()))).text
+    shown = " ".join(text.split())
+    assert "<travel> 10.0 14.5 +4.5 −1.0 to +9.0 40" in shown
+    assert "topic, the other metrics exact match" in shown
+    assert "Slices" not in Page(render(run_with(tmp_path / "none", compared()))).text
+
+
+def test_several_sides_have_a_matrix_of_verdicts_with_corrected_p_values(tmp_path: Path) -> None:
+    pair = {"base": "rank 4", "tuned": "rank <16>", "difference": 3.25, "p_adjusted": 0.0123, "verdict": "better"}
+    same = {"base": "base", "tuned": "rank 4", "difference": 0.2, "p_adjusted": 1.0, "verdict": "no evidence"}
+    run = run_with(tmp_path, compared(), sides=["base", "rank 4", "rank <16>"], pairs=[pair, same])
+    shown = " ".join(Page(render(run)).text.split())
+    assert "rank <16> – better +3.2, p = 0.012 –" in shown
+    assert "rank 4 no evidence +0.2, p = 1 – worse −3.2, p = 0.012" in shown
+    two = run_with(tmp_path / "two", compared(), sides=["base", "tuned"], pairs=[])
+    assert "All pairs" not in Page(render(two)).text
+
+
+def test_what_the_test_set_can_tell_and_how_likely_chance_is_stand_with_the_scores(tmp_path: Path) -> None:
+    found = compared()
+    metrics = found.as_dict()["metrics"]
+    metrics["rougeL"] |= {"detectable": 5.75, "p": 0.0004}
+    text = Page(render(run_with(tmp_path, found, metrics=metrics))).text
+    assert "12 questions can tell differences of about 5.8 points or more." in text
+    assert ", p < 0.001" in text
+    assert chance(0.0421) == "p = 0.042"
+
+
+def test_the_planned_and_the_measured_peak_stand_side_by_side(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    trained(run)
+    assert "The peak was" not in Page(render(run)).text
+    run.update_manifest(decisions={"predicted_peak_bytes": 2**29})
+    text = " ".join(Page(render(run)).text.split())
+    assert "planned 0.50 GiB measured 1.00 GiB The peak was 100% above the plan." in text
+
+
+def test_questions_scored_by_likelihood_alone_are_shown_with_their_choices(tmp_path: Path) -> None:
+    asked = [
+        Conversation((Message("user", "q"),), Origin("q.jsonl", i), choices=("yes", "no"), answer=0) for i in range(8)
+    ]
+    base = [Answer(choices=(2.0, 1.0), choice_tokens=(1, 1))] * 8
+    tuned = [Answer(choices=(1.0, 3.0), choice_tokens=(1, 1))] * 8
+    found = judge(asked, base, tuned, ["accuracy_likelihood"])
+    text = " ".join(Page(render(run_with(tmp_path, found))).text.split())
+    assert "choice base tuned yes 27 % 88 % no 73 % 12 %" in text
+
+
+def test_leaks_are_on_the_page(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    prepared(run, {})
+    write_json(run.data / "report.json", json.loads((run.data / "report.json").read_text()) | {"leaks": {"exact": 2}})
+    assert "2 exact duplicates of the test rows also among the training rows" in Page(render(run)).text
 
 
 def test_a_run_without_a_comparison_says_what_to_do(tmp_path: Path) -> None:
@@ -141,7 +259,9 @@ def test_several_references_show_their_mean(tmp_path: Path) -> None:
 
 
 def test_words_that_no_reference_has_are_marked() -> None:
-    assert marked("the Cat ate a fish.", ["The cat sat"]) == [("the Cat", True), ("ate a fish.", False)]
+    assert marked("the Cat ate a fish.", ["The cat sat"]) == [("the Cat ", True), ("ate a fish.", False)]
+    assert marked("line\n\nline two", ["line two"]) == [("line\n\n", True), ("line", False), (" two", True)]
+    assert marked("猫が座る", ["猫は座る"]) == [("猫", True), ("が", False), ("座る", True)]
     assert marked("a b", ["x y z", "a b"]) == [("a b", True)]
     assert marked("anything", []) == [("anything", True)]
     assert marked("", ["a"]) == []
@@ -172,7 +292,22 @@ def test_smoothing_keeps_places_and_levels() -> None:
     assert smooth([]) == []
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(48.2, "48 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (10.81, 10.9, ["10.82", "10.84", "10.86", "10.88", "10.90"]),
+        (0.0, 2e-4, ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]),
+        (0.0, 1200.0, ["0", "500", "1,000"]),
+        (0.9, 2.9, ["1.0", "1.5", "2.0", "2.5"]),
+    ],
+)
+def test_ticks_have_as_many_decimals_as_tell_them_apart(low: float, high: float, said: list[str]) -> None:
+    assert [text for _, text in labels(Axis(low, high))] == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.431, "0.43 s"), (48.2, "48 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

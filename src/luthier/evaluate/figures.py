@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, floor, log10
 
 from markupsafe import Markup, escape
@@ -35,7 +36,7 @@ class Axis:
         width = (self.high - self.low) or 1.0
         return round(100.0 * (min(max(value, self.low), self.high) - self.low) / width, 2)
 
-    def ticks(self, about: int = 4) -> list[float]:
+    def ticks(self, about: int = 5) -> list[float]:
         """Round numbers inside the axis, about as many as asked for."""
         width = self.high - self.low
         if width <= 0:
@@ -102,13 +103,20 @@ def smooth(points: Sequence[Point], share: float = 0.1) -> list[Point]:
     return [(point[0], sum(y for _, y in w) / len(w)) for point, w in zip(points, windows, strict=True)]
 
 
-def short(value: float) -> str:
-    """A tick's text: 1e-04, 0.25, 3.5, 12, 1,200."""
-    if value == 0:
-        return "0"
-    if abs(value) < 0.001:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.3g}"
+def labels(axis: Axis) -> list[tuple[float, str]]:
+    """Ticks and their texts, with as many decimals as tell them apart: 1.5e-4, 0.25, 10.85, 1,200."""
+    ticks = axis.ticks()
+    if max(map(abs, ticks)) < 0.001:
+        return [(tick, _small(tick)) for tick in ticks]
+    step = min((b - a for a, b in pairwise(ticks)), default=abs(ticks[0]) or 1.0)
+    decimals = max(0, -floor(log10(step) + 1e-9))
+    return [(tick, f"{tick:,.{decimals}f}" if tick else "0") for tick in ticks]
+
+
+def _small(value: float) -> str:
+    """1.5e-4"""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def _line(series: Series, across: Axis, up: Axis) -> Markup:
@@ -134,10 +142,12 @@ def _svg(body: Markup, style: str, label: str) -> Markup:
 
 
 def _y_labels(axis: Axis) -> Markup:
-    spans = (Markup('<span class="y" style="bottom:{}%">{}</span>').format(axis.at(t), short(t)) for t in axis.ticks())
+    spans = (
+        Markup('<span class="y" style="bottom:{}%">{}</span>').format(axis.at(t), said) for t, said in labels(axis)
+    )
     return Markup("").join(spans)
 
 
 def _x_labels(axis: Axis) -> Markup:
-    spans = (Markup('<span class="x" style="left:{}%">{}</span>').format(axis.at(t), short(t)) for t in axis.ticks(5))
+    spans = (Markup('<span class="x" style="left:{}%">{}</span>').format(axis.at(t), said) for t, said in labels(axis))
     return Markup("").join(spans)
