@@ -40,7 +40,7 @@ def compared(base: list[str], tuned: list[str], names: list[str] = NAMES) -> Com
 def test_a_model_compared_with_itself_is_no_evidence() -> None:
     found = judge(questions(50), spoken(*["a b x"] * 50), spoken(*["a b x"] * 50), NAMES)
     assert found.verdict == "no evidence"
-    assert all(p.verdict == "no evidence" and p.low == p.high == 0.0 for p in found.metrics.values())
+    assert all(p.verdict == "no evidence" and p.p == 1.0 and p.difference == 0.0 for p in found.metrics.values())
 
 
 def test_noise_alone_is_no_evidence_19_times_in_20() -> None:

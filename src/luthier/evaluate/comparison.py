@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from luthier.data.conversation import Conversation
 from luthier.errors import RecipeError
 from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, resolved, words
-from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, paired
+from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, limits, paired
 
 if TYPE_CHECKING:
     from luthier.recipe import MetricEntry
@@ -238,6 +238,8 @@ def _warnings(found: Paired, metric: Metric, matched: dict[str, Paired], stopped
     elif found.n < FEW:
         width = f"{figure(found.high - found.low)} {metric.unit}".rstrip()
         said.append(f"only {found.n} questions: the interval is {width} wide; {FEW} or more say much more")
+    if limit := limits(metric, found):
+        said.append(limit)
     for name, same in matched.items():
         if found.verdict == "better" and same.verdict != "better":
             title = METRICS.get(name).title
