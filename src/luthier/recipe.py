@@ -232,6 +232,9 @@ class Heldout(Section):
     """Share of the training rows set aside for the evaluation loss; the split depends on the rows and the seed only."""
     rows: int = Field(0, ge=0)
     """The same as a number of rows; the larger of the two wins."""
+    seed: int | None = Field(None, ge=0)
+    """The seed of the split; null: `train.seed`. A study keeps it where other seeds vary, so that all are held against
+    the same rows."""
 
 
 class Clean(Section):
@@ -256,6 +259,9 @@ class Data(Section):
     test: list[Source] = []
     """Rows for `compare`. Never trained on; training rows found in here are handled by `leaks`."""
     heldout: Heldout = Heldout()
+    rows: int | None = Field(None, ge=1)
+    """Learn from so many of the training rows only: the first ones of an order that depends on `train.seed`, so that
+    the rows of a smaller number are among those of a larger one. Held-out and test rows stay what they are."""
     format: str = "auto"
     """The shape of the rows; `auto` detects it. Names: see `luthier data --help`."""
     columns: Literal["auto"] | dict[str, str | list[str]] = "auto"

@@ -23,6 +23,8 @@ from luthier.errors import DataError
 
 Ints = NDArray[np.int64]
 
+_SUBSET = 2**64 - 1  # stands where an order has its epoch: no run has so many
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -56,9 +58,10 @@ class Stream:
         seed: of the order.
         samples_per_step: rows of a step, over all processes.
         epochs: passes over the data; a run ends after `epochs` of them, in a shorter last step if need be.
+        rows: learn from so many rows alone, the first of an order that depends on `seed` (see `subset`).
         max_steps: number of (whole) steps instead, whatever `epochs` says.
 
-    Raises DataError if an epoch holds no row.
+    Raises DataError if an epoch holds no row, or `store` fewer than `rows`.
     """
 
     def __init__(
@@ -70,9 +73,12 @@ class Stream:
         *,
         epochs: float = 1.0,
         max_steps: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self.store, self.seed, self.samples_per_step = store, seed, samples_per_step
         self._weights = np.ones(len(store)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if rows is not None:
+            self._weights = self._weights * subset(len(store), seed, rows)
         self.epoch_samples = sum(math.floor(w) * len(rows) + part for w, rows, part in self._groups())
         if not self.epoch_samples:
             raise DataError(
@@ -115,6 +121,19 @@ class Stream:
         """The fractional part walks through a seeded order of the rows, so that epochs cover all rows evenly."""
         walk = (epoch * part + np.arange(part)) % len(rows)
         return np.concatenate([np.tile(rows, math.floor(weight)), rows[_shuffle(self.seed, 0, len(rows))[walk]]])
+
+
+def subset(size: int, seed: int, rows: int) -> NDArray[np.bool_]:
+    """bool [size]: the first `rows` rows of the seed's order, so that a smaller number's are among a larger one's.
+
+    Raises DataError where there are fewer.
+    """
+    if rows > size:
+        fix = "ask for fewer (data.rows), or give more in data.train"
+        raise DataError(f"{rows:,} rows are asked for and {size:,} are left to learn from", fix=fix)
+    chosen = np.zeros(size, np.bool_)
+    chosen[_shuffle(seed, _SUBSET, size)[:rows]] = True
+    return chosen
 
 
 def collate(store: TokenStore, chosen: Sequence[Sample], step: int) -> Micro:

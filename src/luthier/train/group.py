@@ -1,0 +1,179 @@
+"""Processes that work as one, started and watched without torch.
+
+A worker tells what happens as JSON lines on stdout, and ends when its stdin closes: so when its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier import errors
+from luthier.errors import LuthierError, RunError
+from luthier.train.interrupt import Interrupt, stopped
+
+Event = dict[str, Any]
+Progress = Callable[[Event], None]
+
+_GRACE = 10.0  # seconds that the other processes have to end when one has failed
+
+
+@contextmanager
+def group(module: str, folder: Path, environments: Sequence[dict[str, str]]) -> Iterator[Group]:
+    """Runs `python -m MODULE FOLDER` once for each environment; none is left when the block ends."""
+    started = Group(module, folder, environments)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+class Group:
+    """The processes of one attempt. What they print besides events is in `worker-RANK.log` of the folder."""
+
+    def __init__(self, module: str, folder: Path, environments: Sequence[dict[str, str]]) -> None:
+        self.module, self.folder = module, folder
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.processes = [self._start(rank, own) for rank, own in enumerate(environments)]
+        self.readers = [threading.Thread(target=self._read, args=(p,), daemon=True) for p in self.processes]
+        for reader in self.readers:
+            reader.start()
+
+    def _start(self, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with open(self._log(rank), "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", self.module, str(self.folder)],
+                env=os.environ | quiet_threads() | environment,
+                stdin=subprocess.PIPE,  # held open: a worker ends when it closes, so when we die
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we pass it on once
+            )
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.events.put(json.loads(line))
+
+    def watch(self, emit: Progress) -> dict[str, Any] | None:
+        """Passes events on until all processes have ended. Returns the result, or None if the kernel killed one.
+        Raises the error that a process met, or Stopped."""
+        result, error = None, None
+        with Interrupt() as interrupt:
+            for event in self._events(interrupt):
+                if event["event"] == "result":
+                    result = {key: value for key, value in event.items() if key != "event"}
+                elif event["event"] == "error":
+                    error = error or event
+                else:
+                    emit(event)
+        if interrupt.signal and result is None:
+            raise stopped(interrupt.signal)
+        if error:
+            raise rebuilt(error)
+        if result is None and -signal.SIGKILL not in self.first_codes:
+            raise self._crashed()
+        return result
+
+    def _events(self, interrupt: Interrupt) -> Iterator[Event]:
+        """Events as they come. Passes a signal on once, and ends the other processes when one has failed. One that ends
+        as the signal asks has not failed: rank 0 may still be writing the checkpoint."""
+        told, deadline = False, None
+        self.first_codes: list[int] = []
+        while any(p.poll() is None for p in self.processes) or any(r.is_alive() for r in self.readers):
+            if interrupt.signal and not told:
+                told = True
+                self._signal(interrupt.signal)
+            codes = [p.returncode for p in self.processes if p.poll() not in (None, 0, 128 + interrupt.signal)]
+            if codes and deadline is None:
+                self.first_codes, deadline = codes, time.monotonic() + _GRACE
+            if deadline is not None and time.monotonic() > deadline:
+                self._signal(signal.SIGKILL)
+            try:
+                yield self.events.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        while not self.events.empty():
+            yield self.events.get()
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        for log in map(self._log, range(len(self.processes))):
+            if log.stat().st_size == 0:
+                log.unlink()
+
+    def _crashed(self) -> RunError:
+        logs = [self._log(rank) for rank, process in enumerate(self.processes) if process.returncode]
+        tail = (logs[0].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+        return RunError(
+            f"a process ended with exit code {self.first_codes[0]} ({tail})",
+            where=str(logs[0]),
+            fix="the same command goes on from the last checkpoint",
+        )
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"worker-{rank}.log"
+
+
+def report(work: Callable[[Progress], Event | None]) -> int:
+    """The other end, in a worker: does `work`, whose events and result travel to the parent, and so do errors that a
+    person can act on. Returns the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Whatever a library prints must not get between the events.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(event: Event) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    try:
+        result = work(emit)
+    except LuthierError as error:
+        described = {"what": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
+        emit({"event": "error", "kind": type(error).__name__, **described})
+        return error.exit_code
+    if result is not None:
+        emit({"event": "result", **result})
+    return 0
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin. When it is gone nobody watches this worker, and its locks are free for
+    another process: stop at once, which checkpoints survive."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(3)
+
+
+def rebuilt(event: Event) -> LuthierError:
+    """The error that a worker met, as its own kind."""
+    kind = getattr(errors, event["kind"], LuthierError)
+    error: LuthierError = kind(event["what"], where=event["where"], fix=event["fix"])
+    error.exit_code = event["exit_code"]
+    return error
+
+
+def quiet_threads() -> dict[str, str]:
+    """Idle OpenMP threads that spin take the cores from those that work (libgomp's default)."""
+    return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
