@@ -403,3 +403,29 @@ def test_chat_reads_a_pipe(run: Run) -> None:
     )
     assert done.stdout.startswith("base: ")
     assert done.stdout.splitlines()[1].startswith("tuned: ")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "eager"])
+def test_a_calibrated_choice_is_weighed_against_the_same_template_with_nothing_asked(run: Run, kernels: str) -> None:
+    choices = ("3", "4 more", "5 plus 1 more")
+    run.update_manifest(decisions=run.manifest["decisions"] | {"kernels": kernels})
+    run = choosing(run, *choices, metrics=("accuracy_calibrated", "accuracy_per_character", "accuracy_likelihood"))
+    found, subject = compare(run), Subject.open(run)
+    control, tokenizer = subject.encoder.tokenizer.control, subject.encoder.tokenizer
+    start, end = control["<|start|>"], control["<|end|>"]
+    role = [ids for ids, _ in tokenizer.encode(["user", "assistant"])]
+    nothing = [start, *role[0], end, start, *role[1]]
+    rests = [ids for ids, _ in tokenizer.encode(choices)]
+    for side in ("base", "tuned"):
+        plain = []
+        for rest in rests:
+            with subject.side(side):
+                logits = subject.model.module(torch.tensor([nothing + rest])).logits[0, len(nothing) - 1 : -1]
+            plain.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(rest), reduction="sum")))
+        for row in found.rows:
+            assert row["unasked_nll"][side] == pytest.approx(plain, rel=1e-5)
+            gains = [asked - bare for asked, bare in zip(row["choices_nll"][side], plain, strict=True)]
+            norms = [nll / len(text) for nll, text in zip(row["choices_nll"][side], choices, strict=True)]
+            for name, scores in (("accuracy_calibrated", gains), ("accuracy_per_character", norms)):
+                right = choices[scores.index(min(scores))] == row["references"][0]
+                assert row["scores"][name][side] == 100.0 * right
