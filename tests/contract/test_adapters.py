@@ -254,9 +254,12 @@ def test_pissa_takes_the_largest_singular_values(rows: bool) -> None:
     torch.testing.assert_close(layer.A.norm(dim=1), layer.B.norm(dim=0))
 
 
-def test_a_start_needs_as_many_rows_as_its_rank() -> None:
-    with pytest.raises(AdapterError, match=r"rank 20 is more than model\.layers\.0\.self_attn\.k_proj has, 16"):
-        attach(llama(), recipe.Lora(rank=20, init="pissa"), 0)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_needs_as_many_rows_as_its_rank(init: Any) -> None:
+    wanted = r"rank 20 is more than .*\.0\.self_attn\.k_proj has, 16; .* at most 16, or adapter\.ranks={k_proj: 16}"
+    with pytest.raises(AdapterError, match=wanted):
+        attach(llama(), recipe.Lora(rank=20, init=init), 0)
+    attach(llama(), recipe.Lora(rank=20), 0)
 
 
 def test_a_row_of_zeros_has_no_direction_and_stays_finite() -> None:
@@ -393,7 +396,8 @@ def test_all_linear_leaves_the_head_alone() -> None:
         ({"targets": r".*\.attn\..*"}, r"no linear layer is called '\.\*.*known names"),
         ({"targets": "q_proj"}, r"'q_proj' is no whole dotted name.*write a list: \[q_proj\]"),
         ({"targets": "(q_proj"}, r"'\(q_proj' is not a regular expression"),
-        ({"targets": []}, "no linear layer is called"),
+        ({"targets": []}, r"adapter\.targets: names no layer; write all-linear, or a list"),
+        ({"targets": ""}, r"adapter\.targets: names no layer"),
         ({"ranks": {"c_attn": 3}}, r"adapter\.ranks: no linear layer is called 'c_attn'"),
         ({"targets": ["q_proj"], "alphas": {"up_proj": 3.0}}, r"adapter\.alphas: .*'up_proj'.*q_proj"),
         ({"ranks": {"q_proj)": 3}}, "is not a regular expression"),
@@ -449,7 +453,10 @@ def test_the_file_says_where_a_weight_lies_on_its_side(tmp_path: Path) -> None:
     [
         (gpt2, r"no linear layer is called 'down_proj'; it was trained on some/base at abc, and this is other/base"),
         (lambda: llama(hidden_size=64), "has shape .* it was trained on some/base"),
-        (lambda: llama(intermediate_size=64), "has shape"),
+        (
+            lambda: llama(intermediate_size=64),
+            r"on other/base: .*lora_[AB].* has shape \[.*\] where the model needs \[.*\]",
+        ),
         (lambda: llama(num_hidden_layers=1), r"has a layer that .*layers\.1.*\(14 such\)"),
         (lambda: llama(num_hidden_layers=3), r"lacks .*layers\.2.*\(14 such\)"),
     ],

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from luthier import recipe
 from luthier.adapters import files, peft
+from luthier.adapters.linears import linear_names
 from luthier.adapters.method import attach
 from luthier.errors import AdapterError
+from luthier.model.quantize import pack
 from methods import IDS, check_files, check_training, llama, logits, trained, two_steps
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -211,17 +214,55 @@ def test_an_adapter_that_peft_saved_gives_its_logits(tmp_path: Path) -> None:
     ("method", "options", "message"),
     [
         ("IA4", {}, r"no method of PEFT .* 'IA4'.*'IA3'"),
+        ("ia3", {}, r"no method of PEFT .* 'ia3'.*did you mean 'IA3'"),
+        ("lora", {}, "LORA cannot be used: write kind: lora"),
         ("IA3", {"target_module": ["k_proj"]}, r"options\.target_module: IA3 has no such option.*'target_modules'"),
         ("OFT", {"peft_type": "LORA"}, "no such option"),
         ("OFT", {"module_dropout": 0.1}, r"options\.module_dropout: .*how a step is cut"),
         ("OFT", {"target_modules": ["nothing"]}, "PEFT says: .*nothing"),
+        ("VERA", {"r": "eight"}, r"options: VERA cannot be built with r='eight' \(PEFT says: .*\); change its options"),
+        ("VERA", {"r": 0}, r"VERA cannot be built with r=0 \(PEFT says: ZeroDivisionError"),
+        ("IA3", {"target_modules": "[", "feedforward_modules": []}, r"IA3 cannot be built with target_modules='\['"),
+        ("P_TUNING", {"encoder_hidden_size": -1}, r"P_TUNING cannot be built with .*encoder_hidden_size=-1"),
         ("PROMPT_TUNING", {"num_virtual_tokens": None}, r"options\.num_virtual_tokens: is missing"),
+        ("PROMPT_TUNING", {"num_virtual_tokens": -3}, r"num_virtual_tokens: -3 is no number of tokens; write a number"),
+        ("P_TUNING", {"num_virtual_tokens": 2.5}, r"num_virtual_tokens: 2\.5 is no number of tokens"),
     ],
     ids=str,
 )
 def test_what_cannot_be_attached_says_what_to_write(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         attach(llama(), settings(method, **options), 0)
+
+
+@pytest.mark.parametrize("method", peft.PROMPTS)
+def test_virtual_tokens_leave_room_for_a_row(method: str) -> None:
+    make = partial(llama, max_position_embeddings=64)
+    attach(make(), settings(method, num_virtual_tokens=63), 0)
+    with pytest.raises(AdapterError, match=r"64 virtual tokens leave no room for a row: the model has 64 positions"):
+        attach(make(), settings(method, num_virtual_tokens=64), 0)
+
+
+def packed(kind: str) -> Any:
+    module, chosen = one_block(), recipe.Model(base="b", quantize={"kind": kind}).quantize
+    for name in linear_names(module):
+        weight = module.get_submodule(name).weight.detach()
+        module.set_submodule(name, pack(weight, None, chosen, torch.float32))
+    return module
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("method", [*peft.LAYERS, *peft.PROMPTS])
+def test_each_method_takes_packed_weights_or_says_that_it_does_not(method: str, kind: str) -> None:
+    if method in (*peft.PROMPTS, "LN_TUNING"):
+        return check_training(partial(packed, kind), settings(method), same_start=method not in MOVED)
+    with pytest.raises(AdapterError, match=f"adapter.method: {method} does not take packed weights; leave model.quant"):
+        attach(packed(kind), settings(method), 0)
+
+
+def test_names_that_match_nothing_are_not_blamed_on_packed_weights() -> None:
+    with pytest.raises(AdapterError, match=r"OFT cannot be built with target_modules.*nothing.*not found"):
+        attach(packed("nf4"), settings("OFT", target_modules=["nothing"]), 0)
 
 
 def test_a_file_without_a_type_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,27 @@ def test_biases_are_those_that_the_recipe_names() -> None:
     assert named(bias="all") == rest | {"self_attn.q_proj.base_layer.bias"}
 
 
+def test_biases_of_layers_that_are_not_adapted_are_not_those_of_the_adapted_ones() -> None:
+    make = partial(llama, attention_bias=True)
+    assert attach(make(), settings(bias="all", targets=["up_proj"]), 0).state_dict()
+    with pytest.raises(AdapterError, match="no adapted layer has a bias"):
+        attach(make(), settings(bias="lora_only", targets=["up_proj"]), 0)
+
+
+def test_a_file_of_peft_may_ask_for_biases_of_a_base_that_has_none(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, bias="lora_only", target_modules=["q_proj"], init_lora_weights=False
+    )
+    made = get_peft_model(llama(), config)
+    made.save_pretrained(str(tmp_path))
+    read, tensors = files.load(tmp_path)
+    module = llama()
+    attach(module, read, 0).load_state_dict(tensors)
+    torch.testing.assert_close(logits(module), logits(made), rtol=1e-5, atol=1e-5)
+
+
 def test_a_saved_head_that_was_tied_leaves_the_embedding_alone() -> None:
     module = tied()
     adapter = attach(module, settings(modules_to_save=["lm_head"]), 0)
@@ -118,10 +140,14 @@ def test_a_saved_head_that_was_tied_leaves_the_embedding_alone() -> None:
     [
         ({"modules_to_save": ["lm_heat"]}, r"modules_to_save: no module is called 'lm_heat'.*'lm_head'"),
         ({"modules_to_save": ["mlp"]}, "has low-rank updates too"),
+        ({"modules_to_save": ["rotary_emb"]}, "'rotary_emb' has no weights to train"),
+        ({"modules_to_save": ["norm", "act_fn"]}, "'act_fn' has no weights to train"),
+        ({"bias": "all"}, "adapter.bias: all: no layer of this model has a bias to train; leave it out"),
+        ({"bias": "lora_only"}, "adapter.bias: lora_only: no adapted layer has a bias to train"),
     ],
     ids=str,
 )
-def test_modules_that_cannot_be_saved_say_why(changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_trained_beside_a_lora_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         attach(llama(), settings(**changes), 0)
 
@@ -175,7 +201,7 @@ def test_the_tokenizer_knows_new_tokens_by_what_they_look_like(tmp_path: Path) -
     new.save(tmp_path / "saved")
     again = Tokenizer.load(tmp_path / "saved")
     assert (again.spec["data"], again.control, again.names) == (new.spec["data"], new.control, new.names)
-    for wrong in (["what"], ["a", "a"], [""]):
+    for wrong in (["what"], ["a", "a"]):
         with pytest.raises(ModelError, match="is no new token"):
             load_tokenizer(base, settings(new_tokens=wrong))
     with pytest.raises(ModelError, match="has no token 'nothing'"):

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
-from luthier.errors import NotFiniteError
+from luthier.errors import ModelError, NotFiniteError
+from luthier.model.finite import blaming_weights
 from luthier.train import checkpoint, optim
+from luthier.train.launch import train
 
 
 class Poisoned:
@@ -105,6 +108,37 @@ def test_no_scale_saves_a_gradient_that_is_never_finite(tmp_path: Path) -> None:
     recipe = tiny.recipe("train.epochs=2", "model.compute=float16")
     with pytest.raises(NotFiniteError, match="step 3 "):
         list(tiny.trainer(tmp_path, recipe, causal=Overflowing(recipe, most=0.0)))
+
+
+def poisoned(folder: Path, value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> Path:
+    """The tiny base, one value of one weight replaced."""
+    path = tiny.base(folder) / "model.safetensors"
+    weights = load_file(path)
+    weights[name][0, 0] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "how", ["run.kernels=eager", "model.quantize={kind: nf4}", "model.quantize={kind: int8}", "adapter.init=pissa"]
+)
+def test_a_base_that_is_not_finite_is_blamed_itself_and_not_the_rows(tmp_path: Path, value: float, how: str) -> None:
+    poisoned(tmp_path / "base", value)
+    tiny.sums(tmp_path / "sums.jsonl")
+    message = r"model\.safetensors: the base itself holds .*not finite: 1 of 1,536 in model\.layers\.1\.mlp\.up_proj"
+    with pytest.raises(ModelError, match=message):
+        train(tiny.run(tmp_path, "run.kernels=auto", how), progress=lambda event: None)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_weight_beyond_the_range_of_the_compute_dtype_is_named(tmp_path: Path) -> None:
+    folder = poisoned(tmp_path / "base", 1e6)
+    large = pytest.raises(ModelError, match=r"up_proj\.weight has values that are too large for float16; set model")
+    with large, blaming_weights(folder, torch.float16):
+        raise NotFiniteError("loss nan")
+    with pytest.raises(NotFiniteError, match="loss nan"), blaming_weights(folder, torch.float32):
+        raise NotFiniteError("loss nan")
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> reci
             init=start if (start := config.get("init_lora_weights")) in _REPEATED else "default",
             dropout=config.get("lora_dropout") or 0.0,
             targets=_targets(config, layers),
-            **whole.read(config, path),
+            **whole.read(config, tensors, path),
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -125,7 +125,8 @@ def _check(name: str, tensor: Tensor, rank: int, ranks: dict[str, int], path: Pa
         return match["layer"]
     inner = tensor.shape[0 if part[0] == "A" else 1] if tensor.ndim == 2 else None
     if inner != rank:
-        raise AdapterError(f"has shape {list(tensor.shape)}, not of rank {rank}", where=f"{path}: {name}")
+        shape, fix = list(tensor.shape), "restore the file, or the adapter_config.json beside it"
+        raise AdapterError(f"has shape {shape}, not of rank {rank}", where=f"{path.parent}: {name}", fix=fix)
     return match["layer"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import recipe
+from luthier.adapters.linears import is_linear, is_quantized
 from luthier.adapters.method import Noise
 from luthier.adapters.tensors import copy_in, master, places
 from luthier.adapters.virtual import Virtual
@@ -187,7 +189,9 @@ def attach(module: nn.Module, settings: recipe.Bridge, seed: int) -> Bridge:
     """
     config = _config(settings)
     module.requires_grad_(False)
-    model = _built(module, config, seed)
+    if settings.method in PROMPTS:
+        _check_room(module, config.num_virtual_tokens)
+    model = _built(module, config, seed, settings)
     noise = Noise(seed)
     if settings.method in PROMPTS:
         return Prompts(model, Virtual(module, model), settings, noise)
@@ -219,23 +223,39 @@ def _peft() -> Any:
 def _config(settings: recipe.Bridge) -> Any:
     """PEFT's configuration object."""
     peft, method = _peft(), settings.method
-    if method in REFUSED:
-        raise AdapterError(f"{method} cannot be used: {REFUSED[method]}", where="adapter.method")
+    if reason := REFUSED.get(method.upper()):
+        raise AdapterError(f"{method.upper()} cannot be used: {reason}", where="adapter.method")
     kinds = {str(kind.value): kind for kind in peft.PeftType}
     known = [name for name in (*PROMPTS, *LAYERS) if name in kinds]
     if method not in known:
         what = f"no method of PEFT {peft.__version__} is called '{method}'"
-        raise AdapterError(what, where="adapter.method", fix=nearest(method, known))
+        raise AdapterError(what, where="adapter.method", fix=nearest(method.upper(), known))
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method]]
     fields = {field.name for field in dataclasses.fields(kind)} - _ORIGIN
     for option in settings.options:
         if option not in fields:
             where = f"adapter.options.{option}"
             raise AdapterError(f"{method} has no such option", where=where, fix=nearest(option, sorted(fields)))
-    if method in PROMPTS and not settings.options.get("num_virtual_tokens"):
-        raise AdapterError("is missing", where="adapter.options.num_virtual_tokens", fix="write a number, such as 20")
-    with _explained():
+    if method in PROMPTS:
+        _check_count(settings.options.get("num_virtual_tokens"))
+    with _explained(settings):
         return kind(task_type="CAUSAL_LM", **_without_dropout(settings.options, fields))
+
+
+def _check_count(count: Any) -> None:
+    where, fix = "adapter.options.num_virtual_tokens", "write a number, such as 20"
+    if count is None:
+        raise AdapterError("is missing", where=where, fix=fix)
+    if not isinstance(count, int) or count < 1:
+        raise AdapterError(f"{count!r} is no number of tokens", where=where, fix=fix)
+
+
+def _check_room(module: Any, count: int) -> None:
+    """Raises AdapterError if the model cannot tell more positions apart than the virtual tokens take."""
+    most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and count >= most:
+        what = f"{count} virtual tokens leave no room for a row: the model has {most} positions"
+        raise AdapterError(what, where="adapter.options.num_virtual_tokens", fix="write fewer, such as 20")
 
 
 def _without_dropout(options: dict[str, Any], fields: set[str]) -> dict[str, Any]:
@@ -251,8 +271,9 @@ def _without_dropout(options: dict[str, Any], fields: set[str]) -> dict[str, Any
     return options | dict.fromkeys(names, 0.0)
 
 
-def _built(module: nn.Module, config: Any, seed: int) -> Any:
-    with _explained(), torch.random.fork_rng(), warnings.catch_warnings(), _environment():
+def _built(module: nn.Module, config: Any, seed: int, settings: recipe.Bridge) -> Any:
+    is_packed = any(is_linear(layer) and is_quantized(layer) for layer in module.modules())
+    with _explained(settings, is_packed), torch.random.fork_rng(), warnings.catch_warnings(), _environment():
         warnings.simplefilter("ignore")  # of PEFT, about its defaults
         torch.manual_seed(seed)
         return _peft().get_peft_model(module, config).eval()
@@ -260,7 +281,7 @@ def _built(module: nn.Module, config: Any, seed: int) -> Any:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Leaves the process's variables as they were: BOFT sets CXX=gcc for a kernel of its own, and on failure for good."""
+    """Leaves the process's variables as they were: BOFT sets CXX=gcc for its own kernel, if that fails for good."""
     before = dict(os.environ)
     try:
         yield
@@ -271,13 +292,21 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """What PEFT says of values that it cannot use becomes an AdapterError."""
+def _explained(settings: recipe.Bridge, is_packed: bool = False) -> Iterator[None]:
+    """What PEFT, or torch below it, raises of a method's options or of packed weights becomes an AdapterError."""
+    method, options = settings.method, settings.options
     try:
         yield
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ImportError, AttributeError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"PEFT says: {what}", where="adapter.options", fix="change the method's options") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        if not isinstance(error, ValueError | TypeError | RuntimeError):
+            reason = f"{type(error).__name__} {reason}".strip()
+        if is_packed and method in LAYERS and "not found" not in reason:
+            fix = "leave model.quantize out, or take kind: lora, kind: bottleneck or a method of virtual tokens"
+            raise AdapterError(f"{method} does not take packed weights", where="adapter.method", fix=fix) from error
+        given = textwrap.shorten(", ".join(f"{key}={value!r}" for key, value in options.items()), 160) or "its defaults"
+        what, fix = f"{method} cannot be built with {given} (PEFT says: {reason})", "change its options"
+        raise AdapterError(what, where="adapter.options", fix=fix) from error
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

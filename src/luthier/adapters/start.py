@@ -30,15 +30,21 @@ def start(layer: LoraLinear, name: str, init: str, generator: torch.Generator, o
     if init in _RANDOM:
         _RANDOM[init](layer.A, generator)
         return
-    full = min(layer.A.shape[1], len(layer.B))
-    if layer.rank > full:
-        raise AdapterError(f"rank {layer.rank} is more than {name} has, {full}", where=f"adapter.init: {init}")
+    check_rank(layer, name, init)
     if not layer.A.is_meta:  # a plan has shapes alone
         A, B = _loftq(layer, name, original) if init == "loftq" else _FROM_WEIGHT[init](layer)
         layer.A.copy_(A)
         layer.B.copy_(B)
     if init in _FROM_WEIGHT:
         layer.start_A, layer.start_B = layer.A.detach().clone(), layer.B.detach().clone()
+
+
+def check_rank(layer: LoraLinear, name: str, init: str) -> None:
+    """Raises AdapterError if `init` takes more vectors from the layer's weight than there are."""
+    full = min(layer.A.shape[1], len(layer.B))
+    if init not in _RANDOM and layer.rank > full:
+        fix = f"set adapter.rank to at most {full}, or adapter.ranks={{{name.rpartition('.')[2]}: {full}}}"
+        raise AdapterError(f"rank {layer.rank} is more than {name} has, {full}", where=f"adapter.init: {init}", fix=fix)
 
 
 def _uniform(A: Tensor, generator: torch.Generator) -> None:

@@ -19,6 +19,9 @@ def select(names: list[str], targets: str | list[str]) -> list[str]:
     A name in a list stands for layers whose whole dotted name or last parts it is; a string other than `all-linear` is
     a regular expression that matches a whole dotted name. Raises AdapterError for one that matches nothing.
     """
+    if not targets:
+        fix = "write all-linear, or a list of layers such as [q_proj, v_proj]"
+        raise AdapterError("names no layer", where="adapter.targets", fix=fix)
     if targets == "all-linear":
         found = names
     elif isinstance(targets, str):

@@ -6,7 +6,7 @@ On disk it has PEFT's names (`bias`, `modules_to_save` and `trainable_token_indi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def attach(module: Any, settings: recipe.Lora, adapted: list[str], tokens: Seque
     `tokens`: ids of `settings.new_tokens`; None: those after the embedding's last row. The embedding and the head get
     rows for them where they lack any, and each new row starts as the mean of those that were there.
 
-    Raises AdapterError if a module is not found, is adapted too, or is quantised.
+    Raises AdapterError if a module is not found, has no weights, is adapted too, or is quantised, or if no layer has a
+    bias that could be trained.
     """
     if settings.bias == "none" and not settings.modules_to_save and not settings.new_tokens:
         return None
@@ -94,13 +95,14 @@ def attach(module: Any, settings: recipe.Lora, adapted: list[str], tokens: Seque
     return Whole(masters, _rows(module, ids, modules) if ids else {}, settings, modules)
 
 
-def read(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of `recipe.Lora` that a LoraConfig means; `path`, of adapter_config.json, is for messages and to find
-    the tokenizer beside it, which knows the names of added tokens."""
+def read(config: dict[str, Any], tensors: Iterable[str], path: Path) -> dict[str, Any]:
+    """The fields of `recipe.Lora` that a LoraConfig means, with `tensors` of these names; `path`, of
+    adapter_config.json, is for messages and to find the tokenizer beside it, which knows the names of added tokens."""
     indices = config.get("trainable_token_indices") or {}
     ids = sorted({i for table in indices.values() for i in table} if isinstance(indices, dict) else set(indices))
     return {
-        "bias": config.get("bias") or "none",
+        # PEFT lets one ask for the biases of a model that has none.
+        "bias": (config.get("bias") or "none") if any(name.endswith(".bias") for name in tensors) else "none",
         "modules_to_save": list(config.get("modules_to_save") or []),
         "new_tokens": _names(ids, path) if ids else [],
     }
@@ -120,6 +122,9 @@ def _biases(module: nn.Module, which: str, adapted: list[str]) -> Places:
         layer, _, last = name.rpartition(".")
         if last == "bias" and (which == "all" or (which == "lora_only" and layer in adapted)):
             found[f"{layer}.base_layer.bias" if layer in adapted else name] = where
+    if which != "none" and not found:
+        whose = "no layer of this model" if which == "all" else "no adapted layer"
+        raise AdapterError(f"{whose} has a bias to train", where=f"adapter.bias: {which}", fix="leave it out")
     return found
 
 
@@ -131,6 +136,9 @@ def _modules(module: nn.Module, wanted: list[str], adapted: list[str]) -> list[s
         if not matching:
             fix = nearest(one, sorted({name.rpartition(".")[2] for name in names}))
             raise AdapterError(f"no module is called '{one}'", where="adapter.modules_to_save", fix=fix)
+        if not any(True for name in matching for _ in module.get_submodule(name).parameters()):
+            fix = "take it out, or name a module that has some"
+            raise AdapterError(f"'{one}' has no weights to train", where="adapter.modules_to_save", fix=fix)
         found |= dict.fromkeys(matching)
     for name in found:
         if any(layer == name or layer.startswith(f"{name}.") for layer in adapted):

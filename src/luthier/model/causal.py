@@ -20,6 +20,7 @@ from luthier.kernels.loss import Head, linear_cross_entropy
 from luthier.kernels.place import on_gpu
 from luthier.model import attention, families, head, layout
 from luthier.model.block import Decoder
+from luthier.model.finite import blaming_weights
 from luthier.model.offload import stream
 from luthier.model.original import original
 from luthier.model.pack import share_prefix, trim
@@ -179,12 +180,13 @@ def build(
         module = shell(loaded)
     else:
         module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", offload=offload)
-    attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
-    if offload:
-        for parameter in attached.parameters() if attached is not None else ():
-            parameter.data = parameter.data.to(device)
-        stream(module, offload, device)
-    return CausalModel(module, attached, kernels=kernels, recompute=recompute)
+    with blaming_weights(folder, dtype):
+        attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
+        if offload:
+            for parameter in attached.parameters() if attached is not None else ():
+                parameter.data = parameter.data.to(device)
+            stream(module, offload, device)
+        return CausalModel(module, attached, kernels=kernels, recompute=recompute)
 
 
 def shell(module: nn.Module) -> nn.Module:

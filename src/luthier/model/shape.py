@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.adapters.targets import select, value
+from luthier.adapters.targets import check_patterns, select, value
 from luthier.errors import ModelError
 from luthier.recipe import Lora
 
@@ -34,7 +34,7 @@ class Shape:
         return self.layers * (self.linear + 2 * self.hidden) + embeddings + self.hidden
 
     def adapter(self, settings: Lora) -> int:
-        """Trainable parameters of plain LoRA. Raises AdapterError if its targets match no layer."""
+        """Trainable parameters of plain LoRA. Raises AdapterError if its targets, ranks or alphas match no layer."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {
             "self_attn.q_proj": self.hidden + q,
@@ -47,6 +47,8 @@ class Shape:
         }
         named = {f"model.layers.{i}.{name}": size for i in range(self.layers) for name, size in sizes.items()}
         chosen = select(list(named), settings.targets)
+        check_patterns(settings.ranks, chosen, "adapter.ranks")
+        check_patterns(settings.alphas, chosen, "adapter.alphas")
         return sum(value(settings.ranks, name, settings.rank) * named[name] for name in chosen)
 
     def token_bytes(self, size: int, longest: int, rank: int, recompute: bool) -> int:

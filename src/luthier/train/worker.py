@@ -22,6 +22,7 @@ from luthier.data.prepare import Prepared, heldout_conversations
 from luthier.data.stream import Stream
 from luthier.errors import LuthierError, ModelError
 from luthier.model.causal import CausalModel, build
+from luthier.model.finite import blaming_weights
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
 from luthier.model.place import check_place
 from luthier.recipe import Recipe
@@ -66,7 +67,7 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
         emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
     try:
-        with reproducible(decisions.place):
+        with reproducible(decisions.place), blaming_weights(folder, model.dtype):
             if not trainer.finished:
                 _rehearse(trainer, decisions, emit)
             steps = list(trainer)
