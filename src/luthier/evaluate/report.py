@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from luthier import __version__
-from luthier.evaluate.metrics import METRICS
+from luthier.evaluate.metrics import shown
 from luthier.evaluate.page import facts, rows, scores
 from luthier.runs import Run, read_json, write_atomic
 
@@ -82,22 +82,22 @@ def _about(run: Run, settings: Json) -> Json:
 
 
 def _compared(found: Json, asked: list[Json]) -> Json:
-    shown, asides = scores.scores(found)
-    first = METRICS.get(found["metric"])
+    figures, asides = scores.scores(found)
+    metrics = {name: shown(name, described) for name, described in found["metrics"].items()}
     kept = rows.fitting(asked)
     return {
         "verdict": scores.verdict(found),
-        "scores": shown,
+        "scores": figures,
         "asides": asides,
         "notes": scores.notes(found),
         "matrix": scores.matrix(found),
         "slices": scores.slices(found),
         "lengths": scores.lengths(found["lengths"]),
         "stopping": scores.stopping(found["stopped"]),
-        "groups": rows.groups(asked, found["metric"], first),
+        "groups": rows.groups(asked, found["metric"], metrics[found["metric"]]),
         "rows": rows.payload(kept, found["metrics"]),
         "left_out": _left_out(len(kept), len(asked)),
-        "metrics": [METRICS.get(name) for name in found["metrics"]],
+        "metrics": list(metrics.values()),
         "filters": rows.slice_values(kept),
     }
 

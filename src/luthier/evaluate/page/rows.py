@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import exp
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from luthier.evaluate.metrics import METRICS, Metric
+from luthier.evaluate.metrics import Metric, shown
 from luthier.evaluate.paired import figure
 
 Json = dict[str, Any]
@@ -69,9 +69,9 @@ def _choices(row: Json) -> list[tuple[str, list[int]]]:
 # All rows, for the script.
 
 
-def payload(rows: list[Json], metrics: Iterable[str]) -> Markup:
+def payload(rows: list[Json], metrics: dict[str, Json]) -> Markup:
     """What the page's script reads, as JSON that no text in it can leave: `<` is written as its escape."""
-    known = [METRICS.get(name) for name in metrics]
+    known = [shown(name, described) for name, described in metrics.items()]
     value = {
         "sides": SIDES,
         "metrics": {metric.name: {"title": metric.title, "higher": metric.higher} for metric in known},

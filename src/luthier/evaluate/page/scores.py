@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from luthier.evaluate.figures import Axis, interval
-from luthier.evaluate.metrics import METRICS, Metric
+from luthier.evaluate.metrics import Metric, shown
 from luthier.evaluate.paired import figure, signed
 
 Json = dict[str, Any]
@@ -16,7 +16,7 @@ MIRRORED = {"better": "worse", "worse": "better"}
 
 def verdict(found: Json) -> Json:
     """What stands at the top: the headline, its sentence, and both sides' figures."""
-    first, metric = found["metrics"][found["metric"]], METRICS.get(found["metric"])
+    first, metric = found["metrics"][found["metric"]], _metric(found, found["metric"])
     return {
         "headline": HEADLINES.get(found["verdict"], "No evidence"),
         "style": found["verdict"].replace(" ", "-"),
@@ -29,6 +29,10 @@ def verdict(found: Json) -> Json:
         "source": found["settings"].get("source", "test"),
         "detectable": _detectable(first, metric),
     }
+
+
+def _metric(found: Json, name: str) -> Metric:
+    return shown(name, found["metrics"][name])
 
 
 def _sentence(sentence: str) -> str:
@@ -52,10 +56,10 @@ def scores(found: Json) -> tuple[list[Json], list[Json]]:
     beside = [(name, p, "both answers cut to the same length") for name, p in found["matched"].items()]
     beside += [(name, p, "mean over the references") for name, p in found["means"].items() if name == found["metric"]]
     named = [*found["metrics"].items(), *((name, p) for name, p, _ in beside)]
-    shared = _axis(p for name, p in named if METRICS.get(name).unit)
+    shared = _axis(p for name, p in named if _metric(found, name).unit)
 
     def line(name: str, paired: Json, note: str = "") -> Json:
-        metric = METRICS.get(name)
+        metric = _metric(found, name)
         return _score(metric, paired, shared if metric.unit else _axis([paired]), note)
 
     return [line(name, p) for name, p in found["metrics"].items()], [line(*one) for one in beside]
@@ -119,18 +123,18 @@ def slices(found: Json) -> list[Json]:
     return [
         {
             "title": name.replace("_", " "),
-            "rows": _slice_rows(values, [found["metric"]]),
-            "others": _slice_rows(values, rest),
+            "rows": _slice_rows(found, values, [found["metric"]]),
+            "others": _slice_rows(found, values, rest),
         }
         for name, values in found.get("slices", {}).items()
         for rest in [[metric for metric in found["metrics"] if metric != found["metric"]]]
     ]
 
 
-def _slice_rows(values: Json, names: list[str]) -> list[Json]:
+def _slice_rows(found: Json, values: Json, names: list[str]) -> list[Json]:
     rows = []
     for name in names:
-        metric, scored = METRICS.get(name), [(value, by[name]) for value, by in values.items() if name in by]
+        metric, scored = _metric(found, name), [(value, by[name]) for value, by in values.items() if name in by]
         axis = _axis(paired for _, paired in scored)
         rows += [{**_score(metric, paired, axis), "value": value} for value, paired in scored]
     return rows
