@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from luthier.errors import MemoryPlanError
+from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import GIB, Gpu, Machine
 from luthier.recipe import Full, Lora, Recipe
 
@@ -146,8 +146,12 @@ def plan(
         longest, mean_length: tokens of the longest and of the mean row, where the data is known; else data.length.
 
     Returns a Plan whose `fits` is False, with advice, where even one longest row a time, recomputed, exceeds the
-    budget. Raises ModelError for a model that cannot be run without its data.
+    budget. Raises ModelError for a model that cannot be run without its data, RecipeError for blocks to be kept off the
+    GPU that are not there, or where there is no GPU.
     """
+    if setting.place != "cuda" and recipe.run.offload not in ("auto", 0):
+        what = f"blocks stream from host memory to a CUDA GPU, and this run is on {setting.place}"
+        raise RecipeError(what, where=f"run.offload: {recipe.run.offload}", fix="leave it out, or set run.place=cuda")
     longest = min(longest or recipe.data.length, recipe.data.length)
     mean = min(mean_length or longest, longest)
     allowed = budget(recipe.run.memory, facts, setting.place)
@@ -234,6 +238,9 @@ def _streamed(
         wanted = 2 + math.ceil(max(0, smallest.peak_bytes - allowed) / size)
     else:
         wanted = recipe.run.offload
+        if wanted > count:
+            what, fix = f"the model has {count} blocks", f"write at most {count}, or auto"
+            raise RecipeError(what, where=f"run.offload: {wanted}", fix=fix)
     wanted = min(count, wanted)
     saved = max(0, wanted - 2) * size
     found = _best(changed, estimate, allowed + saved, setting, longest, mean)

@@ -30,6 +30,9 @@ from luthier.recipe import Recipe
 
 _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rouge-score")
 
+# What prepared data depends on: sources and their treatment, the tokenizer, and the seed of the split.
+_PREPARED_BY = ("data.", "model.base", "model.revision", "adapter.new_tokens", "train.seed")
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replaces `path` by `content` in one step: written aside, fsynced, renamed, and the folder fsynced."""
@@ -92,14 +95,15 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, *, name: str = "run", root: Path | None = None) -> Run:
-        """The run folder of `recipe`, made if new. `root` is what relative data paths count from.
+        """The run folder of `recipe`, made if new. `root` is what relative data paths count from. A run that has not
+        begun to train, such as one whose start failed, takes another recipe.
 
-        Raises RunError where the folder holds a run of another recipe (in the half that says what is learned).
+        Raises RunError where one that has begun was of another recipe (in the half that says what is learned).
         """
         folder = Path(recipe.run.dir) if recipe.run.dir else Path("runs") / name
         run = cls(folder, recipe)
         if (folder / "recipe.yaml").exists():
-            run._refuse_another_recipe()
+            run._take_recipe(root)
             return run
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +114,7 @@ class Run:
             raise RunError(
                 f"cannot be written ({error.strerror})", where=str(folder), fix="set run.dir to another folder"
             ) from error
-        run.update_manifest(
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            versions=versions(),
-            root=str((root or Path()).resolve()),
-            command=sys.argv,
-        )
+        run._write_first_manifest(root)
         return run
 
     @classmethod
@@ -180,15 +179,37 @@ class Run:
             file.flush()
             yield
 
-    def _refuse_another_recipe(self) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether it holds anything that was learned: a step, a checkpoint or an adapter."""
+        return bool(self.steps()) or self.finished or any(self.checkpoints.glob("step-*"))
+
+    def _take_recipe(self, root: Path | None) -> None:
         there = Recipe.load(self.folder / "recipe.yaml")
         changed = {k: v for k, v in there.diff(self.recipe).items() if not k.startswith(("run.", "evaluate."))}
-        if changed:
+        stale = (self.data / "report.json").exists() and any(key.startswith(_PREPARED_BY) for key in changed)
+        is_lost = stale and any(source.path == "-" for source in there.data.train + there.data.test)
+        if changed and (self.begun or is_lost):
             lines = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
             raise RunError(
                 f"holds a run of another recipe ({lines})",
                 where=str(self.folder),
                 fix="set run.dir to a new folder, or delete this one to train anew",
             )
-        if there != self.recipe:
+        if changed:
+            with self.lock():
+                write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
+                self._write_first_manifest(root)
+                if stale:
+                    (self.data / "report.json").unlink()  # so that the data is prepared again
+        elif there != self.recipe:
             write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
+
+    def _write_first_manifest(self, root: Path | None) -> None:
+        manifest = {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(),
+            "root": str((root or Path()).resolve()),
+            "command": sys.argv,
+        }
+        write_json(self.folder / "manifest.json", manifest)

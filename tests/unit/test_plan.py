@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from luthier.errors import MemoryPlanError, ModelError, UsageError
+from luthier.errors import AdapterError, MemoryPlanError, ModelError, RecipeError, UsageError
 from luthier.machine import GIB, Machine, named_gpu, read_gpus
 from luthier.model.segments import Segments, reserved
 from luthier.model.shape import shape
@@ -67,6 +67,12 @@ def test_a_model_of_another_family_is_named() -> None:
         shape({"model_type": "mamba"})
 
 
+@pytest.mark.parametrize("key", ["ranks", "alphas"])
+def test_layers_that_training_would_not_find_are_not_planned_either(key: str) -> None:
+    with pytest.raises(AdapterError, match=f"adapter.{key}: no linear layer is called 'q_prj'; did you mean 'q_proj'"):
+        planned(f"adapter.{key}={{q_prj: 4}}")
+
+
 TINY = {
     "model_type": "phi",
     "vocab_size": 1000,
@@ -93,6 +99,31 @@ def test_a_gpu_is_planned_by_part_for_a_family_that_no_formula_knows() -> None:
         result.parts
     )
     assert result.measurable_bytes == result.peak_bytes - result.parts["context"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "llamma"},
+            r"transformers [\d.]+ has no architecture 'llamma'; did you mean 'llama'.*newer trans",
+        ),
+        ({"model_type": "unheard-of"}, "has no architecture 'unheard-of'; take a newer transformers, or a base"),
+        ({"model_type": None}, "config.json: model_type: is missing, so the architecture is not known"),
+        ({"model_type": "vit"}, "a 'vit' model is no causal language model; give a base that continues text"),
+        ({"model_type": "t5"}, "a 't5' model is no causal language model"),
+    ],
+    ids=str,
+)
+def test_what_is_no_known_causal_model_is_said_plainly(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        traced(config=TINY | config)
+
+
+def test_a_start_that_training_would_refuse_is_not_planned_either() -> None:
+    assert traced("adapter={rank: 64, init: pissa}").fits
+    with pytest.raises(AdapterError, match=r"adapter\.init: pissa: rank 65 is more than .* has, 64"):
+        traced("adapter={rank: 65, init: pissa}")
 
 
 def test_packed_weights_have_constants_and_take_a_quarter() -> None:
@@ -136,6 +167,16 @@ def test_blocks_that_do_not_fit_stay_in_host_memory_and_no_more_of_them() -> Non
     asked = traced("run.offload=24", "run.micro_tokens=256", config=wide)
     assert asked.offload == 24
     assert whole.peak_bytes - asked.peak_bytes == pytest.approx(22 * block, rel=0.02)
+
+
+def test_blocks_that_cannot_stream_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"run.offload: 9: the model has 8 blocks; write at most 8, or auto"):
+        traced("run.offload=9")
+    with pytest.raises(
+        RecipeError, match=r"run.offload: 1: blocks stream .* CUDA GPU, and this run is on cpu; leave it"
+    ):
+        planned("run.offload=1")
+    assert planned("run.offload=0").offload == 0
 
 
 def test_a_recipe_makes_no_gpu_larger_than_it_is() -> None:

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,68 @@ def test_a_run_opens_as_it_was_created(recipe: Recipe) -> None:
     assert run.manifest["versions"]["python"]
 
 
-def test_another_experiment_in_the_same_folder_is_refused_by_key(recipe: Recipe) -> None:
-    Run.create(recipe)
+def step(run: Run) -> None:
+    run.metrics.write_text('{"step": 1}\n')
+
+
+def checkpoint(run: Run) -> None:
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+
+
+def adapter(run: Run) -> None:
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
+
+
+@pytest.mark.parametrize("begin", [step, checkpoint, adapter])
+def test_another_experiment_in_the_same_folder_is_refused_by_key(recipe: Recipe, begin: Callable[[Run], None]) -> None:
+    begin(Run.create(recipe))
     with pytest.raises(RunError, match=r"train.lr: 0.0002 there, 0.1 now"):
         Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1"))
+    assert Run.open(str(recipe.run.dir)).recipe == recipe
+
+
+def prepared(run: Run) -> Path:
+    run.data.mkdir()
+    report = run.data / "report.json"
+    report.write_text("{}")
+    return report
+
+
+def test_a_run_that_has_not_begun_takes_another_recipe_and_keeps_data_that_are_the_same(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    run = Run.create(recipe)
+    report = prepared(run)
+    run.update_manifest(asked={}, decisions={})
+    Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1", "adapter.targets=[q_proj]"), root=tmp_path)
+    assert Run.open(run.folder).recipe.train.lr == 0.1
+    assert report.exists()
+    assert not {"asked", "decisions"} & run.manifest.keys(), "what was decided was for the other recipe"
+    assert run.root == tmp_path
+
+
+@pytest.mark.parametrize("change", ["data.length=99", "model.base=other", "adapter.new_tokens=[a]", "train.seed=3"])
+def test_data_that_another_recipe_would_change_are_prepared_again(recipe: Recipe, change: str) -> None:
+    report = prepared(Run.create(recipe))
+    Run.create(Recipe.parse(recipe.dump(), change))
+    assert not report.exists()
+
+
+def test_data_that_cannot_be_had_again_are_not_given_up(recipe: Recipe) -> None:
+    piped = Recipe.parse(recipe.dump(), "data.train=[{path: '-'}]")
+    report = prepared(Run.create(piped))
+    with pytest.raises(RunError, match="another recipe"):
+        Run.create(Recipe.parse(piped.dump(), "data.length=99"))
+    assert report.exists()
+    Run.create(Recipe.parse(piped.dump(), "train.lr=0.1"))
+
+
+def test_another_recipe_does_not_get_under_a_run_that_is_starting(recipe: Recipe) -> None:
+    run = Run.create(recipe)
+    with run.lock(), pytest.raises(RunError, match="is in use by process"):
+        Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1"))
+    assert Run.open(run.folder).recipe == recipe
 
 
 def test_a_change_of_how_it_is_run_is_taken_over(recipe: Recipe) -> None:

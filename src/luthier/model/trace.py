@@ -27,7 +27,9 @@ from torch.utils.flop_counter import flop_registry
 
 from luthier import recipe
 from luthier.adapters.linears import features, linear_names
+from luthier.adapters.lora import Lora
 from luthier.adapters.method import attach
+from luthier.adapters.start import check_rank
 from luthier.data.stream import Micro
 from luthier.errors import LuthierError, ModelError
 from luthier.kernels.place import on_gpu, planned_for
@@ -36,6 +38,7 @@ from luthier.model.causal import CausalModel
 from luthier.model.load import norms_in_float32, skeleton
 from luthier.model.offload import blocks_name
 from luthier.model.quantize import empty
+from luthier.registry import nearest
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -82,14 +85,39 @@ def outline(
 ) -> CausalModel:
     """The model of `config` on the meta device, quantised and with its adapter, as `build` would make it.
 
-    Raises ModelError where transformers has no such architecture or it cannot be run without data.
+    Raises ModelError where transformers has no such architecture, it is no causal language model, or it cannot be run
+    without data; AdapterError where the model lacks what the adapter names.
     """
+    plain = adapter
     if isinstance(adapter, recipe.Lora):
         # Other start values and some more rows of the embedding take no more memory in a step.
-        adapter = adapter.model_copy(update={"init": "default", "new_tokens": []})
-    with _explained(config.get("model_type")), Meter():
+        plain = adapter.model_copy(update={"init": "default", "new_tokens": []})
+    _check_architecture(config.get("model_type"))
+    with _explained(config["model_type"]), Meter():
         module = _module(config, model, dtype)
-        return CausalModel(module, attach(module, adapter, seed=0), recompute=recompute)
+        attached = attach(module, plain, seed=0)
+        if isinstance(attached, Lora) and isinstance(adapter, recipe.Lora):
+            for name, layer in attached.layers.items():
+                check_rank(layer, name, adapter.init)
+        return CausalModel(module, attached, recompute=recompute)
+
+
+def _check_architecture(kind: Any) -> None:
+    """Raises ModelError unless `kind`, a config's model_type, is a causal language model of transformers."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+
+    where = "config.json: model_type"
+    if not isinstance(kind, str):
+        fix = "take config.json from where the weights come from"
+        raise ModelError("is missing, so the architecture is not known", where=where, fix=fix)
+    if kind not in CONFIG_MAPPING:
+        close = nearest(kind, list(CONFIG_MAPPING))
+        hint = f"{close} Or " if close.startswith("did you mean") else ""
+        fix = f"{hint}take a newer transformers, or a base of a family that it knows"
+        raise ModelError(f"transformers {__version__} has no architecture '{kind}'", where=where, fix=fix)
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fix = "give a base that continues text, such as a Llama, Qwen or Mistral"
+        raise ModelError(f"a '{kind}' model is no causal language model", where=where, fix=fix)
 
 
 def trace(
