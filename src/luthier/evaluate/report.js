@@ -150,7 +150,7 @@ function highlight(query) {
   const ranges = [], walker = document.createTreeWalker($("list"), NodeFilter.SHOW_TEXT);
   while (query && walker.nextNode()) {
     const text = walker.currentNode.data.toLowerCase();
-    for (let at = text.indexOf(query); at >= 0 && ranges.length < 1000; at = text.indexOf(query, at + query.length)) {
+    for (let at = text.indexOf(query); at >= 0 && ranges.length < 200; at = text.indexOf(query, at + query.length)) {
       const range = new Range();
       range.setStart(walker.currentNode, at);
       range.setEnd(walker.currentNode, Math.min(at + query.length, walker.currentNode.length));
@@ -189,9 +189,10 @@ function turn(pages) {
   $("list").scrollIntoView();
 }
 
-/** Makes what the search reads while the reader reads, a little at a time: else the first key waits for all of it. */
+/** Makes what the search reads, a little at a time while the reader reads, and searches it once, which lays each text
+ * out in one piece: else the first key waits for all of that. */
 function prepare(from) {
-  data.rows.slice(from, from + 250).forEach(searched);
+  data.rows.slice(from, from + 250).forEach((row) => searched(row).includes("\n"));
   if (from + 250 < data.rows.length) setTimeout(prepare, 0, from + 250);
 }
 
