@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,11 @@ def test_a_model_that_does_not_fit_the_disk_is_refused_before_it_is_fetched(hub:
     assert hub.asked == []
 
 
-def test_pickles_alone_are_refused_before_they_are_fetched(hub: Hub) -> None:
+@pytest.mark.parametrize("read", [load.model_folder, load.model_config], ids=["to train", "to plan"])
+def test_pickles_alone_are_refused_before_they_are_fetched(hub: Hub, read: Callable[[recipe.Model], Any]) -> None:
     (hub.folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"pickle weights only \(pytorch_model\.bin\).*take a revision"):
-        load.model_folder(model())
+        read(model())
     assert hub.asked == []
 
 
@@ -157,6 +158,27 @@ def test_a_refusal_of_the_hub_says_what_to_do(hub: Hub, status: int, code: str, 
     with pytest.raises(ModelError, match=reason) as caught:
         load.model_folder(model())
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_fetches_the_config_alone_and_the_tokenizer_if_it_is_asked_about_tokens(hub: Hub) -> None:
+    assert load.model_config(model())["model_type"] == "llama"
+    assert hub.asked == ["config.json"]
+    with pytest.raises(ModelError, match="'what' is no new token"):
+        load.check_new_tokens(model(), recipe.Lora(new_tokens=["what"]))
+    load.check_new_tokens(model(), recipe.Lora(new_tokens=["aspirin"]))
+    assert "model.safetensors" not in hub.asked
+    hub.status, hub.code = 500, ""
+    assert load.model_config(model())["model_type"] == "llama", "from the cache"
+
+
+def test_what_training_refuses_is_not_planned_from_the_hub_either(hub: Hub) -> None:
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match="quantised by awq"):
+        load.model_config(model())
+    hub.status, hub.code = 403, "GatedRepo"
+    with pytest.raises(ModelError, match="gated"):
+        load.model_config(recipe.Model(base="org/other"))
 
 
 def test_without_the_hub_a_copy_in_the_cache_is_used(hub: Hub, tmp_path: Path) -> None:

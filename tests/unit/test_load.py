@@ -126,6 +126,18 @@ def test_a_broken_folder_is_refused_with_what_is_wrong(name: str, folder: Path) 
     damage(folder)
     with pytest.raises(ModelError, match=reason):
         load.model_folder(model(folder))
+    with pytest.raises(ModelError, match=reason):
+        load.model_config(model(folder))
+
+
+def test_a_config_alone_is_enough_for_a_plan_unless_it_says_what_cannot_be_loaded(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert load.model_config(model(folder))["model_type"] == "llama"
+    edit(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match="quantised by gptq"):
+        load.model_config(model(folder))
 
 
 def test_all_that_is_missing_is_listed_at_once(folder: Path) -> None:

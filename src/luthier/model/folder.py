@@ -36,6 +36,13 @@ def check_folder(folder: Path, model: recipe.Model) -> None:
         raise ModelError("cannot be loaded: " + "; ".join(problems), where=str(folder), fix=_fix(problems))
 
 
+def check_config(folder: Path, model: recipe.Model) -> None:
+    """The same where the folder holds no more than config.json: raises ModelError listing what it says that keeps the
+    model from being loaded, wherever its weights are."""
+    if problems := list(_config_problems(folder, model)):
+        raise ModelError("cannot be loaded: " + "; ".join(problems), where=str(folder), fix=_fix(problems))
+
+
 def _packed_problems(folder: Path) -> Iterator[str]:
     """Whole numbers where weights should be: read as they stand they would be weights without their scales."""
     config = read_json(folder / "config.json")

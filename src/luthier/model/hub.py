@@ -7,8 +7,9 @@ The hub is `HF_ENDPOINT` (https://huggingface.co unless set, so a mirror works t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,22 +39,31 @@ def snapshot(model: recipe.Model, progress: Say | None = None) -> Path:
     """
     say = progress or (lambda line: None)
     say(f"looking for {model.base} in the hub's cache, else fetching it")
-    try:
+    with _explaining(model.base):
         return _snapshot(model, say)
-    except ModelError:
-        raise
-    except Exception as error:  # the client has errors of its own, of the HTTP library it uses, and of the system
-        raise _explained(model.base, error) from error
 
 
 def config_file(model: recipe.Model) -> Path:
-    """`config.json` of `model.base` in the hub's cache, fetched by itself if need be. Raises ModelError."""
-    from huggingface_hub import hf_hub_download
+    """`config.json` of `model.base` in the hub's cache, fetched by itself if need be. Raises ModelError, also where
+    the hub has the weights as pickle files only."""
+    from huggingface_hub.errors import DryRunError
 
-    try:
-        return Path(hf_hub_download(model.base, "config.json", revision=model.revision))
-    except Exception as error:  # as above
-        raise _explained(model.base, error) from error
+    with _explaining(model.base), suppress(DryRunError):  # no network: a copy in the cache still does
+        _check_pickles(model, _listed(model))
+    return _part(model, ["config.json"]) / "config.json"
+
+
+def tokenizer_folder(model: recipe.Model) -> Path:
+    """The folder in the hub's cache that has the tokenizer of `model.base`, fetched by itself if need be. Raises
+    ModelError."""
+    return _part(model, ["tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja"])
+
+
+def _part(model: recipe.Model, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _explaining(model.base):
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
 
 
 def _snapshot(model: recipe.Model, say: Say) -> Path:
@@ -151,6 +161,16 @@ def _cached(model: recipe.Model, revision: str | None) -> Path:
 
     options: dict[str, Any] = {"allow_patterns": _patterns(model), "ignore_patterns": UNWANTED}
     return Path(snapshot_download(model.base, revision=revision, local_files_only=True, **options))
+
+
+@contextmanager
+def _explaining(base: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # the client has errors of its own, of the HTTP library it uses, and of the system
+        raise _explained(base, error) from error
 
 
 def _explained(base: str, error: Exception) -> ModelError:

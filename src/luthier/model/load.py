@@ -19,8 +19,8 @@ from luthier import recipe
 from luthier.errors import ModelError
 from luthier.machine import Machine
 from luthier.model import embedded
-from luthier.model.folder import check_folder, shards, some
-from luthier.model.hub import config_file, loaded_revision, snapshot
+from luthier.model.folder import check_config, check_folder, shards, some
+from luthier.model.hub import config_file, loaded_revision, snapshot, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +53,32 @@ def model_folder(model: recipe.Model, progress: Callable[[str], None] | None = N
 
 
 def model_config(model: recipe.Model) -> dict[str, Any]:
-    """The `config.json` of `model.base`; from a hub nothing else is fetched. Raises ModelError."""
-    local = Path(model.base).expanduser()
-    is_hub = model.base != embedded.NAME and not local.exists() and local.suffix != ".gguf"
-    path = config_file(model) if is_hub else _folder(model, None) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError("is missing, or is not JSON", where=str(path), fix="fetch the model again") from error
-    if not isinstance(config, dict):
-        raise ModelError("is not a JSON mapping", where=str(path), fix="fetch the model again")
+    """The `config.json` of `model.base`; from a hub nothing else is fetched. A local folder may hold it alone.
+
+    Raises ModelError where `model_folder` would, as far as that can be told from what is there.
+    """
+    on_hub = _is_on_hub(model)
+    folder = config_file(model).parent if on_hub else _folder(model, None)
+    is_alone = [path.name for path in folder.iterdir()] == ["config.json"]
+    (check_config if on_hub or is_alone else check_folder)(folder, model)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
+
+
+def check_new_tokens(model: recipe.Model, adapter: recipe.Adapter) -> None:
+    """Raises ModelError if the tokenizer of `model.base` has a token that `adapter` adds. From a hub only the tokenizer
+    is fetched."""
+    if isinstance(adapter, recipe.Lora) and adapter.new_tokens:
+        load_tokenizer(tokenizer_folder(model) if _is_on_hub(model) else _folder(model, None), adapter)
+
+
+def _is_on_hub(model: recipe.Model) -> bool:
+    local = Path(model.base).expanduser()
+    return _is_hub_id(model.base) and model.base != embedded.NAME and not local.exists()
+
+
+def _is_hub_id(base: str) -> bool:
+    return not base.endswith(".gguf") and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) is not None
 
 
 def _folder(model: recipe.Model, progress: Callable[[str], None] | None) -> Path:
@@ -77,7 +92,7 @@ def _folder(model: recipe.Model, progress: Callable[[str], None] | None) -> Path
     if local.is_file():
         fix = "give the folder it lies in, or a .gguf file"
         raise ModelError("is a file, not a model's folder", where=model.base, fix=fix)
-    if model.base.endswith(".gguf") or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model.base):
+    if not _is_hub_id(model.base):
         fix = f"give a local folder, a .gguf file, a hub id such as org/name, or {embedded.NAME}"
         raise ModelError("there is no such folder or file", where=model.base, fix=fix)
     return snapshot(model, progress)

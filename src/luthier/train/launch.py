@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RunError
 from luthier.machine import Machine, machine
-from luthier.model.load import load_tokenizer, model_config, model_folder
+from luthier.model.load import check_new_tokens, load_tokenizer, model_config, model_folder
 from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.runs import Run, read_json
@@ -90,8 +90,13 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
 
 
 def decide_for(recipe: Recipe, facts: Machine, place: str | None = None) -> Plan:
-    """The plan of `recipe` on a machine before its data is known, where the recipe says or in another `place`."""
-    return planned(recipe, model_config(recipe.model), facts, place)
+    """The plan of `recipe` on a machine before its data is known, where the recipe says or in another `place`.
+
+    Raises what training would raise of a base that cannot be loaded, or an adapter that does not go with it.
+    """
+    config = model_config(recipe.model)
+    check_new_tokens(recipe.model, recipe.adapter)
+    return planned(recipe, config, facts, place)
 
 
 def _here(run: Run, decisions: Decisions, emit: Progress) -> dict[str, Any]:
