@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -88,25 +88,37 @@ def plan(
 ) -> list[Task]:
     """What has to be known of the questions: their answers (`text` in `needs`), the likelihood of their first
     references (`nll`) and of their choices (`choices`), also with no question asked (`unasked`), on each side. A
-    reference's targets are the tokens that
-    training would supervise, so that exp(mean) is the perplexity of the held-out loss."""
+    reference's targets are the tokens that training would supervise, so that exp(mean) is the perplexity of the
+    held-out loss."""
     prompts = _prompts(subject, questions) if "text" in needs else {}
     examples = _examples(subject, questions) if "nll" in needs else {}
-    choices = _choices(subject, questions) if {"choices", "unasked"} & set(needs) else {}
-    unasked = _choices(subject, [_without_question(question) for question in questions]) if "unasked" in needs else {}
+    labels = subject.run.recipe.data.labels
+    choices = choices_of(subject, questions, labels) if {"choices", "unasked"} & set(needs) else {}
+    bare = [_without_question(question) for question in questions]
+    unasked = choices_of(subject, bare, labels) if "unasked" in needs else {}
     tasks = []
     for side in sides:
-        identity = subject.identity(side)
-        rule = {**identity, **_decoding(sampling), "stop": sorted(subject.encoder.stop_ids)}
+        rule = {**subject.identity(side), **_decoding(sampling), "stop": sorted(subject.encoder.stop_ids)}
         tasks += [Task(side, i, digest([rule, prompt]), prompt=prompt) for i, prompt in prompts.items()]
-        for i, example in examples.items():
-            key = digest(["likelihood", identity, example.ids, example.supervised])
-            tasks.append(Task(side, i, key, example=example))
-        for found, bare in ((choices, False), (unasked, True)):
-            for i, (prompt, rests, lengths) in found.items():
-                key = digest(["choices", identity, prompt, rests])
-                tasks.append(Task(side, i, key, prompt=prompt, choices=rests, characters=lengths, unasked=bare))
+        tasks += likelihoods(subject, side, examples)
+        tasks += choosing(subject, side, choices) + choosing(subject, side, unasked, unasked=True)
     return tasks
+
+
+def likelihoods(subject: Subject, side: Side, examples: Mapping[int, Example]) -> list[Task]:
+    """The tasks of weighing some examples, by question."""
+    identity = subject.identity(side)
+    keys = {i: digest(["likelihood", identity, example.ids, example.supervised]) for i, example in examples.items()}
+    return [Task(side, i, keys[i], example=example) for i, example in examples.items()]
+
+
+def choosing(subject: Subject, side: Side, choices: Mapping[int, Choices], *, unasked: bool = False) -> list[Task]:
+    """The tasks of weighing choices, by question."""
+    identity = subject.identity(side)
+    return [
+        Task(side, i, digest(["choices", identity, prompt, rests]), prompt, None, rests, lengths, unasked)
+        for i, (prompt, rests, lengths) in choices.items()
+    ]
 
 
 def work(
@@ -237,13 +249,14 @@ def _without_question(question: Conversation) -> Conversation:
     return replace(question, messages=(*system, Message("user", ""))) if answerable(question) else question
 
 
-def _choices(subject: Subject, questions: Sequence[Conversation]) -> dict[int, Choices]:
-    """By question with a known choice, its prompt and each choice as training would write it after the prompt."""
+def choices_of(subject: Subject, questions: Sequence[Conversation], labels: str) -> dict[int, Choices]:
+    """By question with choices, its prompt and each choice as training would write it after the prompt; `labels` as in
+    the recipe."""
     from luthier.data.formats import written_choices
 
-    labels, found = subject.run.recipe.data.labels, dict[int, Choices]()
+    found: dict[int, Choices] = {}
     for i, question in enumerate(questions):
-        if question.answer is not None and answerable(question):
+        if question.choices and answerable(question):
             written = written_choices(question.choices, labels)
             said = [replace(question, messages=(*question.prompt, Message("assistant", text))) for text in written]
             examples = subject.encoder.examples(said)
