@@ -145,10 +145,10 @@ def work(
 
 
 def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:
-    """One side's answers to `count` questions, in their order; what no task asked for is None."""
+    """One side's answers to the first `count` questions, in their order; what no task asked for is None."""
     found: list[Result] = [{} for _ in range(count)]
     for task in tasks:
-        if task.side == side:
+        if task.side == side and task.question < count:
             found[task.question].update(_part(task, memo[task.key]))
     return [Answer(**{k: v for k, v in result.items() if k != "key"}) for result in found]
 

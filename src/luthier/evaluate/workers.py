@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from luthier.data.conversation import Conversation
+from luthier.data.conversation import Conversation, from_json
 from luthier.errors import RunError
 from luthier.evaluate.answers import Advance, Memo, Task, plan, sampling_of, work
+from luthier.evaluate.forgetting import general_tasks
 from luthier.evaluate.metrics import resolved
 from luthier.evaluate.neighbours import Training, room, step_back, taken, trainings
 from luthier.evaluate.seat import Seat
@@ -43,6 +44,9 @@ class Job:
 
     Attributes:
         folder: where answers.jsonl lies.
+        questions: a file of other questions to ask, conversations as JSON lines.
+        needs: what has to be known of them; empty: what the run's metrics read.
+        general: whether the general passages and questions are asked too.
         others: files with answers that need not be made again.
         in_flight: the most tokens that a process may hold keys and values of; None: what memory it finds free.
     """
@@ -50,6 +54,9 @@ class Job:
     asker: str
     folder: str
     entries: tuple[Entry, ...]
+    questions: str | None = None
+    needs: tuple[str, ...] = ()
+    general: bool = False
     others: tuple[str, ...] = ()
     in_flight: int | None = None
 
@@ -70,11 +77,20 @@ class Turn(NamedTuple):
 
 
 def turns(
-    sides: Sequence[Opened], questions: Sequence[Conversation], sampling: Sampling, needs: Collection[str]
+    sides: Sequence[Opened],
+    questions: Sequence[Conversation],
+    sampling: Sampling,
+    needs: Collection[str],
+    *,
+    general: bool = False,
 ) -> list[Turn]:
-    """The sides' tasks, those of one base together."""
-    asked = (plan(side.subject, questions, sampling, sides=[side.side], needs=needs) for side in by_base(sides))
-    return [Turn(side, tasks) for side, tasks in zip(by_base(sides), asked, strict=True)]
+    """The sides' tasks, those of one base together; with `general`, the general ones after those of the questions."""
+
+    def tasks(side: Opened) -> list[Task]:
+        asked = plan(side.subject, questions, sampling, sides=[side.side], needs=needs)
+        return asked + (general_tasks(side.subject, side.side, len(questions)) if general else [])
+
+    return [Turn(side, tasks(side)) for side in by_base(sides)]
 
 
 def needed(run: Run) -> set[str]:
@@ -206,9 +222,16 @@ def main(text: str, rank: str, count: str, beside: str) -> None:
 
     job = Job.parse(text)
     asker = Run.open(job.asker)
-    questions, sampling, memo = suite(asker).questions, sampling_of(asker), job.memo()
-    for turn in turns(open_sides(job.entries, Seat()), questions, sampling, needed(asker)):
+    sampling, memo, needs = sampling_of(asker), job.memo(), job.needs or needed(asker)
+    for turn in turns(open_sides(job.entries, Seat()), _questions(job, asker), sampling, needs, general=job.general):
         _work(turn, share(turn.tasks, int(rank), int(count)), sampling, memo, advance, job.in_flight)
+
+
+def _questions(job: Job, asker: Run) -> list[Conversation]:
+    if job.questions is None:
+        return suite(asker).questions
+    with Path(job.questions).open(encoding="utf-8") as lines:
+        return [from_json(json.loads(line)) for line in lines]
 
 
 if __name__ == "__main__":
