@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from luthier.evaluate.interval import CHANCE
+
 if TYPE_CHECKING:
     from luthier.evaluate.paired import Paired
 
@@ -23,8 +25,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def together(found: Sequence[Paired]) -> list[Paired]:
     """The same comparisons judged as one family: `adjusted` and `family` are set, and a verdict stands only where the
     adjusted p is below 0.05. Intervals stay each pair's own; `explain` says so."""
-    from luthier.evaluate.paired import CHANCE
-
     family = zip(found, holm([one.p for one in found]), strict=True)
     return [
         replace(one, adjusted=p, family=len(found), verdict=one.verdict if p < CHANCE else "no evidence")

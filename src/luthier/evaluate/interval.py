@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 LEVEL = 0.95
+CHANCE = 0.05
+"""A verdict needs a p below it."""
 RESAMPLES = 10_000
 BLOCK = 2_000_000
 """Numbers of one block of draws: bounds an array at 16 MB."""
@@ -47,7 +49,8 @@ def bootstrap(metric: Metric, sides: Floats, seed: int) -> Bootstrap:
     import numpy as np
 
     n = sides.shape[1]
-    differences, freedom = resampled(metric, sides, seed), degrees(influences(metric, sides))
+    base, tuned = left_out(metric, sides)
+    differences, freedom = resampled(metric, sides, seed), degrees(tuned - base)
     widened = sqrt(n / (n - 1))
     tail = NormalDist().cdf(-quantile((1.0 + LEVEL) / 2.0, freedom) * widened)
     low, high = np.quantile(differences, [tail, 1.0 - tail])
@@ -97,13 +100,11 @@ def _counts(n: int, seed: int, block: int) -> Iterator[NDArray[np.uint8]]:
         yield np.stack([np.bincount(row, minlength=n).astype(np.uint8) for row in rows])
 
 
-def influences(metric: Metric, sides: Floats) -> Floats:
-    """How much each question moves tuned - base, times n: the jackknife's (Efron & Tibshirani 1993, chapter 11).
-    Statistics [2, n, k] -> [n], with mean zero."""
-    there = sides.sum(axis=1, keepdims=True)
-    without = metric.finish(there - sides)
-    left_out = without[1] - without[0]
-    influence: Floats = (sides.shape[1] - 1) * (left_out.mean() - left_out)
+def left_out(metric: Metric, statistics: Floats) -> Floats:
+    """How much each question moves a side's figure, times n: the jackknife's influences (Efron & Tibshirani 1993,
+    chapter 11). Statistics [..., n, k] -> [..., n], each row with mean zero."""
+    without = metric.finish(statistics.sum(axis=-2, keepdims=True) - statistics)
+    influence: Floats = (statistics.shape[-2] - 1) * (without.mean(axis=-1, keepdims=True) - without)
     return influence
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from luthier.evaluate.interval import LEVEL, RESAMPLES, bootstrap, tango
+from luthier.evaluate.interval import CHANCE, LEVEL, RESAMPLES, bootstrap, tango
 from luthier.evaluate.metrics import Metric, Statistics
 from luthier.evaluate.metrics.metric import ratio
 from luthier.evaluate.permutation import mcnemar, sign_flip
@@ -41,8 +41,6 @@ __all__ = [
 Verdict = Literal["better", "no evidence", "worse"]
 Method = Literal["bootstrap", "score", "seeds"]
 
-CHANCE = 0.05
-"""A verdict needs a p below it."""
 FEW = 30
 """Below this many questions the reader is warned that the interval is wide."""
 LEAST = 6

@@ -12,10 +12,14 @@ POWER = 0.8
 
 
 def detectable(spread: float, freedom: float) -> float:
-    """In the unit of `spread`, the standard error of tuned - base: the difference whose interval leaves out zero with
-    probability POWER. The bound is so many errors below the estimate, and the estimate falls so many below the truth.
+    """In the unit of `spread`, the standard error of tuned - base as estimated with so many degrees of freedom: the
+    difference whose interval leaves out zero with probability POWER.
+
+    The bound is t errors below the estimate; the estimate and the error itself vary (the normal approximation to the
+    noncentral t, Johnson & Welch 1940), and an error estimated with few degrees is too small on average.
     """
-    return (quantile((1.0 + LEVEL) / 2.0, freedom) + quantile(POWER, freedom)) * spread
+    t, z = quantile((1.0 + LEVEL) / 2.0, freedom), NormalDist().inv_cdf(POWER)
+    return spread * (t + z * sqrt(1.0 + t**2 / (2.0 * freedom)) / (1.0 - 1.0 / (4.0 * freedom)))
 
 
 def detectable_share(differing: int, n: int) -> float:
