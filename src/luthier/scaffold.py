@@ -193,7 +193,7 @@ def _fields(
 def _metrics(detection: Detection, documents: bool) -> str:
     if documents:
         return "[perplexity]"
-    if detection.format == "multiple-choice":
+    if detection.format in ("multiple-choice", "listed-choices"):
         return "[accuracy, perplexity]"
     return "[rougeL, rouge1, rouge2, rougeLsum, exact_match, perplexity]"
 

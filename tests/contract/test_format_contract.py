@@ -53,6 +53,18 @@ SAMPLES = {
         ("B",),
         "answer",
     ),
+    "listed-choices": (
+        {"instruction": f"{ASK} Answer1: 3 Answer2: 4\n\nAnswer format: answer1/answer2", "answer": "answer2"},
+        [
+            (
+                "user",
+                f"Answer the question with the letter of the right option, nothing else.\n\n{ASK}\nA. 3\nB. 4",
+            ),
+            ("assistant", "B"),
+        ],
+        ("B",),
+        "answer",
+    ),
     "text": ({"text": f"<HUMAN>: {ASK}\n<ASSISTANT>: {REPLY}"}, TURNS, (REPLY,), None),
     "document": ({"text": "Once upon a time."}, [("document", "Once upon a time.")], (), None),
     "rendered": ({"text": "<|im_start|>user"}, [("rendered", "<|im_start|>user")], (), None),

@@ -46,6 +46,17 @@ def fault(values, **fields):
         ({"question": "a", "option_1": "b", "option_2": "c", "answer": "option_1"}, "multiple-choice"),
         ({"question": "a", "Option A": "b", "Option B": "c", "label": "A"}, "multiple-choice"),
         ({"ctx": 1, "question": "a", "ending0": "b", "ending1": "c", "label": 0}, "multiple-choice"),
+        (
+            {
+                "instruction": "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\n"
+                "Answer format: answer1/answer2",
+                "input": "",
+                "output": "the correct answer is answer2",
+                "answer": "answer2",
+            },
+            "listed-choices",
+        ),
+        ({"instruction": "Write about Option1: a thing.", "output": "b", "answer": "c"}, "alpaca"),
         ({"text": "human: a\nassistant: b"}, "text"),
         ({"text": "### Human: a### Assistant: b"}, "text"),
         ({"text": "Assistant: what a text starts with is no question"}, "document"),
@@ -112,6 +123,24 @@ def test_of_a_list_of_columns_the_ones_that_are_there_count():
 
 def test_a_named_format_that_does_not_fit_says_what_it_needs():
     assert "has no columns for format alpaca (columns: a)" in fault({"a": "b"}, format="alpaca")
+
+
+# --- choices in the text
+
+
+def test_choices_listed_in_the_text_become_multiple_choice():
+    text = "Please choose the correct ending to complete the given sentence: He eats\n\nEnding1: soup Ending2: a chair"
+    asked = convert({"instruction": f"{text}\n\nAnswer format: ending1/ending2", "answer": "ending1"})
+    assert asked.choices == ("soup", "a chair")
+    assert (asked.answer, asked.references) == (0, ("A",))
+    assert asked.messages[0].content.endswith("He eats\nA. soup\nB. a chair")
+
+
+def test_a_row_whose_choices_are_not_counted_up_is_refused():
+    values = {"instruction": "Q? Answer1: a Answer3: b", "answer": "answer1"}
+    assert "lists no choices" in fault(
+        values, format="listed-choices", columns={"text": "instruction", "answer": "answer"}
+    )
 
 
 # --- messages

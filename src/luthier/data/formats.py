@@ -30,6 +30,7 @@ FORMATS = Registry(
         "messages": "luthier.data.formats:MESSAGES",
         "sharegpt": "luthier.data.formats:SHAREGPT",
         "multiple-choice": "luthier.data.formats:MULTIPLE_CHOICE",
+        "listed-choices": "luthier.data.formats:LISTED_CHOICES",
         "summary": "luthier.data.formats:SUMMARY",
         "alpaca": "luthier.data.formats:ALPACA",
         "prompt-completion": "luthier.data.formats:PROMPT_COMPLETION",
@@ -43,7 +44,7 @@ FORMATS = Registry(
 # Tried tier by tier, since the columns of one can be part of another: multiple choice has a question and an answer, and
 # Alpaca files often carry the rendered `text` as well. Two matches in one tier are ambiguous. `rendered` is opt-in.
 _TIERS = (
-    ("messages", "sharegpt", "multiple-choice"),
+    ("messages", "sharegpt", "multiple-choice", "listed-choices"),
     ("summary", "alpaca", "prompt-completion", "question-answer"),
     ("text", "document"),
 )
@@ -59,6 +60,10 @@ class Detection:
     def __str__(self) -> str:
         parts = (f"{p} = {c if isinstance(c, str) else ', '.join(c)}" for p, c in self.columns.items())
         return f"{self.format} ({'; '.join(parts)})"
+
+    def fits(self, *, answers: bool = True) -> bool:
+        """Whether these columns are enough for the format."""
+        return _fits(FORMATS.get(self.format), self.columns, answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,11 +622,17 @@ def _find_choices(rows: Sequence[Row]) -> dict[str, str | list[str]] | None:
 
 def _from_choices(row: Row, columns: Columns, options: Options) -> Conversation:
     labels, texts = _choices(row, columns["choices"])
+    return _asked(row, columns, options, _text_of(row, _one(columns, "question")), labels, texts)
+
+
+def _asked(
+    row: Row, columns: Columns, options: Options, question: str, labels: list[str], texts: list[str]
+) -> Conversation:
     answer = _answer(row, columns, labels, texts) if _has_answer(row, columns, options) else None
     written = written_choices(texts, options.labels)
     lines = [f"{_mark(i, options.labels)}{_POINTS[options.labels]} {text}" for i, text in enumerate(texts)]
     instruction = options.instruction or _INSTRUCTIONS[options.labels].format(n=len(texts))
-    prompt = "\n".join([instruction, "", _text_of(row, _one(columns, "question")), *lines])
+    prompt = "\n".join([instruction, "", question, *lines])
     base = _exchange(row, prompt, [] if answer is None else [written[answer]])
     return replace(base, choices=tuple(texts), answer=answer)
 
@@ -691,6 +702,44 @@ def _matched(value: str, labels: list[str], texts: list[str]) -> int | None:
 
 
 MULTIPLE_CHOICE = Format(needs=("question", "choices"), answer="answer", find=_find_choices, convert=_from_choices)
+
+# Choices that stand in the text of the question, as in the commonsense sets of LLM-Adapters (ARC, PIQA, HellaSwag …):
+# "Please choose the correct answer to the question: … Answer1: … Answer2: … Answer format: answer1/answer2".
+_LISTED = re.compile(r"\b(?:answer|option|choice|solution|ending) ?(\d{1,2}) ?:", re.I)
+_OPENING = re.compile(r"^please choose the (?:correct|most suitable|best)[^:\n]*:\s*", re.I)
+_CLOSING = re.compile(r"\s*\b(?:answer|option|choice|solution|ending) format:.*\Z", re.I | re.S)
+
+
+def _find_listed(rows: Sequence[Row]) -> dict[str, str | list[str]] | None:
+    text = _named(rows, "instruction", "question", "prompt", "query")
+    texts = [value for row in rows if text and isinstance(value := row.values.get(text), str)]
+    if not text or sum(_listed(value) is not None for value in texts) * 2 <= len(rows):
+        return None
+    answer = _named(rows, "answer", "answerkey", "answer_key", "label", "correct_answer")
+    return {"text": text, "answer": answer} if answer else {"text": text}
+
+
+def _listed(text: str) -> tuple[str, list[str], list[str]] | None:
+    """The question, the labels and the choices of a text that numbers its choices from 0 or 1 on, else None."""
+    plain = _CLOSING.sub("", text)
+    marks = list(_LISTED.finditer(plain))
+    numbers = [int(mark[1]) for mark in marks]
+    if len(marks) < 2 or numbers != list(range(numbers[0], numbers[0] + len(marks))) or numbers[0] > 1:
+        return None
+    ends = [mark.start() for mark in marks[1:]] + [len(plain)]
+    choices = [plain[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
+    return _OPENING.sub("", plain[: marks[0].start()].strip()), [mark[0].rstrip(" :") for mark in marks], choices
+
+
+def _from_listed(row: Row, columns: Columns, options: Options) -> Conversation:
+    column = _one(columns, "text")
+    found = _listed(_text_of(row, column))
+    if found is None or not all(found[2]) or len(found[2]) > len(_LETTERS):
+        raise _fault(row, column, "lists no choices", "write Answer1: … Answer2: …, or set data.format=alpaca")
+    return _asked(row, columns, options, *found)
+
+
+LISTED_CHOICES = Format(needs=("text",), answer="answer", find=_find_listed, convert=_from_listed)
 
 # --- text ---------------------------------------------------------------------------------------------------------
 
