@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.kernels import reference
 from luthier.kernels.varlen import takes, varlen_attention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 # Of the whole tensor's norm. Probabilities and products are rounded once each, to 8 bits (bf16) or 11 (fp16).
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LENGTHS = (1, 7, 129, 64, 33, 300)
