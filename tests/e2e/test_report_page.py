@@ -50,11 +50,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = judge(asked, base, tuned, ["rougeL", "rouge1", "exact_match", "perplexity"])
     paired = found.as_dict()["metrics"]["rougeL"]
     for place, row in enumerate(found.rows):
+        row["answers"] = {LONG: f"{LONG} {HOSTILE}"}
         row["slices"] = {"topic": "odd & <b>" if place % 2 else "even"}
     found.rows[7]["choices_nll"] = {"base": [1.0, 2.0], "tuned": [3.0, 1.0], "targets": [1, 1]}
-    sides = ["base", "rank 4", LONG]
-    pair = {"difference": 2.0, "low": 1.0, "high": 3.0, "n": ROWS, "p_adjusted": 0.004, "verdict": "better"}
-    pairs = [{"base": a, "tuned": b, **pair} for a, b in pairwise(sides)]
+    names = ["base", "tuned", LONG]
+    score = {"metrics": {"rougeL": {"score": 12.5, "low": 10.0, "high": 15.0, "n": ROWS}}, "adapter": LONG}
+    sides = [{"name": name, **score} for name in names]
+    of_pair = {"metrics": {"rougeL": paired | {"p_adjusted": 0.004}}}
+    pairs = [{"first": a, "second": b, **of_pair} for a, b in pairwise(names)]
     more = {"slices": {"topic": {"odd & <b>": {"rougeL": paired}, "even": {"rougeL": paired, "rouge1": paired}}}}
     place = run.results / "compare"
     place.mkdir(parents=True)
@@ -168,7 +171,7 @@ def test_what_data_and_models_say_stays_text(page: Page) -> None:
     assert page.locator("img").count() == 0
     choose(page, order="file")
     assert HOSTILE in page.locator("#list .reference").first.inner_text()
-    assert HOSTILE in page.locator("#list .base .text").nth(1).inner_text()
+    assert HOSTILE in page.locator("#list .sides > :first-child .text").nth(1).inner_text()
 
 
 def test_no_script_but_ours_is_run(browser: Browser, report: Path, tmp_path: Path) -> None:

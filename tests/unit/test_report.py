@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,47 @@ def test_slices_have_a_table_each_with_an_interval_for_every_value(tmp_path: Pat
     assert "Slices" not in Page(render(run_with(tmp_path / "none", compared()))).text
 
 
-def test_several_sides_have_a_matrix_of_verdicts_with_corrected_p_values(tmp_path: Path) -> None:
-    pair = {"base": "rank 4", "tuned": "rank <16>", "difference": 3.25, "p_adjusted": 0.0123, "verdict": "better"}
-    same = {"base": "base", "tuned": "rank 4", "difference": 0.2, "p_adjusted": 1.0, "verdict": "no evidence"}
-    run = run_with(tmp_path, compared(), sides=["base", "rank 4", "rank <16>"], pairs=[pair, same])
-    shown = " ".join(Page(render(run)).text.split())
-    assert "rank <16> – better +3.2, p = 0.012 –" in shown
+def found_sides(*names: str) -> dict[str, Any]:
+    """Sides and pairs in the shape of comparison.json; the pair that stands for the whole is the last."""
+    score = {"metrics": {"rougeL": {"score": 12.5, "low": 10.0, "high": 15.0, "n": 12}}, "adapter": "LoRA <4>"}
+    same = {"difference": 0.2, "p_adjusted": 1.0, "verdict": "no evidence"}
+    last = {"difference": 3.25, "p_adjusted": 0.0123, "verdict": "better"}
+    pairs = [(a, b, last if (a, b) == names[-2:] else same) for a, b in combinations(names, 2)]
+    return {
+        "sides": [{"name": name, "words": {"mean": 7.5}, **score} for name in names],
+        "pairs": [{"first": a, "second": b, "metrics": {"rougeL": paired}} for a, b, paired in pairs],
+        "pair": list(names[-2:]),
+    }
+
+
+def test_several_sides_have_their_scores_and_a_matrix_of_verdicts_with_corrected_p_values(tmp_path: Path) -> None:
+    found = compared()
+    for row in found.rows:
+        row["answers"] = {"base": "what the base said", "rank 4": row["base"], "rank <16>": row["tuned"]}
+    run = run_with(tmp_path, found, **found_sides("base", "rank 4", "rank <16>"))
+    page = Page(render(run))
+    shown = " ".join(page.text.split())
+    assert "rank 4 LoRA <4> 12.5 10.0 to 15.0 7.5" in shown
+    assert "rank <16> no evidence +0.2, p = 1 better +3.2, p = 0.012 –" in shown
     assert "rank 4 no evidence +0.2, p = 1 – worse −3.2, p = 0.012" in shown
-    two = run_with(tmp_path / "two", compared(), sides=["base", "tuned"], pairs=[])
-    assert "All pairs" not in Page(render(two)).text
+    assert "rank 4 rank <16> difference" in shown  # the table's head: these two, and not a base and a tuned one
+    data = json.loads(page.scripts[0])
+    assert data["sides"] == ["rank 4", "rank <16>", "base"]
+    assert data["rows"][1]["answers"] == ["x y", "a b", "what the base said"]
+
+
+def test_two_sides_have_no_matrix(tmp_path: Path) -> None:
+    assert "All sides" not in Page(render(run_with(tmp_path, compared(), **found_sides("base", "tuned")))).text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"winner": "rank 4"}, "Best: rank 4"), ({"sentence": "no winner: rank 4 has the highest"}, "No winner")],
+)
+def test_of_several_the_headline_names_the_best_or_says_that_there_is_none(
+    more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    assert said in Page(render(run_with(tmp_path, compared(), **more))).text
 
 
 def test_what_the_test_set_can_tell_and_how_likely_chance_is_stand_with_the_scores(tmp_path: Path) -> None:
@@ -182,8 +215,11 @@ def test_what_the_test_set_can_tell_and_how_likely_chance_is_stand_with_the_scor
     metrics = found.as_dict()["metrics"]
     metrics["rougeL"] |= {"detectable": 5.75, "p": 0.0004}
     text = Page(render(run_with(tmp_path, found, metrics=metrics))).text
-    assert "12 questions can tell differences of about 5.8 points or more." in text
+    assert "12 questions like these find a true difference of 5.8 points four times in five." in text
     assert ", p < 0.001" in text
+    metrics["rougeL"] |= {"adjusted": 0.0012, "family": 6}
+    text = Page(render(run_with(tmp_path / "adjusted", found, metrics=metrics))).text
+    assert ", p = 0.0012 corrected for 6" in text
     assert chance(0.0421) == "p = 0.042"
 
 

@@ -47,13 +47,14 @@ class Axis:
         return [round(step * k, 10) for k in range(first, floor(self.high / step + 1e-9) + 1)]
 
 
-def interval(low: float, middle: float, high: float, axis: Axis, label: str) -> Markup:
-    """A 95 % interval as a bar with a dot at the estimate and a tick at zero; `label` is read out instead."""
-    left, dot, right, zero = (axis.at(v) for v in (low, middle, high, 0.0))
+def interval(low: float, middle: float, high: float, axis: Axis, label: str, *, zero: float | None = 0.0) -> Markup:
+    """A 95 % interval as a bar with a dot at the estimate and a tick at `zero`; `label` is read out instead."""
+    left, dot, right = (axis.at(v) for v in (low, middle, high))
     body = Markup(
-        '<line class="zero" x1="{0}" x2="{0}" y1="5" y2="95"/>'
-        '<line class="bar" x1="{1}" x2="{2}" y1="50" y2="50"/><line class="dot" x1="{3}" x2="{3}" y1="50" y2="50"/>'
-    ).format(zero, left, right, dot)
+        '<line class="bar" x1="{0}" x2="{1}" y1="50" y2="50"/><line class="dot" x1="{2}" x2="{2}" y1="50" y2="50"/>'
+    ).format(left, right, dot)
+    if zero is not None:
+        body = Markup('<line class="zero" x1="{0}" x2="{0}" y1="5" y2="95"/>').format(axis.at(zero)) + body
     return _svg(body, "interval", label)
 
 

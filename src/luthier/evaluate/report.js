@@ -8,23 +8,23 @@ const data = JSON.parse($("rows-data").textContent);
 const TOKENS = new RegExp(data.tokens, "gu");
 const EDGES = /^[^\p{L}\p{N}_]+|[^\p{L}\p{N}_]+$/gu;
 const controls = $("explore");
-const last = data.sides.length - 1;
+const BASE = 0, TUNED = 1; // of the sides; any others have an answer and no score of their own
 let found = [];
 let start = 0;
 
 // Scores and order.
 
 const sign = (metric) => (data.metrics[metric].higher ? 1 : -1);
-const score = (row, metric) => sign(metric) * row.scores[metric]?.[last];
-const gain = (row, metric) => score(row, metric) - sign(metric) * row.scores[metric]?.[0]; // NaN without a score
+const score = (row, metric) => sign(metric) * row.scores[metric]?.[TUNED];
+const gain = (row, metric) => score(row, metric) - sign(metric) * row.scores[metric]?.[BASE]; // NaN without a score
 
 const ORDERS = {
   gain: (row, metric) => -gain(row, metric),
   loss: gain,
   best: (row, metric) => -score(row, metric),
   worst: score,
-  longest: (row) => -row.words[last],
-  shortest: (row) => row.words[last],
+  longest: (row) => -row.words[TUNED],
+  shortest: (row) => row.words[TUNED],
   file: () => 0,
 };
 const OUTCOMES = {
@@ -48,7 +48,7 @@ const searched = (row) => (row.folded ??= folded(texts(row).filter(Boolean).join
 
 function passes(row, query, metric) {
   const shown = controls.outcome.value;
-  if (shown.startsWith("cut-") && (row.stopped[+shown.slice(4)] || row.answers[+shown.slice(4)] === null)) return false;
+  if (shown.startsWith("cut-") && row.stopped[+shown.slice(4)] !== false) return false;
   if (shown in OUTCOMES && !OUTCOMES[shown](row, metric)) return false;
   for (const select of controls.querySelectorAll("[data-slice]"))
     if (select.value && String(row.slices[select.dataset.slice]) !== select.value.slice(1)) return false;
@@ -135,8 +135,8 @@ function choice([text, shares]) {
 
 function side(row, name, at) {
   if (row.answers[at] === null) return null;
-  const made = element("div", "", name), title = element("h4", `${name} `), text = element("p", "", "text");
-  title.append(element("span", `${row.words[at]} word${row.words[at] === 1 ? "" : "s"}${row.stopped[at] ? "" : ", cut off"}`));
+  const made = element("div", "", at === TUNED ? "tuned" : ""), title = element("h4", `${name} `), text = element("p", "", "text");
+  title.append(element("span", `${row.words[at]} word${row.words[at] === 1 ? "" : "s"}${row.stopped[at] === false ? ", cut off" : ""}`));
   const others = row.answers.filter((other, place) => place !== at && other !== null);
   const known = controls.against.value === "reference" ? row.references : others;
   text.append(...(row.answers[at] ? marked(row.answers[at], known) : [element("i", "an empty answer")]));

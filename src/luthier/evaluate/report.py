@@ -46,7 +46,7 @@ def render(run: Run, name: str = "compare") -> str:
         script_hash=_hash(_ours("report.js")),
         version=__version__,
         warnings=found.get("warnings", []),
-        compared=_compared(found, rows.read(path.with_name("rows.jsonl"))) if found else None,
+        compared=_compared(found, rows.read(path.with_name("rows.jsonl"), scores.names(found))) if found else None,
         **_about(run, found.get("settings", {})),
     )
 
@@ -84,18 +84,19 @@ def _about(run: Run, settings: Json) -> Json:
 def _compared(found: Json, asked: list[Json]) -> Json:
     figures, asides = scores.scores(found)
     metrics = {name: shown(name, described) for name, described in found["metrics"].items()}
-    kept = rows.fitting(asked)
+    names, kept = scores.names(found), rows.fitting(asked)
     return {
+        "names": names,
         "verdict": scores.verdict(found),
         "scores": figures,
         "asides": asides,
         "notes": scores.notes(found),
-        "matrix": scores.matrix(found),
+        "several": scores.several(found),
         "slices": scores.slices(found),
-        "lengths": scores.lengths(found["lengths"]),
-        "stopping": scores.stopping(found["stopped"]),
-        "groups": rows.groups(asked, found["metric"], metrics[found["metric"]]),
-        "rows": rows.payload(kept, found["metrics"]),
+        "lengths": scores.lengths(found),
+        "stopping": scores.stopping(found),
+        "groups": rows.groups(asked, found["metric"], metrics[found["metric"]], names),
+        "rows": rows.payload(kept, found["metrics"], names),
         "left_out": _left_out(len(kept), len(asked)),
         "metrics": list(metrics.values()),
         "filters": rows.slice_values(kept),

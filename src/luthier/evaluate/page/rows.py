@@ -30,20 +30,22 @@ TOKENS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\s+|[^\s\u3040-\
 """Words and the white space between them; scripts that do not space their words come a character at a time."""
 
 
-def read(path: Path) -> list[Json]:
-    """The rows of rows.jsonl in the page's shape: what belongs to a side is a list in the order of SIDES."""
+def read(path: Path, names: Sequence[str] = SIDES) -> list[Json]:
+    """The rows of rows.jsonl in the page's shape: what belongs to a side is a list in the order of `names`. The
+    first two of them are the row's base and tuned."""
     with open(path, encoding="utf-8") as lines:
-        return [_row(json.loads(line)) for line in lines]
+        return [_row(json.loads(line), names[2:]) for line in lines]
 
 
-def _row(row: Json) -> Json:
+def _row(row: Json, others: Sequence[str]) -> Json:
+    more = [row["answers"][name] for name in others]
     return {
         "origin": row["origin"],
         "prompt": _prompt(row["prompt"]),
         "references": row["references"],
-        "answers": [row[side] for side in SIDES],
-        "words": [row["words"][side] for side in SIDES],
-        "stopped": [row["stopped"][side] for side in SIDES],
+        "answers": [row[side] for side in SIDES] + more,
+        "words": [row["words"][side] for side in SIDES] + [len((text or "").split()) for text in more],
+        "stopped": [row["stopped"][side] for side in SIDES] + [None] * len(more),  # not known of the others
         "scores": {name: [score[side] for side in SIDES] for name, score in row["scores"].items()},
         "slices": row.get("slices", {}),
         "choices": _choices(row),
@@ -69,11 +71,11 @@ def _choices(row: Json) -> list[tuple[str, list[int]]]:
 # All rows, for the script.
 
 
-def payload(rows: list[Json], metrics: dict[str, Json]) -> Markup:
+def payload(rows: list[Json], metrics: dict[str, Json], names: Sequence[str]) -> Markup:
     """What the page's script reads, as JSON that no text in it can leave: `<` is written as its escape."""
     known = [shown(name, described) for name, described in metrics.items()]
     value = {
-        "sides": SIDES,
+        "sides": names,
         "metrics": {metric.name: {"title": metric.title, "higher": metric.higher} for metric in known},
         "long": LONG,
         "cells": CELLS,
@@ -108,7 +110,7 @@ def slice_values(rows: list[Json]) -> dict[str, list[str]]:
 # A few, for a page without scripts and for paper.
 
 
-def groups(rows: list[Json], name: str, metric: Metric) -> list[Json]:
+def groups(rows: list[Json], name: str, metric: Metric, names: Sequence[str] = SIDES) -> list[Json]:
     """The largest gains, the largest losses and a random draw, no row twice."""
     gain = partial(_gain, name=name, metric=metric)
     ordered = sorted((row for row in rows if name in row["scores"]), key=gain, reverse=True)
@@ -119,7 +121,9 @@ def groups(rows: list[Json], name: str, metric: Metric) -> list[Json]:
     drawn = random.Random(0).sample(rest, min(SHOWN, len(rest)))
     kinds = (("Largest gains", best), ("Largest losses", worst), ("At random", drawn))
     return [
-        {"title": title, "samples": [_sample(r, name, metric) for r in chosen]} for title, chosen in kinds if chosen
+        {"title": title, "samples": [_sample(r, name, metric, names) for r in chosen]}
+        for title, chosen in kinds
+        if chosen
     ]
 
 
@@ -128,21 +132,26 @@ def _gain(row: Json, *, name: str, metric: Metric) -> float:
     return float(tuned - base) * (1 if metric.higher else -1)
 
 
-def _sample(row: Json, name: str, metric: Metric) -> Json:
+def _sample(row: Json, name: str, metric: Metric, names: Sequence[str]) -> Json:
     base, tuned = row["scores"][name]
     return {
         **row,
         "change": f"{metric.title} {figure(base)} → {figure(tuned)}",
         "long": len(row["prompt"]) > LONG,
         "start": " ".join(row["prompt"][:160].split()) + " …",
-        "sides": [_side(row, place) for place, text in enumerate(row["answers"]) if text is not None],
+        "sides": [_side(row, place, side) for place, side in enumerate(names) if row["answers"][place] is not None],
     }
 
 
-def _side(row: Json, place: int) -> Json:
+def _side(row: Json, place: int, name: str) -> Json:
     count, ended = row["words"][place], row["stopped"][place]
-    facts = f"{count} word{'' if count == 1 else 's'}" + ("" if ended else ", cut off")
-    return {"name": SIDES[place], "facts": facts, "parts": marked(row["answers"][place], row["references"])}
+    facts = f"{count} word{'' if count == 1 else 's'}" + (", cut off" if ended is False else "")
+    return {
+        "name": name,
+        "style": "tuned" if place == 1 else "",
+        "facts": facts,
+        "parts": marked(row["answers"][place], row["references"]),
+    }
 
 
 def marked(text: str, references: Sequence[str]) -> list[tuple[str, bool]]:

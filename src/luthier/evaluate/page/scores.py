@@ -11,15 +11,25 @@ from luthier.evaluate.paired import figure, signed
 
 Json = dict[str, Any]
 HEADLINES = {"better": "Better", "worse": "Worse"}
+METHODS = {
+    "bootstrap": "Intervals: paired bootstrap over questions, 10,000 draws, percentiles widened for small samples.",
+    "score": "Intervals of right or wrong: Tango’s score interval for paired shares.",
+    "seeds": "Intervals: Student’s, of the variances from seed to seed and from question to question together.",
+}
 MIRRORED = {"better": "worse", "worse": "better"}
+
+
+def names(found: Json) -> list[str]:
+    """The sides: first the two whose difference stands for the whole, then the others that were compared."""
+    pair = found.get("pair", ["base", "tuned"])
+    return [*pair, *(side["name"] for side in found.get("sides", []) if side["name"] not in pair)]
 
 
 def verdict(found: Json) -> Json:
     """What stands at the top: the headline, its sentence, and both sides' figures."""
     first, metric = found["metrics"][found["metric"]], _metric(found, found["metric"])
     return {
-        "headline": HEADLINES.get(found["verdict"], "No evidence"),
-        "style": found["verdict"].replace(" ", "-"),
+        "headline": _headline(found),
         "sentence": _sentence(found["sentence"]),
         "base": figure(first["base"]),
         "tuned": figure(first["tuned"]),
@@ -29,6 +39,14 @@ def verdict(found: Json) -> Json:
         "source": found["settings"].get("source", "test"),
         "detectable": _detectable(first, metric),
     }
+
+
+def _headline(found: Json) -> str:
+    if winner := found.get("winner"):
+        return f"Best: {winner}"
+    if found["sentence"].startswith("no winner"):
+        return "No winner"
+    return HEADLINES.get(found["verdict"], "No evidence")
 
 
 def _metric(found: Json, name: str) -> Metric:
@@ -42,12 +60,12 @@ def _sentence(sentence: str) -> str:
 
 
 def _detectable(found: Json, metric: Metric) -> str:
-    """What a test set of this size can tell; empty where the comparison did not work it out."""
+    """What a test set like this one can tell; empty where the comparison did not work it out."""
     least = found.get("detectable")
     if least is None:
         return ""
     unit = f" {metric.unit}" if metric.unit else ""
-    return f"{found['n']} questions can tell differences of about {figure(least)}{unit} or more."
+    return f"{found['n']} questions like these find a true difference of {figure(least)}{unit} four times in five."
 
 
 def scores(found: Json) -> tuple[list[Json], list[Json]]:
@@ -85,9 +103,16 @@ def _score(metric: Metric, found: Json, axis: Axis, note: str = "") -> Json:
         "tuned": figure(found["tuned"]),
         "difference": signed(found["difference"]),
         "drawing": interval(low, found["difference"], high, axis, f"95 % interval {text}"),
-        "interval": text + (f", {chance(found['p'])}" if found.get("p") is not None else ""),
+        "interval": ", ".join(filter(None, (text, _corrected(found)))),
         "verdict": found.get("verdict", ""),
     }
+
+
+def _corrected(found: Json) -> str:
+    """A comparison's p value; empty where there is none."""
+    if found.get("adjusted") is not None:
+        return f"{chance(found['adjusted'])} corrected for {found['family']}"
+    return "" if found.get("p") is None else chance(found["p"])
 
 
 def chance(p: float) -> str:
@@ -100,21 +125,29 @@ def notes(found: Json) -> list[str]:
     said = [f"Scores are points of 100{several}. ROUGE is rouge-score’s F-measure with the Porter stemmer."]
     if "perplexity" in found["metrics"]:
         said.append("Perplexity is exp of the mean loss per token of the first reference, over all questions together.")
-    said.append("Intervals: paired bootstrap over questions, 10,000 draws, percentiles widened for small samples.")
+    said += [METHODS[method] for method in METHODS if method in {p.get("method") for p in found["metrics"].values()}]
     return said
 
 
-def lengths(means: dict[str, float]) -> list[Json]:
+def lengths(found: Json) -> list[Json]:
+    """Mean words of an answer on each side and of a reference, as bars."""
+    means, called = found["lengths"], _called(found)
     most = max(means.values(), default=1.0) or 1.0
     return [
-        {"name": name, "style": name, "width": round(100 * count / most, 2), "text": f"{count:.1f} words"}
+        {"name": called[name], "style": name, "width": round(100 * count / most, 2), "text": f"{count:.1f} words"}
         for name, count in means.items()
     ]
 
 
-def stopping(stopped: dict[str, float]) -> str:
-    sides = " and ".join(f"{share:.0%} of the {name} answers" for name, share in stopped.items())
+def stopping(found: Json) -> str:
+    called = _called(found)
+    sides = " and ".join(f"{share:.0%} of the {called[name]} answers" for name, share in found["stopped"].items())
     return f"{sides} ended by themselves; the others were cut at the most tokens allowed." if sides else ""
+
+
+def _called(found: Json) -> dict[str, str]:
+    """What a comparison of two calls its sides, and what people do."""
+    return dict(zip(("base", "tuned"), names(found), strict=False)) | {"reference": "reference"}
 
 
 def slices(found: Json) -> list[Json]:
@@ -140,24 +173,52 @@ def _slice_rows(found: Json, values: Json, names: list[str]) -> list[Json]:
     return rows
 
 
-def matrix(found: Json) -> Json | None:
-    """Every side against every other (`sides`, `pairs`), or None where two sides were compared."""
-    names = found.get("sides", [])
-    if len(names) < 3:
+def several(found: Json) -> Json | None:
+    """Each side with its score (`sides`), and each against each other (`pairs`); None where two were compared."""
+    sides, metric = found.get("sides", []), found["metric"]
+    if len(sides) < 3:
         return None
-    cells = {(pair["tuned"], pair["base"]): _cell(pair) for pair in found["pairs"]}
-    cells |= {(pair["base"], pair["tuned"]): _cell(_mirror(pair)) for pair in found["pairs"]}
-    return {"names": names, "rows": [(mine, [cells.get((mine, other)) for other in names]) for mine in names]}
-
-
-def _cell(pair: Json) -> Json:
+    judged = [(pair["first"], pair["second"], pair["metrics"][metric]) for pair in found["pairs"]]
+    cells = {(second, first): _cell(paired) for first, second, paired in judged}
+    cells |= {(first, second): _cell(_mirrored(paired)) for first, second, paired in judged}
+    known = [side["name"] for side in sides]
     return {
-        "verdict": pair["verdict"],
-        "style": pair["verdict"].replace(" ", "-"),
-        "difference": signed(pair["difference"]),
-        "chance": chance(pair["p_adjusted"]),
+        "names": known,
+        "scores": _alone(sides, metric),
+        "rows": [(mine, [cells.get((mine, other)) for other in known]) for mine in known],
     }
 
 
-def _mirror(pair: Json) -> Json:
-    return pair | {"difference": -pair["difference"], "verdict": MIRRORED.get(pair["verdict"], pair["verdict"])}
+def _alone(sides: list[Json], metric: str) -> list[Json]:
+    """Each side's score with its own interval, all on one scale."""
+    scored = [(side, side["metrics"][metric]) for side in sides]
+    ends = [v for _, one in scored for v in (one["score"], one["low"], one["high"]) if v is not None]
+    margin = 0.05 * (max(ends) - min(ends)) or 1.0
+    return [_side(side, one, Axis(min(ends) - margin, max(ends) + margin)) for side, one in scored]
+
+
+def _side(side: Json, found: Json, axis: Axis) -> Json:
+    low, high = (found["score"] if end is None else end for end in (found["low"], found["high"]))
+    text = f"{figure(low)} to {figure(high)}"
+    return {
+        "name": side["name"],
+        "about": side.get("adapter") or "untouched",
+        "score": figure(found["score"]),
+        "drawing": interval(low, found["score"], high, axis, f"95 % interval {text}", zero=None),
+        "interval": text,
+        "words": f"{side['words']['mean']:.1f}" if side.get("words") else "–",
+    }
+
+
+def _cell(paired: Json) -> Json:
+    return {
+        "verdict": paired["verdict"],
+        "style": paired["verdict"].replace(" ", "-"),
+        "difference": signed(paired["difference"]),
+        "chance": chance(paired["p_adjusted"]),
+    }
+
+
+def _mirrored(paired: Json) -> Json:
+    turned = MIRRORED.get(paired["verdict"], paired["verdict"])
+    return paired | {"difference": -paired["difference"], "verdict": turned}
