@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from luthier.data.prepare import Prepared
     from luthier.evaluate.compare import Comparison
+    from luthier.evaluate.findings import Findings
     from luthier.evaluate.repro import Repro
+    from luthier.evaluate.study import Wanted
     from luthier.plan import Plan
 
 
@@ -49,11 +51,36 @@ def fit(run: Run, console: Console | None = None) -> dict[str, Any]:
     return train(run, console=console or _quiet())
 
 
-def compare(run: Run, console: Console | None = None) -> Comparison:
-    """Base against tuned on the test rows: metrics, intervals, a verdict; writes report.html."""
-    from luthier.evaluate.compare import compare as compare_run
+def compare(
+    run: Run | str | Path,
+    *others: Run | str | Path,
+    base: bool | None = None,
+    questions: Run | str | Path | None = None,
+    console: Console | None = None,
+) -> Comparison:
+    """Base against tuned on the test rows: metrics, intervals, a verdict; writes report.html.
 
-    return compare_run(run, console=console or _quiet())
+    With `others`, or for a checkpoint or a PEFT adapter in place of a run: all of them against each other. `base`:
+    whether the untouched base is a side too (None: where all share one). `questions`: the run that asks.
+    """
+    from luthier.evaluate.compare import compare as compare_run
+    from luthier.evaluate.several import compare_several
+
+    console = console or _quiet()
+    if not others and base is None and questions is None and (only := _whole_run(run)) is not None:
+        return compare_run(only, console=console)
+    folders, asker = [_folder(one) for one in (run, *others)], None if questions is None else _folder(questions)
+    return compare_several(folders, base=base, questions=asker, console=console)
+
+
+def _whole_run(run: Run | str | Path) -> Run | None:
+    if isinstance(run, Run):
+        return run
+    return Run.open(run) if (Path(run) / "recipe.yaml").is_file() or not Path(run).exists() else None
+
+
+def _folder(run: Run | str | Path) -> Path:
+    return run.folder if isinstance(run, Run) else Path(run)
 
 
 def _quiet() -> Console:
@@ -118,19 +145,61 @@ def _print_plan(planned: Plan, console: Console) -> None:
     console.print(table)
     console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
     console.print(f"products in {planned.dtype}: {planned.why['dtype']}")
+    path = "the transformers module" if planned.kernels == "reference" else "our decoder block"
+    console.print(f"run by {path}: {planned.why['kernels']}")
     console.print(f"about {planned.seconds_per_step:.2g} s a step")
     if not planned.fits:
         console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))
 
 
-def show_comparison(run: Run, *, console: Console) -> Comparison:
-    """Compares and prints the table, the verdict and one sample."""
-    from luthier.evaluate import compare as comparing
+def show_comparison(
+    *runs: Run | str | Path,
+    base: bool | None = None,
+    questions: str | Path | None = None,
+    slices: bool = False,
+    console: Console,
+) -> Comparison:
+    """Compares and prints the verdict, tables and one sample."""
+    from luthier.evaluate.terminal import render
 
-    comparison = comparing.compare(run, console=console)
-    console.print(comparing.render(comparison))
-    _say(console, f"report: {run.report}")
+    comparison = compare(*runs, base=base, questions=questions, console=console)
+    console.print(render(comparison, slices=slices))
+    _say(console, f"report: {comparison.settings['report']}")
     return comparison
+
+
+def study(
+    recipe: Recipe | str | Path,
+    *overrides: str,
+    sizes: Sequence[int] = (),
+    over: str | None = None,
+    seeds: int = 3,
+    folder: str | Path | None = None,
+    console: Console | None = None,
+) -> Findings:
+    """Whether more data would help (`sizes`: numbers of rows), or which value of a setting is best (`over`, such as
+    `adapter.rank=4,8,16`). `as_dict()` of it is what `study --json` prints; `folder` is runs/NAME-study if left out."""
+    from luthier.evaluate.study import study as study_recipe
+    from luthier.evaluate.study import wanted
+
+    asked = wanted(",".join(map(str, sizes)) or None, over, seeds)
+    console = console or _quiet()
+    if isinstance(recipe, Recipe):
+        return study_recipe(recipe, asked, Path(folder or "runs/run-study"), console=console)
+    path = packaged(str(recipe)) or Path(recipe)
+    chosen, place = Recipe.load(path, *overrides), Path(folder or f"runs/{path.stem}-study")
+    return study_recipe(chosen, asked, place, root=path.parent, console=console)
+
+
+def show_study(recipe: Recipe, asked: Wanted, folder: Path, *, root: Path, console: Console) -> Findings:
+    """Studies and prints the sentence, a table and the curve."""
+    from luthier.evaluate import study_view
+    from luthier.evaluate.study import study as study_recipe
+
+    found = study_recipe(recipe, asked, folder, root=root, console=console)
+    console.print(study_view.render(found))
+    _say(console, f"page: {folder / 'study.html'}")
+    return found
 
 
 def demo(overrides: Sequence[str], *, name: str | None = None, console: Console) -> Comparison:
@@ -234,12 +303,13 @@ def _plain(value: Any) -> str:
 
 
 def _show_diff(mine: Run, theirs: Run, *, console: Console) -> dict[str, Any]:
-    from rich.markup import escape
-    from rich.table import Table
+    """Each key that differs above both of its values: in a table, long keys and values would be cut."""
+    from rich.padding import Padding
+    from rich.text import Text
 
     changed = mine.recipe.diff(theirs.recipe)
-    table = Table("key", escape(str(mine.folder)), escape(str(theirs.folder)), box=None)
+    console.print(Text(f"− {mine.folder}\n+ {theirs.folder}" if changed else "the recipes are equal"))
     for key, (old, new) in changed.items():
-        table.add_row(key, escape(str(old)), escape(str(new)))
-    console.print(table if changed else "the recipes are equal")
+        console.print(Text(f"\n{key}", style="bold"))
+        console.print(Padding(Text(f"− {old}\n+ {new}"), (0, 0, 0, 2), expand=False))
     return {"changed": {key: list(pair) for key, pair in changed.items()}}

@@ -30,12 +30,12 @@ class _Parser(argparse.ArgumentParser):
         import difflib
         import re
 
-        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        found = re.search(r"argument (.*): invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if found:
-            known = [name.strip("' ") for name in found[2].split(",")]
-            close = difflib.get_close_matches(found[1], known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else "verbs: " + ", ".join(known)
-            message = f"unknown verb '{found[1]}'; {hint}"
+            known = [name.strip("' ") for name in found[3].split(",")]
+            close = difflib.get_close_matches(found[2], known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            message = f"unknown {found[1].lower()} '{found[2]}'; {hint}"
         print(f"luthier: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -98,13 +98,46 @@ def parser() -> argparse.ArgumentParser:
     with_recipe(train)
     with_json(train)
 
-    compare = verb("compare", _compare, "say whether the tuned model is better than its base, with an interval")
-    compare.add_argument("runs", metavar="RUN", help="a run folder")
+    compare = verb(
+        "compare",
+        _compare,
+        "say whether the tuned model is better than its base, or one run than another, with an interval",
+    )
+    compare.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run folder against its base; several, against each other: run folders, checkpoints in them "
+        "(RUN/checkpoints/step-00000050) and PEFT adapters made elsewhere",
+    )
+    compare.add_argument(
+        "--base",
+        action=argparse.BooleanOptionalAction,
+        help="whether the untouched base is a side too (default: where all sides share one)",
+    )
+    compare.add_argument("--questions", metavar="RUN", help="ask the questions of this run (default: of the first one)")
+    compare.add_argument("--slices", action="store_true", help="show the table of slices even where none stands out")
     with_json(compare)
+
+    study = verb("study", _study, "say whether more data would help, or which value of a setting is best")
+    with_recipe(study)
+    study.add_argument(
+        "--sizes",
+        metavar="N,N,…",
+        help="train on so many rows, each part of the next, beside no training at all (default: an eighth, a quarter, "
+        "half and all of them)",
+    )
+    study.add_argument(
+        "--over", metavar="KEY=V,V,…", help="instead of sizes, values of a key, such as adapter.rank=4,8,16"
+    )
+    study.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="how often each is trained, with other seeds (default 3)"
+    )
+    with_json(study)
 
     predict = verb("predict", _predict, "answer every row of a file")
     predict.add_argument("folder", metavar="RUN", help="a run folder")
-    predict.add_argument("file", metavar="FILE", help="rows to answer, in any format that training reads")
+    predict.add_argument("file", metavar="FILE", help="rows to answer, in any format that training reads; - is stdin")
     predict.add_argument("--out", metavar="FILE", help="answers, .jsonl or .csv (default: <FILE name>.answers.jsonl)")
     predict.add_argument("--base", action="store_true", help="answer with the base model instead")
     with_json(predict)
@@ -238,11 +271,30 @@ def _train(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from luthier.api import show_comparison
-    from luthier.runs import Run
 
-    comparison = show_comparison(Run.open(args.runs), console=_console(args))
+    comparison = show_comparison(
+        *args.runs, base=args.base, questions=args.questions, slices=args.slices, console=_console(args)
+    )
     if args.json:
         _emit(comparison.as_dict())
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from luthier.api import show_study
+    from luthier.evaluate.study import wanted
+
+    asked = wanted(args.sizes, args.over, args.seeds)
+    recipe, root, name = _recipe(args)
+    if recipe.run.dir is None:
+        folder = Path("runs") / f"{name}-study"
+    elif any(word.startswith("run.dir=") for word in args.overrides):
+        folder = Path(recipe.run.dir)
+    else:  # the folder of the run that the recipe is for
+        folder = Path(f"{recipe.run.dir.rstrip('/')}-study")
+    found = show_study(recipe, asked, folder, root=root, console=_console(args))
+    if args.json:
+        _emit(found.as_dict())
     return 0
 
 
@@ -261,10 +313,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from luthier.evaluate.predict import predict
+    from luthier.evaluate.predict import answers_file, predict
     from luthier.runs import Run
 
-    out = Path(args.out) if args.out else Path(f"{Path(args.file).stem}.answers.jsonl")
+    out = Path(args.out) if args.out else answers_file(args.file)
     console = _console(args)
     result = predict(Run.open(args.folder), args.file, out, base=args.base, console=console)
     if args.json:

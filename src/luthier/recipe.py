@@ -446,6 +446,8 @@ class Evaluate(Section):
     generate: Generate = Generate()
     rows: int | None = Field(None, ge=1)
     """Compare on this many test rows (the first ones); null: all."""
+    slices: list[str] = []
+    """Columns of the data by whose values the comparison is broken down too, such as `[topic]`."""
 
 
 class Save(Section):

@@ -91,6 +91,12 @@ def test_conversations(folder: Path) -> list[Conversation]:
     return list(_conversations(folder / "test.jsonl"))
 
 
+def with_columns(conversation: Conversation, values: dict[str, Any], names: Sequence[str]) -> Conversation:
+    """The conversation with the row's values of the columns `names` in its `meta`; lists and mappings are no values."""
+    found = {name: values[name] for name in names if isinstance(values.get(name), str | int | float)}
+    return replace(conversation, meta={**conversation.meta, "columns": found}) if found else conversation
+
+
 def heldout_conversations(folder: Path) -> list[Conversation]:
     """The rows set aside for the evaluation loss, as conversations."""
     return list(_conversations(folder / "heldout.jsonl"))
@@ -105,9 +111,11 @@ def prepare(
     root: Path | None = None,
     progress: Progress | None = None,
     template: dict[str, Any] | None = None,
+    keep: Sequence[str] = (),
 ) -> Prepared:
     """Reads, converts, cleans, deduplicates, checks for leaks, encodes and splits the data; writes it to `folder`.
     `template` is the spec of one that was made before, with its day, to take instead of the one that `data` names.
+    `keep` names columns whose values stay with test and held-out rows, under `meta`.
 
     Test rows may lack answers. A training row leaks if a test row has its prompt or its text, exactly or with a Jaccard
     similarity of word 3-shingles of 0.8 or more; training rows are compared with the held-out rows in the same way.
@@ -118,7 +126,7 @@ def prepare(
     made = Template.from_spec(template, tokenizer) if template else load_template(data.template, tokenizer)
     encoder = Encoder(tokenizer, made, data.supervise, data.system)
     with _aside(folder) as aside:
-        with _Journey(data, encoder, seed, aside, root, progress or _silent) as journey:
+        with _Journey(data, encoder, seed, aside, root, progress or _silent, keep) as journey:
             report = journey.run()
         described = {"template": encoder.template.spec(), "supervise": data.supervise, "system": data.system}
         _write_json(aside / "template.json", described)
@@ -148,10 +156,18 @@ class _Journey(ExitStack):
     """One pass over the data: a chain of generators over conversations, and what they count on the way."""
 
     def __init__(
-        self, data: recipe.Data, encoder: Encoder, seed: int, folder: Path, root: Path | None, progress: Progress
+        self,
+        data: recipe.Data,
+        encoder: Encoder,
+        seed: int,
+        folder: Path,
+        root: Path | None,
+        progress: Progress,
+        keep: Sequence[str],
     ) -> None:
         super().__init__()
         self.data, self.encoder, self.folder, self.root, self.progress = data, encoder, folder, root, progress
+        self.keep = keep
         self.cleaner = Cleaner(data.clean)
         self.files: list[dict[str, Any]] = []
         dropped = self._file("dropped.jsonl")
@@ -217,7 +233,7 @@ class _Journey(ExitStack):
             try:
                 if isinstance(row, _Fault):
                     raise row.error
-                conversation = self.cleaner(convert(row))
+                conversation = with_columns(self.cleaner(convert(row)), row.values, self.keep)
                 _check_not_emptied(conversation)
             except DataError as error:
                 self._bad(ledger, row.origin, error)

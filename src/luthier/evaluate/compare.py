@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.answers import collect, sampling_of
-from luthier.evaluate.comparison import Comparison, check_decides, judge
+from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
 from luthier.evaluate.paired import LEVEL, RESAMPLES
+from luthier.evaluate.ranking import Pair, described
 from luthier.evaluate.report import write_report
 from luthier.evaluate.seat import Seat
-from luthier.evaluate.sides import open_sides, pair_of
+from luthier.evaluate.sides import Opened, open_sides, pair_of
+from luthier.evaluate.slices import cut
 from luthier.evaluate.subject import Subject
 from luthier.evaluate.suite import Suite, digest, suite
 from luthier.evaluate.terminal import progress, render
@@ -21,9 +23,12 @@ from luthier.evaluate.workers import Job, done, needed, turns
 from luthier.runs import Run, versions, write_atomic, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from luthier.model.generate import Sampling
+    from luthier.data.conversation import Conversation
+    from luthier.evaluate.metrics import Answer
 
 __all__ = ["Comparison", "compare", "render"]
 
@@ -42,25 +47,43 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     wanted = turns(open_sides(job.entries, Seat(), run), asked.questions, sampling, needs)
     with progress(console) as bar:
         memo = done(job, run, wanted, bar)
-        base, tuned = (collect(turn.tasks, memo, len(asked.questions), turn.side.side) for turn in wanted)
-        found = bar.wait("scoring", lambda: judge(asked.questions, base, tuned, run.recipe.evaluate.metrics))
-    subject = wanted[0].side.subject
-    found = replace(found, settings=_settings(run, asked, subject, sampling, time.monotonic() - started))
-    if asked.source == "held-out":
-        found.warnings.append("there is no test set: these are the held-out rows of the training file")
-    _keep(found, folder)
+        answers = [collect(turn.tasks, memo, len(asked.questions), turn.side.side) for turn in wanted]
+        found = bar.wait("scoring", lambda: _judged(run, asked.questions, [turn.side for turn in wanted], answers))
+    found = replace(
+        found,
+        settings=settings(run, asked, wanted[0].side.subject, time.monotonic() - started) | {"report": str(run.report)},
+    )
+    note_source(found, asked)
+    keep(found, folder)
     write_report(run, name)
     return found
 
 
-def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seconds: float) -> dict[str, Any]:
+def _judged(
+    run: Run, questions: Sequence[Conversation], sides: Sequence[Opened], answers: Sequence[Sequence[Answer]]
+) -> Comparison:
+    scored = score(questions, answers, run.recipe.evaluate.metrics)
+    found = contrast(questions, scored)
+    return replace(
+        cut(found, scored, questions, run.recipe.evaluate.slices),
+        sides=[{**side.about, **described(scored, place)} for place, side in enumerate(sides)],
+        pairs=[Pair("base", "tuned", found.metrics).as_dict(found.first)],
+    )
+
+
+def note_source(found: Comparison, asked: Suite) -> None:
+    if asked.source == "held-out":
+        found.warnings.append("there is no test set: these are the held-out rows of the training file")
+
+
+def settings(run: Run, asked: Suite, subject: Subject, seconds: float) -> dict[str, Any]:
     """What was compared and how: enough to do it again and to see what differed."""
     return {
         **subject.facts,
         "place": subject.place,
         "source": asked.source,
         "questions": asked.digest,
-        "decoding": asdict(sampling),
+        "decoding": asdict(sampling_of(run)),
         "template": digest(subject.encoder.template.spec()),
         "level": LEVEL,
         "resamples": RESAMPLES,
@@ -70,7 +93,8 @@ def _settings(run: Run, asked: Suite, subject: Subject, sampling: Sampling, seco
     }
 
 
-def _keep(found: Comparison, folder: Path) -> None:
+def keep(found: Comparison, folder: Path) -> None:
+    """Writes rows.jsonl and comparison.json."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
     write_atomic(folder / "rows.jsonl", "".join(lines))
     write_json(folder / "comparison.json", found.as_dict())

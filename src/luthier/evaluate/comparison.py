@@ -15,6 +15,7 @@ from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, resolv
 from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, limits, paired
 
 if TYPE_CHECKING:
+    from luthier.evaluate.ranking import Decision
     from luthier.recipe import MetricEntry
 
 
@@ -29,6 +30,11 @@ class Comparison:
             metrics and questions that have several).
         matched: the deciding ROUGE with both answers cut, question by question, to the shorter one's word count.
         rows: one record per question, as in rows.jsonl.
+        sides: what is known of each side, JSON values: the base, the tuned one, and others where several are compared.
+        pairs: every side against every other, JSON values.
+        slices: by name of the slicing, value and metric.
+        decision: what is said where more than a base and its adapter are compared.
+        seeds: sides that differ in their seed alone as one recipe: its spread, and pairs of recipes, JSON values.
     """
 
     first: str
@@ -41,14 +47,27 @@ class Comparison:
     warnings: list[str]
     rows: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
+    sides: list[dict[str, Any]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    slices: dict[str, dict[str, dict[str, Paired]]] = field(default_factory=dict)
+    seeds: dict[str, Any] = field(default_factory=dict)
+    decision: Decision | None = None
 
     @property
     def verdict(self) -> Verdict:
-        return self.metrics[self.first].verdict
+        return self.decision.verdict if self.decision else self.metrics[self.first].verdict
 
     @property
     def sentence(self) -> str:
+        if self.decision:
+            return self.decision.sentence
         return explain(self.known[self.first], self.metrics[self.first])
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the two sides whose answers stand as base and tuned; of seeds of one recipe the first."""
+        first, second = [unit.sides[0] for unit in self.decision.pair] if self.decision else (0, 1)
+        return (self.sides[first]["name"], self.sides[second]["name"]) if self.sides else ("base", "tuned")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,6 +81,15 @@ class Comparison:
             "stopped": self.stopped,
             "warnings": self.warnings,
             "settings": self.settings,
+            "sides": self.sides,
+            "pairs": self.pairs,
+            "seeds": self.seeds,
+            "winner": self.decision.winner if self.decision else None,
+            "pair": list(self.names),
+            "slices": {
+                slicing: {value: {name: p.as_dict() for name, p in metrics.items()} for value, metrics in of.items()}
+                for slicing, of in self.slices.items()
+            },
         }
 
     def _described(self, name: str) -> dict[str, str]:

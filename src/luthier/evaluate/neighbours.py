@@ -67,16 +67,17 @@ def _holds(process: int, lock: Path) -> bool:
     """Whether `process` is there and has the file open; where the system does not tell, that it is there."""
     descriptors = Path(f"/proc/{process}/fd")
     if not Path("/proc/self/fd").is_dir():
-        return _is_there(process)
+        return is_there(process)
     try:
         return any(link.resolve() == lock.resolve() for link in descriptors.iterdir())
     except PermissionError:
-        return _is_there(process)
+        return is_there(process)
     except OSError:
         return False
 
 
-def _is_there(process: int) -> bool:
+def is_there(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -26,6 +26,7 @@ class Entry:
         run: folder of the run whose base, template and decisions it takes.
         folder: of the trained tensors; for a base, of those that are switched off.
         model: the recipe's `model` section, where the adapter is of another base than the run.
+        given: the folder that was named, where `folder` is another name of it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Entry:
     run: str
     folder: str
     model: dict[str, Any] | None = None
+    given: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Opened:
     @property
     def side(self) -> Side:
         return "base" if self.entry.kind == "base" else "tuned"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is, JSON values."""
+        facts, base = self.subject.facts, self.entry.kind == "base"
+        return {
+            "name": self.name,
+            "kind": self.entry.kind,
+            "base": facts["base"],
+            "revision": facts["revision"],
+            "dtype": facts["dtype"],
+            "quantize": facts["quantize"],
+            "adapter": None if base else self.subject.adapter.title,
+            "sha256": None if base else facts["adapter"],
+            "folder": None if base else self.entry.given or self.entry.folder,
+        }
 
 
 def pair_of(run: Run) -> list[Entry]:

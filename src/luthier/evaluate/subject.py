@@ -33,7 +33,7 @@ class Subject:
         encoder: that of training, template included.
         facts: what decides its answers besides the prompt: base, revision or weights, adapter, and the precision that
             training decided on.
-        stored: where the tuned side's tensors are.
+        stored: where the tuned side's tensors are, and `adapter` what they are.
         seat: where the model sits; subjects that share it share the memory of one model.
     """
 
@@ -41,6 +41,7 @@ class Subject:
     encoder: Encoder
     facts: dict[str, Any]
     stored: Stored
+    adapter: recipe.Adapter
     seat: Seat = field(default_factory=Seat)
 
     @classmethod
@@ -67,7 +68,7 @@ class Subject:
             "quantize": model.quantize and model.quantize.model_dump(mode="json"),
             "norms": model.norms,
         }
-        return cls(run, _encoder(run, stored.folder, load_tokenizer(folder, adapter)), facts, stored, seat)
+        return cls(run, _encoder(run, stored.folder, load_tokenizer(folder, adapter)), facts, stored, adapter, seat)
 
     @property
     def model(self) -> CausalModel:

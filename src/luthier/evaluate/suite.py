@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from luthier.data.conversation import Conversation, Message
-from luthier.data.prepare import heldout_conversations, test_conversations
-from luthier.errors import RunError
-from luthier.runs import Run
+from luthier.data.conversation import Conversation, Message, Origin
+from luthier.data.prepare import heldout_conversations, test_conversations, with_columns
+from luthier.data.sources import read
+from luthier.errors import DataError, RunError
+from luthier.recipe import Source
+from luthier.runs import Run, read_json
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the questions, references included."""
-        return digest([asdict(question) for question in self.questions])
+        """SHA-256 of the questions, references included; columns that they are sliced by are no part of them."""
+        return digest([asdict(replace(question, meta={})) for question in self.questions])
 
 
 def suite(run: Run) -> Suite:
@@ -32,11 +35,29 @@ def suite(run: Run) -> Suite:
         raise RunError("holds no prepared data", where=str(run.folder), fix=f"run luthier data {run.folder} first")
     rows: int | None = run.recipe.evaluate.rows
     if test := test_conversations(run.data):
-        return Suite(test[:rows], "test")
+        return Suite(_with_columns(run, test[:rows], run.recipe.data.test), "test")
     if heldout := heldout_conversations(run.data):
-        return Suite(heldout[:rows], "held-out")
+        return Suite(_with_columns(run, heldout[:rows], run.recipe.data.train), "held-out")
     fix = "name test rows in data.test, or set some aside with data.heldout.fraction=0.1, and train"
     raise RunError("has neither test rows nor held-out rows to compare on", where=str(run.folder), fix=fix)
+
+
+def _with_columns(run: Run, questions: list[Conversation], sources: Sequence[Source]) -> list[Conversation]:
+    """The questions with the columns that they are sliced by. Those that were named after the data was prepared are
+    read from its files, as long as these are what they were."""
+    names, there = run.recipe.evaluate.slices, {name for q in questions for name in q.meta.get("columns", {})}
+    if there.issuperset(names):
+        return questions
+    known = {file["path"]: file["sha256"] for file in read_json(run.data / "report.json")["files"]}
+    values: dict[Origin, dict[str, Any]] = {}
+    for source in sources:
+        seen = hashlib.sha256()
+        try:
+            rows = {row.origin: row.values for row in read(source, root=run.root, digest=seen, bad=lambda *_: None)}
+        except DataError:
+            continue  # it is gone; the comparison says which columns have no values
+        values |= rows if seen.hexdigest() == known.get(source.path) else {}
+    return [with_columns(question, values.get(question.origin, {}), names) for question in questions]
 
 
 def answered(question: Conversation) -> Conversation | None:

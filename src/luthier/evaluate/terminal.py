@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, TypeVar
 
+from luthier.evaluate import tables
+from luthier.evaluate.metrics import Metric
 from luthier.evaluate.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ends = tuple[float, float]
-FIXED, MIN_BAR, MAX_BAR = 51, 9, 33
-"""Columns that the table needs beside the drawn intervals, and the fewest and most cells that these get."""
+Scored = tuple[str, Metric, Paired]
+HEAD = ("metric", "base", "tuned", "diff", "95 % interval")
+GAP, MIN_BAR, MAX_BAR = 2, 9, 33
+"""Cells between two columns, and the fewest and most that a drawn interval gets."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Shown:
     """A comparison that rich can print, at the width it is given."""
 
     found: Comparison
+    slices: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.padding import Padding
@@ -36,36 +41,61 @@ class Shown:
 
         found = self.found
         yield Padding(Text(found.sentence, style="bold"), (1, 0))
-        yield _table(found, min(max(options.max_width - FIXED, MIN_BAR), MAX_BAR))
-        yield Text(_manner(found), style="dim")
+        yield _table(found, options.max_width)
+        if len(found.sides) > 2:
+            yield from (Padding(table, (1, 0, 0, 0)) for table in (tables.sides(found), tables.pairs(found)))
+        else:
+            yield Text(_manner(found), style="dim")
+        if sliced := tables.slices(found, every=self.slices):
+            yield Padding(sliced, (1, 0, 0, 0))
         yield from (Text(f"note: {warning}", style="yellow") for warning in found.warnings)
         if sample := _sample(found):
             yield Padding(sample, (1, 0, 0, 0))
 
 
-def render(found: Comparison) -> Shown:
-    """What `luthier compare` prints: verdict, table, notes and one sample; readable from 60 columns up."""
-    return Shown(found)
+def render(found: Comparison, *, slices: bool = False) -> Shown:
+    """What `luthier compare` prints: verdict, table, notes and one sample; readable from 40 columns up. `slices`: all
+    of them, also where none stands out."""
+    return Shown(found, slices)
 
 
 def _table(found: Comparison, width: int) -> Table:
+    """The scores in `width` cells. Where they are too few the drawing goes first; then each interval goes below its
+    metric's name, which is always there."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("metric")
-    for name in ("base", "tuned", "diff"):
+    rows, head = _rows(found), ("metric", "first", "second", *HEAD[3:]) if found.decision else HEAD
+    cells: list[tuple[str, ...]] = [(title, *_figures(paired)) for title, _, paired in rows]
+    widest = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    left = width - sum(widest) - GAP * len(widest)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(HEAD[0], overflow="fold")
+    for name in head[1:-1]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("95 % interval", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    if left < -GAP:
+        cells = [(f"{title}\n  {bounds}", *figures) for title, *figures, bounds in cells]
+    else:
+        table.add_column(HEAD[-1], no_wrap=True)
+    if left >= MIN_BAR:
+        table.add_column("", no_wrap=True)
+        cells = [(*line, bar) for line, bar in zip(cells, _bars(rows, min(left, MAX_BAR)), strict=True)]
+    for place, line in enumerate(cells):
+        table.add_row(*line, style="bold" if place == 0 else "dim" if line[0].startswith(" ") else "")
+    return table
+
+
+def _bars(rows: Sequence[Scored], width: int) -> list[str]:
+    """The intervals drawn; those that share a unit share a scale."""
+    shared = _ends(paired for _, metric, paired in rows if metric.unit)
+    return [draw(paired, shared if metric.unit else _ends([paired]), width) for _, metric, paired in rows]
+
+
+def _rows(found: Comparison) -> list[Scored]:
+    """The metrics, and indented what stands beside them."""
     rows = [(found.known[name].title, found.known[name], p) for name, p in found.metrics.items()]
     rows += [(" same length", found.known[name], p) for name, p in found.matched.items()]
     rows += [(" mean of refs", found.known[name], p) for name, p in found.means.items() if name == found.first]
-    shared = _ends(paired for _, metric, paired in rows if metric.unit)
-    for place, (title, metric, paired) in enumerate(rows):
-        drawn = draw(paired, shared if metric.unit else _ends([paired]), width)
-        style = "bold" if place == 0 else "dim" if title.startswith(" ") else ""
-        table.add_row(title, *_figures(paired), drawn, style=style)
-    return table
+    return rows
 
 
 def _figures(paired: Paired) -> tuple[str, str, str, str]:
@@ -119,8 +149,8 @@ def _sample(found: Comparison) -> Table | None:
     table.add_row("prompt", Text(shorten(" ".join(row["prompt"][-1]["content"].split()), 300)))
     for reference in row["references"][:1]:
         table.add_row("reference", Text(shorten(reference, 400)))
-    for side in ("base", "tuned"):
-        table.add_row(side, Text(shorten(row[side], 400)))
+    for name, side in zip(found.names, ("base", "tuned"), strict=True):
+        table.add_row(shorten(name, 16), Text(shorten(row[side], 400)))
     return table
 
 
@@ -141,8 +171,13 @@ class Bar:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
-    def start(self, label: str, total: int | None, done: int = 0) -> None:
-        self._tasks[label] = self._progress.add_task(label, total=total, completed=done)
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        """A line for `label`, or more to do on the one that it has."""
+        if label in self._tasks:
+            line = next(line for line in self._progress.tasks if line.id == self._tasks[label])
+            self._progress.update(line.id, total=(line.total or 0) + total, advance=done)
+        else:
+            self._tasks[label] = self._progress.add_task(label, total=total, completed=done)
 
     def advance(self, label: str, done: int) -> None:
         """Moves a line that was started. May be called from any thread."""

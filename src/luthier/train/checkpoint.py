@@ -138,13 +138,34 @@ def read(folder: Path) -> Checkpoint:
 
 
 def read_adapter(folder: Path) -> Tensors:
-    """The adapter's tensors of one checkpoint, verified, without what resuming needs besides. Raises CheckpointError."""
+    """The adapter's tensors of one checkpoint, verified, and nothing else. Raises CheckpointError."""
     return load(_verified(folder / _FILES[0], _read_manifest(folder)["files"][_FILES[0]]))
 
 
 def adapter_digest(folder: Path) -> str:
     """SHA-256 of the adapter's tensors of one checkpoint, as its manifest says. Raises CheckpointError."""
     return str(_read_manifest(folder)["files"][_FILES[0]]["sha256"])
+
+
+def hold(folder: Path, into: Path) -> Path:
+    """A second name in `into` for what `read_adapter` needs of a checkpoint, which then stays readable if the run
+    deletes its own. Raises CheckpointError if it is gone already."""
+    held = into / folder.name
+    try:
+        held.mkdir(parents=True)
+        for name in (_MANIFEST, _FILES[0]):
+            _link(folder / name, held / name)
+    except OSError as error:
+        fix = "it may have been replaced by a newer one: see the folder's parent, and run.save.keep"
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=str(folder), fix=fix) from error
+    return held
+
+
+def _link(there: Path, here: Path) -> None:
+    try:
+        os.link(there, here)
+    except OSError:
+        shutil.copyfile(there, here)  # another filesystem, or one without links
 
 
 def published(root: Path) -> list[Path]:

@@ -71,7 +71,15 @@ def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared
             return prepared
         say(f"{changed} changed since the data was prepared: preparing it again")
         run.update_manifest(asked=None)  # other rows, other decisions
-    return prepare(run.recipe.data, tokenizer, seed=run.recipe.split_seed, folder=run.data, root=run.root)
+    recipe = run.recipe
+    return prepare(
+        recipe.data,
+        tokenizer,
+        seed=recipe.split_seed,
+        folder=run.data,
+        root=run.root,
+        keep=recipe.evaluate.slices,
+    )
 
 
 def decisions_of(run: Run, prepared: Prepared) -> Decisions:

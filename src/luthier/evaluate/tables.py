@@ -1,0 +1,73 @@
+"""What a comparison of several sides, or of slices, adds to the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from luthier.evaluate.paired import figure, signed
+from luthier.evaluate.slices import apart
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from luthier.evaluate.comparison import Comparison
+
+
+def sides(found: Comparison) -> Table:
+    """Each side's score by the deciding metric, and how it answers."""
+    table = _table(found.known[found.first].title, "score", "95 % interval", "words", "stops")
+    for side in found.sides:
+        score, words, stopped = side["metrics"][found.first], side["words"], side["stopped"]
+        length = figure(words["mean"]) if words else ""
+        ended = f"{stopped:.0%}" if stopped is not None else ""
+        table.add_row(side["name"], figure(score["score"]), _bounds(score, figure), length, ended)
+    return table
+
+
+def pairs(found: Comparison) -> Table:
+    """Every pair by the deciding metric, seeds of one recipe together; p is corrected for the number of pairs."""
+    table = _table("from → to", "diff", "95 % interval", "p", "verdict")
+    for pair in found.seeds.get("pairs") or found.pairs:
+        one = pair["metrics"][found.first]
+        names = f"{pair['first']} → {pair['second']}"
+        table.add_row(names, signed(one["difference"]), _bounds(one, signed), _p(one["p_adjusted"]), pair["verdict"])
+    return table
+
+
+def slices(found: Comparison, *, every: bool) -> Table | None:
+    """The slices by the deciding metric: all, or those that stand out and the whole beside them; None where none do."""
+    outstanding = apart(found.slices, found.metrics[found.first], found.first)
+    shown = [(s, v) for s, of in found.slices.items() for v in of if every or (s, v) in outstanding]
+    if not shown:
+        return None
+    table = _table("slice (a hint, no verdict)", "rows", "diff", "95 % interval", "p")
+    whole = found.metrics[found.first]
+    table.add_row("all questions", str(whole.n), signed(whole.difference), _range(whole.low, whole.high), _p(whole.p))
+    for slicing, value in shown:
+        if one := found.slices[slicing][value].get(found.first):
+            p = one.p if one.adjusted is None else one.adjusted
+            bounds = _range(one.low, one.high)
+            table.add_row(f"{slicing}: {value}", str(one.n), signed(one.difference), bounds, _p(p))
+    return table
+
+
+def _table(first: str, *figures: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(first, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _bounds(of: dict[str, Any], show: Any) -> str:
+    return "" if of["low"] is None or of["high"] is None else f"{show(of['low'])} to {show(of['high'])}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
