@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,8 @@ def test_runs_list_show_and_diff(journey: dict[str, Done], desk: Path) -> None:
     assert luthier("data", RECIPE, *SMALL, "train.lr=0.5", "run.dir=runs/other").code == 0
     changed = luthier("runs", "diff", RUN, "runs/other", "--json").json["changed"]
     assert changed["train.lr"] == [2e-4, 0.5]
+    told = [line.rstrip() for line in luthier("runs", "diff", RUN, "runs/other").out.splitlines()]
+    assert told[told.index("train.lr") :][:3] == ["train.lr", "  − 0.0002", "  + 0.5"]
     assert RUN in luthier("runs", "list").out
 
 
@@ -187,7 +190,9 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "hint"),
     [
-        (["tran", RECIPE], 2, "did you mean 'train'?"),
+        (["tran", RECIPE], 2, "unknown verb 'tran'; did you mean 'train'?"),
+        (["runs", "lst"], 2, "unknown action 'lst'; did you mean 'list'?"),
+        (["runs", "forget"], 2, "unknown action 'forget'; known: list, show, diff"),
         (["train"], 2, "RECIPE"),
         (["train", RECIPE, "--jsn"], 2, "--jsn"),
         (["runs", "show"], 2, "takes 1 run"),
@@ -230,3 +235,34 @@ def test_the_installed_command_prints_one_json_object_and_exits_as_it_should(jou
     wrong = subprocess.run([*command, "data", "nowhere.yaml"], capture_output=True, text=True, env=quiet)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def unloadable(desk: Path, journey: dict[str, Done]) -> None:
+    """Copies of the base: `packed` says that another tool has quantised it, `pickled` has pickles for weights."""
+    for name in ("packed", "pickled"):
+        shutil.copytree(BASE, name)
+    config = json.loads(Path("packed/config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    Path("packed/config.json").write_text(json.dumps(config))
+    Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.init=loftq", "adapter.init=loftq starts from what quantisation takes"),
+        ("adapter.new_tokens=[what]", "adapter.new_tokens: 'what' is no new token"),
+        ("model.base=packed", "the weights are quantised by gptq"),
+        ("model.base=pickled", "its weights are pickle files"),
+        ("adapter.ranks={q_prj: 4}", "adapter.ranks: no linear layer is called 'q_prj'"),
+        ("run.offload=1", "run.offload: 1: blocks stream from host memory to a CUDA GPU"),
+        ("adapter.bias=all", "adapter.bias: all: no layer of this model has a bias to train"),
+    ],
+)
+@pytest.mark.usefixtures("unloadable")
+def test_what_training_refuses_is_not_said_to_fit(override: str, message: str) -> None:
+    for verb in ("plan", "train"):
+        done = luthier(verb, RECIPE, "run.dir=runs/refused", *SMALL, "run.kernels=auto", override)
+        assert done.code == 1
+        assert message in done.err
+        assert done.err.count("\n") == 1

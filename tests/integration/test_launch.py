@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import tiny
 from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
-from luthier.errors import ModelError, RecipeError, RunError, Stopped
+from luthier.errors import AdapterError, ModelError, RecipeError, RunError, Stopped
 from luthier.runs import Run
 from luthier.train.launch import decisions_of, prepare_data, train
 
@@ -188,3 +188,17 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match="tokens that the model lacks"):
         train(made)
+
+
+def test_a_start_that_failed_leaves_the_folder_to_the_corrected_recipe(tmp_path: Path) -> None:
+    wrong = tiny.run(tmp_path, "adapter.targets=[q_prj]", "train.max_steps=1")
+    with pytest.raises(AdapterError, match="did you mean 'q_proj'"):
+        train(wrong)
+    report = (wrong.data / "report.json").stat().st_mtime_ns
+    right = tiny.run(tmp_path, "adapter.targets=[q_proj]", "train.max_steps=1")
+    assert train(right)["steps"] == 1
+    assert (right.data / "report.json").stat().st_mtime_ns == report, (
+        "the data stays: it does not depend on the targets"
+    )
+    with pytest.raises(RunError, match="another recipe"):
+        tiny.run(tmp_path, "adapter.targets=[k_proj]", "train.max_steps=1")

@@ -194,6 +194,18 @@ def test_weights_that_do_not_fill_the_model_are_refused(folder: Path) -> None:
         load.load_causal(folder, model(folder), device="cpu", dtype=torch.float32, attention="sdpa")
 
 
+def test_a_weight_of_another_shape_is_named_with_both_shapes_and_nothing_else(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit(folder, intermediate_size=80)
+    wanted = (
+        r"layers\.0\.mlp\.down_proj\.weight has shape \[\d+, \d+\], and by config.json \[\d+, 80\] \(6 such\); fetch"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        load.load_causal(folder, model(folder), device="cpu", dtype=torch.float32, attention="sdpa")
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
 def test_an_unknown_architecture_is_refused_in_one_line(folder: Path) -> None:
     edit(folder, model_type="unheard-of")
     with pytest.raises(ModelError, match="transformers cannot load it") as caught:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -132,21 +133,25 @@ def load_causal(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    fix = "fetch config.json and the weights from one place"
     placing: Placing | None = None
     try:
         empty = skeleton(_config(folder, model), model, dtype, attention)
         place = _places(empty, device, offload)
         placing = _placing(model, place, dtype)
-        module, info = _filled(folder, empty, placing, dtype)
+        with _quietly():
+            module, info = _filled(folder, empty, placing, dtype)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         refused = ModelError(f"transformers cannot load it ({_one_line(error)})", where=str(folder))
         raise (placing and placing.refused) or refused from error
-    misshapen = placing.misshapen if placing else []
-    wrong = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"], *misshapen})
+    if bent := sorted(info["mismatched_keys"]):
+        name, stored, wanted = bent[0]
+        what = f"{name} has shape {list(stored)}, and by config.json {list(wanted)} ({len(bent)} such)"
+        raise ModelError(what, where=str(folder), fix=fix)
+    wrong = sorted(str(key) for key in {*info["missing_keys"], *(placing.misshapen if placing else [])})
     if wrong:
         raise ModelError(f"lacks the weights {some(wrong)}, or has them in another shape", where=str(folder))
     if beyond := sorted(str(key) for key in info["unexpected_keys"] if _is_of_a_layer(str(key), module)):
-        fix = "fetch config.json and the weights from one place"
         raise ModelError(f"holds layers that its config does not have: {some(beyond)}", where=str(folder), fix=fix)
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         tensor.data = tensor.data.to(place(name))
@@ -242,8 +247,22 @@ def _filled(folder: Path, empty: Any, placing: Placing | None, dtype: torch.dtyp
         quantization_config=placing,
         generation_config=GenerationConfig.from_pretrained(folder, local_files_only=True) if own else None,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the information
     )
     return done
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' table of what it finds wrong with weights, of which we say what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def norms_in_float32(module: Any, dtype: torch.dtype) -> None:
