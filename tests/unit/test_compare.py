@@ -219,18 +219,27 @@ def test_rows_keep_both_texts_scores_words_and_stops() -> None:
     assert row["scores"]["rougeL"] == {"base": 0.0, "tuned": 66.6667}
 
 
-@pytest.mark.parametrize("width", [60, 72, 100, 160])
-def test_the_terminal_table_is_whole_at(width: int) -> None:
+def printed(width: int) -> list[str]:
     rng = random.Random(0)
     base = [" ".join(rng.choices(["a", "b", "c", "d", "x", "y", "z"], k=9)) for _ in range(40)]
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     console.print(render(compared(base, ["a b c"] * 40)))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("width", [40, 60, 72, 100, 160])
+def test_the_terminal_table_is_whole_at(width: int) -> None:
+    lines = printed(width)
     assert all(len(line) <= width for line in lines)
     assert not any("…" in line for line in lines)
-    drawn = next(line for line in lines if line.startswith("ROUGE-L "))
-    assert "●" in drawn
-    assert "to" in drawn
+    scored = next(place for place, line in enumerate(lines) if line.startswith("ROUGE-L "))
+    assert "+" in lines[scored]
+    assert " to " in (lines[scored] if width >= 60 else lines[scored + 1])
+
+
+def test_a_narrow_terminal_loses_the_drawing_and_a_wide_one_has_it() -> None:
+    assert not any("●" in line for line in printed(40))
+    assert any("●" in line for line in printed(72))
 
 
 def test_a_drawn_interval_that_holds_zero_crosses_its_line() -> None:

@@ -196,6 +196,24 @@ def test_several_sides_have_their_scores_and_a_matrix_of_verdicts_with_corrected
     assert data["rows"][1]["answers"] == ["x y", "a b", "what the base said"]
 
 
+def test_seeds_of_one_recipe_stand_together_in_the_matrix(tmp_path: Path) -> None:
+    found = compared()
+    more = found_sides("base", "rank 4", "rank 8")
+    for row in found.rows:
+        row["answers"] = dict.fromkeys(("base", "rank 4", "rank 8"), "x")
+    of_recipe = more["pairs"][0] | {"second": "rank (2 seeds)"}
+    text = Page(render(run_with(tmp_path, found, **more, seeds={"pairs": [of_recipe]}))).text
+    assert "rank (2 seeds) no evidence +0.2, p = 1 –" in " ".join(text.split())
+
+
+def test_what_was_forgotten_stands_with_the_scores(tmp_path: Path) -> None:
+    lost = {"base": 20.0, "tuned": 24.0, "difference": 4.0, "low": 2.0, "high": 6.0, "n": 40, "verdict": "worse"}
+    lost["higher"] = False
+    more = {"forgetting": {"perplexity": lost | {"title": "general text: perplexity"}}}
+    text = " ".join(Page(render(run_with(tmp_path, compared(), **more))).text.split())
+    assert "general text: perplexity lower is better 20.0 24.0 +4.0 +2.0 to +6.0 worse" in text
+
+
 def test_two_sides_have_no_matrix(tmp_path: Path) -> None:
     assert "All sides" not in Page(render(run_with(tmp_path, compared(), **found_sides("base", "tuned")))).text
 

@@ -90,6 +90,7 @@ def _compared(found: Json, asked: list[Json]) -> Json:
         "verdict": scores.verdict(found),
         "scores": figures,
         "asides": asides,
+        "general": scores.general(found),
         "notes": scores.notes(found),
         "several": scores.several(found),
         "slices": scores.slices(found),

@@ -120,6 +120,14 @@ def chance(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
+def general(found: Json) -> list[Json]:
+    """What became of general abilities (`forgetting: {metric: paired}`), each on a scale of its own."""
+    return [
+        _score(shown(name, {"unit": "", **paired}), paired, _axis([paired]))
+        for name, paired in found.get("forgetting", {}).items()
+    ]
+
+
 def notes(found: Json) -> list[str]:
     several = "; of several references the best one counts" if found["means"] else ""
     said = [f"Scores are points of 100{several}. ROUGE is rouge-score’s F-measure with the Porter stemmer."]
@@ -174,17 +182,19 @@ def _slice_rows(found: Json, values: Json, names: list[str]) -> list[Json]:
 
 
 def several(found: Json) -> Json | None:
-    """Each side with its score (`sides`), and each against each other (`pairs`); None where two were compared."""
-    sides, metric = found.get("sides", []), found["metric"]
-    if len(sides) < 3:
+    """Each side with its score (`sides`), and each against each other (`pairs`, or those of `seeds`, where seeds of one
+    recipe stand together); None where two were compared."""
+    metric = found["metric"]
+    if len(found.get("sides", [])) < 3:
         return None
-    judged = [(pair["first"], pair["second"], pair["metrics"][metric]) for pair in found["pairs"]]
+    pairs = found.get("seeds", {}).get("pairs") or found["pairs"]
+    judged = [(pair["first"], pair["second"], pair["metrics"][metric]) for pair in pairs]
+    known = list(dict.fromkeys(name for first, second, _ in judged for name in (first, second)))
     cells = {(second, first): _cell(paired) for first, second, paired in judged}
     cells |= {(first, second): _cell(_mirrored(paired)) for first, second, paired in judged}
-    known = [side["name"] for side in sides]
     return {
         "names": known,
-        "scores": _alone(sides, metric),
+        "scores": _alone(found["sides"], metric),
         "rows": [(mine, [cells.get((mine, other)) for other in known]) for mine in known],
     }
 
