@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,42 +53,91 @@ def _lowest(question: Conversation, losses: Sequence[float]) -> list[Statistics]
 
 
 def parse_choice(text: str, choices: tuple[str, ...]) -> int | None:
-    """The index of the choice that a generated answer names, or None.
+    """The index of the choice that a generated answer names; None where it names none, or several.
 
-    In this order: the choice's whole text, `option_2`, a letter (`B`, `(B)`, `B.`, `the answer is B`), the one choice
-    whose text occurs in the answer, and last a letter that leads a sentence, since "A" is a word too.
+    What is strongest decides: the whole answer is a choice's text or a label (`B`, `(b)`, `option_2`); it concludes
+    (`the answer is B`); a label leads it (`B) because …`); it says one (`I would go with B`); it holds one choice's
+    text; it holds one capital that is no word. Labels that are denied (`A is wrong`, `not A`) do not count, nor does
+    what follows where a model goes on to ask itself the next question.
     """
-    said = normalise(text)
-    exact = [i for i, choice in enumerate(choices) if normalise(choice) == said]
-    if exact:
-        return exact[0]
+    said = _plain(_AGAIN.split(text.strip())[0])
+    for shape, answer in ((normalise, text), (_outer, said)):
+        whole = [i for i, choice in enumerate(choices) if shape(choice) == shape(answer)]
+        if whole and shape(answer):
+            return whole[0]
+    claimed = _DENIED.sub(" ", said)
     for pattern in _NAMED:
-        if found := pattern.search(text):
-            return _index(found[1], len(choices))
-    held = [i for i, choice in enumerate(choices) if _contains(said, normalise(choice))]
-    if held:
-        longest = max(held, key=lambda i: len(choices[i]))
-        inside = all(normalise(choices[i]) in normalise(choices[longest]) for i in held)
-        return longest if inside else None
-    lead = re.match(r"\s*([A-Z])\s", text)
-    return _index(lead[1], len(choices)) if lead else None
+        if found := {label for names in pattern.findall(claimed) for label in _labels(names, choices)}:
+            return _single(found, choices)
+    held = _held(said, choices)
+    return held if held is not None else _single(_labels(" ".join(_LONE.findall(claimed)), choices), choices)
 
 
-_NAMED = (
-    re.compile(r"\boption[_\s-]*(\d{1,2})\b", re.IGNORECASE),
-    re.compile(r"^\W*([A-Za-z])\W*$"),
-    re.compile(r"^\W*([A-Z])\s*[).:\n]"),
-    re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\W{0,3}([A-Z])\b"),
+def _single(found: set[int], choices: tuple[str, ...]) -> int | None:
+    return found.pop() if len(found) == 1 and found <= set(range(len(choices))) else None
+
+
+def _plain(text: str) -> str:
+    """Without marks of emphasis, code, mathematics, quotation and tags."""
+    return _MARKS.sub("", _BOXED.sub(r"\1", text)).strip()
+
+
+def _outer(text: str) -> str:
+    return normalise(_plain(text)).strip(string.punctuation + " ")
+
+
+_BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm)\{([^{}]*)\}")
+_MARKS = re.compile(r"<think>.*?</think>|[*`$#\"“”]|</?\w+>", re.DOTALL)
+_AGAIN = re.compile(r"\n\s*#*\s*\**\s*(?:question|q)\s*\d*\s*[:.]", re.IGNORECASE)
+
+# A capital, a small letter before punctuation (`a` is a word too), a number.
+_LABEL = r"(?:(?i:option)[\s_-]*)?[(\[]?(?:[A-Z](?!\w|['’]\w)|[a-z](?=\s*(?:[).,;:\]]|$))|\d{1,2}(?![\w%]|\.\d))[)\]]?"
+_LABELS = rf"(?>{_LABEL}(?:\s*(?:,|/|&|\b(?i:or|and)\b)+\s*{_LABEL})*)"
+_REASON = r"(?i:because|since|as)\b"
+_NAMED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"^\W*({_LABELS})\W*$",
+        rf"(?i:\banswers?\b(?:\s+(?:is|are|(?:would|should|must|has to)\s+be))?)\W{{0,4}}(?<![\w'’])({_LABELS})",
+        # Not where the next line has another label: then it repeats the choices.
+        rf"^\W*({_LABELS})(?:\s*[).:,\]\n–—-]|\s+(?:{_REASON}|is\b|the\b)|$)"
+        r"(?!.*\n[ \t]*(?!\1)[(\[]?[A-Z](?:[.):\]]|\s*\n|\Z))",
+        r"(?i:\b(?:option|choice|choose|pick|select|say|think|believe|with|is|be|it['’]s|so|therefore))\W{1,3}"
+        rf"({_LABELS})(?=\W*$|\s*[.,;:!\n)]|\s+(?:{_REASON}|is\b))",
+    )
+)
+_DENIED = re.compile(
+    rf"(?i:\b(?:not|neither|nor|than))\s+{_LABEL}"
+    rf"|\b{_LABEL}\s+(?i:is|was|are|cannot be|can['’]t be|isn['’]t)\s+(?i:\w+\s+){{0,2}}?"
+    r"(?i:wrong|incorrect|false|not)\b"
+)
+_ONE = re.compile(r"(?:((?i:option))[\s_-]*|(?<![A-Za-zÀ-ɏ0-9'’]))[(\[]?([A-Za-z]|\d{1,2})(?!\w)")
+_LONE = re.compile(  # `A` and `I` are words too
+    r"(?<![A-Za-zÀ-ɏ0-9'’.-])(?:[B-HJ-Z](?!\w|['’.-]\w)|A(?=\s*[,./&)]|\s+(?:and|or)\b|\s*$))"
 )
 
 
-def _index(label: str, count: int) -> int | None:
-    index = int(label) - 1 if label.isdigit() else ord(label.upper()) - ord("A")
-    return index if 0 <= index < count else None
+def _labels(names: str, choices: tuple[str, ...]) -> set[int]:
+    """The indices that labels mean, from 0, be there such a choice or not. A bare number may be a quantity where
+    choices hold numbers, and then is no label."""
+    numbered = not any(character.isdigit() for choice in choices for character in choice)
+    named = [label for prefix, label in _ONE.findall(names) if prefix or numbered or not label.isdigit()]
+    return {int(label) - 1 if label.isdigit() else ord(label.upper()) - ord("A") for label in named}
 
 
-def _contains(text: str, part: str) -> bool:
-    return bool(part) and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+def _held(said: str, choices: tuple[str, ...]) -> int | None:
+    """The one choice whose text occurs; of choices that lie in each other the longest. Articles need not be there."""
+    for shape in (normalise, _without_articles):
+        text, parts = shape(said), [shape(_plain(choice)) for choice in choices]
+        held = [i for i, part in enumerate(parts) if part and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text)]
+        if held:
+            longest = max(held, key=lambda i: len(parts[i]))
+            return longest if all(parts[i] in parts[longest] for i in held) else None
+    return None
+
+
+def _without_articles(text: str) -> str:
+    return " ".join(word for word in normalise(text).split() if word not in ("a", "an", "the"))
 
 
 _LACKS = "no question has choices and a known answer; name another metric, such as rougeL"

@@ -94,16 +94,15 @@ def bleu(question: Conversation, answer: Answer) -> list[Statistics]:
 
 @cache
 def _sacrebleu() -> Any:
-    """Orders that no answer is long enough for are left out (effective order), so that short answers have a figure;
-    where one has four tokens this is sacrebleu's default."""
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(effective_order=True)
+    return BLEU(effective_order=True)  # changes no count, but without it each call warns
 
 
 def finish_bleu(sums: Floats) -> Floats:
     """[..., 10] -> [...]: sacrebleu's corpus BLEU of summed counts, smoothed its default way (`exp`: Chen & Cherry
-    2014, method 3)."""
+    2014, method 3). Orders that no answer is long enough for are left out (its `effective_order`), so that short answers
+    have a figure; where one answer has four tokens this is its default."""
     import numpy as np
 
     said, wanted, matched, total = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
