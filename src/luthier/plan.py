@@ -1,10 +1,10 @@
 """Memory and time of a run, from the recipe and the model's config alone: no weights are needed.
 
-Our decoder block on CPUs is planned by a formula that needs no torch: what the block of `model/block.py` keeps per
-token and layer, and 2·P FLOPs forward and 2·P backward for frozen weights (Hu et al. 2021, section 4). Everything else
-is planned by running the training code on tensors without data (`model/trace.py`): its bytes are counted as they come
-and go, and its time is that of each operation's arithmetic and memory traffic at the device's rates. Both are held
-against measurements in `docs/log.md`.
+Our decoder block with dense weights on CPUs is planned by a formula that needs no torch: what the block of
+`model/block.py` keeps per token and layer, and 2·P FLOPs forward and 2·P backward for frozen weights (Hu et al. 2021,
+section 4). Everything else is planned by running the training code on tensors without data (`model/trace.py`): its
+bytes are counted as they come and go, and its time is that of each operation's arithmetic and memory traffic at the
+device's rates. Both are held against measurements in `docs/log.md`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from luthier.errors import MemoryPlanError, RecipeError
@@ -21,6 +22,7 @@ from luthier.machine import GIB, Gpu, Machine
 from luthier.recipe import Full, Lora, Recipe
 
 if TYPE_CHECKING:
+    from luthier.model.causal import Kernels
     from luthier.model.trace import Trace
 
 _MIB = 1024**2
@@ -76,6 +78,7 @@ class Plan:
     """The part of the peak that a process can measure: on a GPU what torch's allocator reserves, not the context."""
     offload: int = 0
     """Decoder blocks whose weights stay in host memory."""
+    kernels: Kernels = "reference"
     advice: tuple[str, ...] = ()
     dtype: str = ""
     why: dict[str, str] = field(default_factory=dict)
@@ -91,8 +94,8 @@ class Setting:
 
     place: str
     dtype: str
-    block: bool
-    """Whether our own decoder block runs it; else the transformers module does."""
+    kernels: Kernels = "reference"
+    """As the recipe's `run.kernels`: `reference` is the transformers module, the others our own decoder block."""
     processes: int = 1
     threads: int = 1
 
@@ -157,12 +160,13 @@ def plan(
     allowed = budget(recipe.run.memory, facts, setting.place)
     estimate = _estimator(recipe, config, setting, facts, mean)
     found = _best(recipe, estimate, allowed, setting, longest, mean)
-    if setting.place == "cuda" and (recipe.run.offload if recipe.run.offload != "auto" else not found.fits):
+    streams = recipe.run.offload if recipe.run.offload != "auto" else not found.fits
+    if setting.place == "cuda" and setting.kernels == "reference" and streams:
         found = _streamed(recipe, config, estimate, setting, longest, mean, allowed)
     if found.peak_bytes > allowed:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else f"{setting.processes * setting.threads} core(s)"
-    return replace(found, place=setting.place, device=device)
+    return replace(found, place=setting.place, device=device, kernels=setting.kernels)
 
 
 def _best(recipe: Recipe, estimate: _Estimate, allowed: int, setting: Setting, longest: int, mean: float) -> Plan:
@@ -279,11 +283,11 @@ def _rows(tokens: int, longest: int) -> tuple[int, ...]:
 
 
 def _estimator(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
-    make = _formula if setting.block else _traced
-    return make(recipe, config, setting, facts, mean)
+    plain = setting.place == "cpu" and setting.kernels != "reference" and recipe.model.quantize is None
+    return (_formula if plain else _traced)(recipe, config, setting, facts, mean)
 
 
-# Our block on a CPU, by formula.
+# Our block with dense weights on a CPU, by formula.
 
 
 def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
@@ -326,7 +330,7 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
     capability = _gpu(facts).capability if on_gpu else None
 
     def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
-        found = _trace(settings, json.dumps(config), setting.dtype, recompute, capability, lengths)
+        found = _trace(settings, json.dumps(config), setting.dtype, setting.kernels, recompute, capability, lengths)
         seconds = _seconds(found, setting, facts)
         if not on_gpu:
             return _Cost({"process": _PROCESS + _MODULE, **found.peak}, 0, seconds)
@@ -343,6 +347,7 @@ def _trace(
     settings: str,
     config: str,
     dtype: str,
+    kernels: Kernels,
     recompute: bool,
     capability: tuple[int, int] | None,
     lengths: tuple[int, ...],
@@ -352,8 +357,18 @@ def _trace(
     from luthier.model.trace import outline, trace
 
     recipe = Recipe.model_validate_json(settings)
-    model = outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), recompute=recompute)
-    return trace(model, lengths, optimizer=recipe.train.optimizer, capability=capability)
+    model = outline(
+        json.loads(config),
+        recipe.model,
+        recipe.adapter,
+        dtype=getattr(torch, dtype),
+        recompute=recompute,
+        kernels=kernels,
+        capability=capability,
+    )
+    # Where bitsandbytes is missing, adamw takes the place of its optimizers (train/optim.py).
+    optimizer = recipe.train.optimizer if find_spec("bitsandbytes") else "adamw"
+    return trace(model, lengths, optimizer=optimizer, capability=capability)
 
 
 def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float], float]:
@@ -394,7 +409,7 @@ def _advice(
     for override, section in _offers(recipe, setting, longest):
         changed = Recipe.model_validate(_merged(recipe.model_dump(), section))
         length = min(longest, changed.data.length)
-        tried = replace(setting, block=setting.block and changed.model.quantize is None)
+        tried = setting
         if "run" in section and "engine" in section["run"]:
             tried = replace(tried, processes=1, threads=setting.processes * setting.threads)
         smallest = _best(changed, _estimator(changed, config, tried, facts, length), 0, tried, length, length)

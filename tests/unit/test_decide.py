@@ -110,7 +110,7 @@ def test_a_family_that_our_block_does_not_run_takes_the_reference_path() -> None
     [
         "adapter.dora=true",
         "adapter.init=pissa",
-        "adapter.bias=all",
+        "adapter.new_tokens=[<x>]",
         "adapter={kind: none}",
         "model.quantize={kind: int8}",
     ],
@@ -123,10 +123,37 @@ GPU = Machine(**{**vars(IDLE), "gpus": (named_gpu("RTX 4090"),)})
 PHI = {"model_type": "phi", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
 
 
-def test_a_gpu_runs_one_process_in_bfloat16_on_the_reference_path() -> None:
+NARROW = SMOL | {"num_hidden_layers": 3, "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+                 "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def test_a_gpu_runs_one_process_in_bfloat16() -> None:
     made = decided("run.place=cuda", facts=GPU, config=PHI)
-    assert (made.place, made.engine, made.processes, made.kernels) == ("cuda", "local", 1, "reference")
+    assert (made.place, made.engine, made.processes) == ("cuda", "local", 1)
     assert (made.dtype, made.why["dtype"]) == ("bfloat16", "the GPU multiplies bfloat16")
+
+
+def test_a_gpu_runs_our_block_where_it_knows_the_family_and_says_why_where_not() -> None:
+    ours, other = (decided("run.place=cuda", facts=GPU, config=config) for config in (NARROW, PHI))
+    assert (ours.kernels, ours.why["kernels"]) == ("compiled", "our block runs this family, in less memory and time")
+    assert (other.kernels, other.why["kernels"]) == ("reference", "our block does not run this family")
+    assert planned(tiny.recipe(), NARROW, GPU, "cuda").kernels == "compiled"
+
+
+def test_on_a_gpu_the_path_that_runs_is_the_one_that_is_planned() -> None:
+    changes = ["run.place=cuda", "run.micro_tokens=2048", "run.recompute=false"]
+    ours, module = (
+        decided(*changes, f"run.kernels={kernels}", facts=GPU, config=NARROW) for kernels in ("auto", "reference")
+    )
+    assert ours.predicted_peak_bytes < module.predicted_peak_bytes
+
+
+def test_blocks_that_stream_are_the_modules_own() -> None:
+    wide = NARROW | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
+    small = replace(GPU, gpus=(replace(GPU.gpus[0], free=9 * GIB // 10, total=GIB),))
+    made = decided("run.place=cuda", "run.recompute=true", "run.micro_tokens=256", facts=small, config=wide)
+    assert made.offload > 0
+    assert (made.kernels, "stream" in made.why["kernels"]) == ("reference", True)
 
 
 def test_a_gpu_older_than_ampere_takes_float32() -> None:
@@ -150,7 +177,7 @@ def test_several_processes_on_a_gpu_are_refused() -> None:
         decided("run.place=cuda", "run.processes=2", facts=GPU, config=PHI)
 
 
-@pytest.mark.parametrize("change", ["model.quantize={kind: nf4}", "adapter.dora=true", "adapter.bias=all"])
+@pytest.mark.parametrize("change", ["model.quantize={kind: nf4}", "adapter.dora=true", "adapter.new_tokens=[<x>]"])
 def test_what_the_block_formula_does_not_know_is_traced(change: str) -> None:
     small = {**SMOL, "num_hidden_layers": 2, "vocab_size": 1000}
     plain, changed = decided(config=small), decided(change, config=small)

@@ -4,6 +4,7 @@ import pytest
 
 from luthier.errors import AdapterError, MemoryPlanError, ModelError, RecipeError, UsageError
 from luthier.machine import GIB, Machine, named_gpu, read_gpus
+from luthier.model.causal import Kernels
 from luthier.model.segments import Segments, reserved
 from luthier.model.shape import shape
 from luthier.plan import Plan, Setting, parse_bytes, plan
@@ -24,7 +25,7 @@ MACHINE = Machine(cores=2, busy=0, memory=24 * GIB, available=20 * GIB, flags=("
 
 def planned(*overrides: str, processes: int = 1, dtype: str = "float32", longest: int | None = None) -> Plan:
     recipe = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}]}\n", *overrides)
-    return plan(recipe, SMOLLM2, Setting("cpu", dtype, True, processes), MACHINE, longest=longest)
+    return plan(recipe, SMOLLM2, Setting("cpu", dtype, "eager", processes), MACHINE, longest=longest)
 
 
 def test_weights_and_adapter_are_counted_exactly() -> None:
@@ -83,11 +84,11 @@ TINY = {
 }
 
 
-def traced(*overrides: str, vram: int = 8 * GIB, config: dict[str, Any] = TINY) -> Plan:
+def traced(*overrides: str, vram: int = 8 * GIB, config: dict[str, Any] = TINY, kernels: Kernels = "reference") -> Plan:
     gpu = named_gpu("RTX 4090")
     facts = Machine(**{**vars(MACHINE), "gpus": (type(gpu)(gpu.name, vram, vram, gpu.capability),)})
     recipe = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}], length: 256}\n", *overrides)
-    return plan(recipe, config, Setting("cuda", "bfloat16", False), facts)
+    return plan(recipe, config, Setting("cuda", "bfloat16", kernels), facts)
 
 
 def test_a_gpu_is_planned_by_part_for_a_family_that_no_formula_knows() -> None:
@@ -142,6 +143,25 @@ def test_recomputing_keeps_less() -> None:
     kept, made_again = traced("run.recompute=false"), traced("run.recompute=true")
     assert made_again.parts["activations"] < kept.parts["activations"] / 3
     assert made_again.seconds_per_step >= kept.seconds_per_step
+
+
+LLAMA = TINY | {"model_type": "llama", "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize("quantize", ["null", "{kind: nf4}"])
+def test_our_block_keeps_less_than_the_module_on_a_gpu(quantize: str) -> None:
+    changes = [f"model.quantize={quantize}", "run.recompute=false", "run.micro_tokens=4096"]
+    ours, module = (traced(*changes, config=LLAMA, kernels=kernels) for kernels in ("compiled", "reference"))
+    assert ours.parts["weights"] == module.parts["weights"]
+    assert ours.parts["adapter"] == module.parts["adapter"]
+    came = [sum(plan.parts[part] for part in ("activations", "logits", "backward")) for plan in (ours, module)]
+    assert came[0] < 0.7 * came[1]
+    assert ours.kernels == "compiled"
+
+
+def test_our_block_is_planned_where_flash_attention_does_not_run() -> None:
+    changes = ["run.micro_tokens=1024", "run.recompute=false"]
+    assert traced(*changes, config=LLAMA | {"head_dim": 20}, kernels="compiled").parts["activations"] > 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from luthier import recipe
 from luthier.errors import AdapterError
 from luthier.kernels.dropout import dropout_mask, mask_key
+from luthier.kernels.place import on_gpu
 from luthier.registry import Registry
 
 METHODS = Registry(
@@ -63,12 +64,6 @@ class Noise:
             return self
         return replace(self, samples=self.samples[rows], positions=self.positions[rows])
 
-    def mask(self, module: int, features: int, p: float, dtype: torch.dtype) -> Tensor | None:
-        """[T, features] of 0 and 1/(1-p), or None where nothing is dropped."""
-        if not p or self.samples is None or self.positions is None:
-            return None
-        return dropout_mask(self.seed, self.step, self.samples, self.positions, module, features, p, dtype)
-
     def drop(self, x: Tensor, module: int, p: float) -> Tensor:
         """`x` [..., features] with its mask applied, in whatever shape its T tokens come; `x` itself where nothing is
         dropped: generation and evaluation keep no gradient.
@@ -81,7 +76,13 @@ class Noise:
         if tokens * x.shape[-1] != x.numel():
             seen = f"an adapted layer sees {x.numel() // x.shape[-1]} of {tokens} tokens"
             raise AdapterError(f"{seen}, so its dropout has no fixed masks", fix="set adapter.dropout=0")
-        if x.is_cuda and find_spec("triton"):
+        return self.dropped(x, module, p)
+
+    def dropped(self, x: Tensor, module: int, p: float) -> Tensor:
+        """`x` [..., features] of these tokens, each value times 0 or 1/(1-p)."""
+        assert self.samples is not None
+        assert self.positions is not None
+        if on_gpu(x) and (x.is_meta or find_spec("triton")):
             drop = import_module("luthier.kernels.drop").drop
             return drop(x, mask_key(self.seed, self.step, module), self.samples, self.positions, p)  # type: ignore[no-any-return]
         mask = dropout_mask(self.seed, self.step, self.samples, self.positions, module, x.shape[-1], p, x.dtype)

@@ -41,18 +41,7 @@ def parts() -> Pointwise:
         _library()
     except (OSError, subprocess.SubprocessError) as error:
         raise ModelError(f"the C++ parts cannot be built ({error})", fix="set run.kernels=eager") from error
-    return Pointwise(
-        rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        rms_norm_backward=rms_norm_backward,
-        rotate=rotate,
-        unrotate=unrotate,
-        swiglu=swiglu,
-        swiglu_backward=swiglu_backward,
-        softmax=softmax,
-        softmax_backward=softmax_backward,
-        exponentials=exponentials,
-    )
+    return PARTS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -123,10 +112,27 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, largest, mass
 
 
+PARTS = Pointwise(
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rms_norm_backward=rms_norm_backward,
+    rotate=rotate,
+    unrotate=unrotate,
+    swiglu=swiglu,
+    swiglu_backward=swiglu_backward,
+    softmax=softmax,
+    softmax_backward=softmax_backward,
+    exponentials=exponentials,
+)
+
+
 def _call(name: str, *arguments: Any) -> None:
-    """Calls a function of native.cpp for the dtype of the first 16- or 32-bit float tensor among the arguments."""
-    dtype = next(a.dtype for a in arguments if isinstance(a, Tensor))
-    function = getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")
+    """Calls a function of native.cpp for the dtype of the first 16- or 32-bit float tensor among the arguments. Without
+    data nothing is computed."""
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if first.is_meta:
+        return
+    function = getattr(_library(), f"{name}_{_SUFFIXES[first.dtype]}")
     function(*(_pass(a) for a in arguments), torch.get_num_threads())
 
 

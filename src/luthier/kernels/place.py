@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,3 +32,9 @@ def on_gpu(x: Tensor) -> bool:
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of the GPU of `x`, for which `on_gpu` holds."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else _planned.get() or (0, 0)
+
+
+def launch(kernel: str, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs a kernel of `jit.py`, unless there are no rows, or no data."""
+    if grid[0] and not x.is_meta:
+        getattr(import_module("luthier.kernels.jit"), kernel)[grid](x, *arguments, **options)

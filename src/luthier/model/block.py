@@ -8,8 +8,9 @@ first adapted layer. What is learned is the same as on the reference path: `test
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -250,8 +251,8 @@ class MergedLinear:
         if not self.updates:
             return y, None
         inner = x.new_empty(len(x), len(self.A))
-        for part, mask in self._readers(noise):
-            torch.mm(_masked(x, mask), self.A[part].t(), out=inner[:, part])
+        for part, drop in self._readers(noise):
+            torch.mm(drop(x) if drop else x, self.A[part].t(), out=inner[:, part])
         for update in self.updates:
             y[:, update.columns].addmm_(inner[:, update.inner], update.B.t())
         return y, inner
@@ -272,11 +273,11 @@ class MergedLinear:
         dx = torch.mm(dy, self.weight)
         if dinner is None:
             return dx
-        for part, mask in self._readers(noise):
-            if mask is None:
+        for part, drop in self._readers(noise):
+            if drop is None:
                 dx.addmm_(dinner[:, part], self.A[part])
             else:
-                dx.addcmul_(torch.mm(dinner[:, part], self.A[part]), mask)
+                dx.add_(drop(torch.mm(dinner[:, part], self.A[part])))
         return dx
 
     def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None, found: Gradients) -> None:
@@ -284,21 +285,17 @@ class MergedLinear:
         if dinner is None:
             return
         dA = torch.empty_like(self.A)
-        for part, mask in self._readers(noise):
-            torch.mm(dinner[:, part].t(), _masked(x, mask), out=dA[part])
+        for part, drop in self._readers(noise):
+            torch.mm(dinner[:, part].t(), drop(x) if drop else x, out=dA[part])
         for update in self.updates:
             found[update.layer.A] = dA[update.inner].mul_(update.layer.scale)
 
-    def _readers(self, noise: Noise | None) -> list[tuple[slice, Tensor | None]]:
-        """Which ranks read x through which dropout mask: all at once if nothing is dropped, else each layer its own."""
-        if noise is None or not any(u.layer.dropout for u in self.updates):
+    def _readers(self, noise: Noise | None) -> list[tuple[slice, Callable[[Tensor], Tensor] | None]]:
+        """Which ranks read x, and what is done to it before: all at once if nothing is dropped, else each layer's own
+        values are."""
+        if noise is None or noise.samples is None or not any(u.layer.dropout for u in self.updates):
             return [(slice(None), None)]
-        masks = (noise.mask(u.layer.index, self.features, u.layer.dropout, self.dtype) for u in self.updates)
-        return [(u.inner, mask) for u, mask in zip(self.updates, masks, strict=True)]
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+        return [(u.inner, partial(noise.dropped, module=u.layer.index, p=u.layer.dropout)) for u in self.updates]
 
 
 def _slices(sizes: list[int]) -> list[slice]:

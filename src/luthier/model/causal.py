@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from luthier import recipe
 from luthier.adapters.method import Adapter, Noise, attach
 from luthier.allocator import keep_freed_memory, return_freed_memory
 from luthier.errors import ModelError
-from luthier.kernels import native, pointwise
+from luthier.kernels import fused, native, pointwise
 from luthier.kernels.loss import Head, linear_cross_entropy
 from luthier.kernels.place import on_gpu
 from luthier.model import attention, families, head, layout
@@ -51,7 +52,7 @@ class CausalModel:
         self.device = embed.weight.device
         ids = torch.arange(3, 11, device=self.device)[None] % len(embed.weight)
         self.dtype: torch.dtype = embed(ids[:, :1]).dtype
-        self.parts = _parts(kernels, self.device)
+        self.parts = _parts(kernels, embed.weight)
         self.output = head.find(module, ids)
         self.decoder: Decoder | None = None
         self.layout: layout.Layout = "packed"
@@ -125,14 +126,15 @@ class CausalModel:
         return replace(noise)
 
 
-def _parts(kernels: Kernels, device: torch.device) -> pointwise.Pointwise:
+def _parts(kernels: Kernels, weight: Tensor) -> pointwise.Pointwise:
     if kernels != "compiled":
         return pointwise.EAGER
-    if device.type == "cuda":
-        from luthier.kernels import fused
-
-        return fused.parts()
-    return native.parts()
+    if not on_gpu(weight):
+        return native.PARTS if weight.is_meta else native.parts()
+    if not weight.is_meta and find_spec("triton") is None:
+        fix = "install it, or set run.kernels to eager or reference"
+        raise ModelError("our block's parts for a GPU need Triton, which is not installed", fix=fix)
+    return fused.parts()
 
 
 def _moved(micro: Micro, device: torch.device) -> Micro:
@@ -171,10 +173,14 @@ def build(
     so many of the first decoder blocks stay in host memory and stream to `device`. `loaded`: the base, read before by
     `load_causal` with the same settings; it stays as it is, and its weights are shared (see `shell`).
 
-    Raises ModelError for a folder that cannot be loaded, AdapterError for targets that match nothing.
+    Raises ModelError for a folder that cannot be loaded and for blocks of ours to be streamed, AdapterError for targets
+    that match nothing.
     """
     from luthier.model.load import load_causal
 
+    if offload and kernels != "reference":
+        fix = "set run.kernels to auto or reference, or run.offload=0"
+        raise ModelError("our decoder block does not stream its weights from host memory", fix=fix)
     (return_freed_memory if kernels == "reference" else keep_freed_memory)()
     if loaded is not None:
         module = shell(loaded)

@@ -22,6 +22,7 @@ from luthier import recipe
 from luthier.adapters.linears import dense_weight, is_transposed
 from luthier.errors import ModelError
 from luthier.kernels import quantize as plain
+from luthier.kernels.place import on_gpu
 from luthier.registry import Registry
 
 QUANTIZERS = Registry(
@@ -166,9 +167,7 @@ class FourBitLinear(PackedLinear):
 def _unpack(packed: Tensor) -> Callable[..., Tensor]:
     """What turns 4-bit indices into values. On a GPU our kernel: it needs no other library, and undoes double
     quantisation in the same pass."""
-    if packed.is_meta:
-        return lambda packed, scales, kind, shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
-    if packed.is_cuda and find_spec("triton"):
+    if on_gpu(packed) and (packed.is_meta or find_spec("triton")):
         return import_module("luthier.kernels.nf4").dequantize_4bit  # type: ignore[no-any-return]
     return plain.dequantize_4bit
 

@@ -34,7 +34,7 @@ from luthier.data.stream import Micro
 from luthier.errors import LuthierError, ModelError
 from luthier.kernels.place import on_gpu, planned_for
 from luthier.model import attention, segments
-from luthier.model.causal import CausalModel
+from luthier.model.causal import CausalModel, Kernels
 from luthier.model.load import norms_in_float32, skeleton
 from luthier.model.offload import blocks_name
 from luthier.model.quantize import empty
@@ -82,8 +82,11 @@ def outline(
     *,
     dtype: torch.dtype,
     recompute: bool,
+    kernels: Kernels = "reference",
+    capability: tuple[int, int] | None = None,
 ) -> CausalModel:
-    """The model of `config` on the meta device, quantised and with its adapter, as `build` would make it.
+    """The model of `config` on the meta device, quantised and with its adapter, as `build` would make it on a GPU of
+    that compute capability; None: on a CPU.
 
     Raises ModelError where transformers has no such architecture, it is no causal language model, or it cannot be run
     without data; AdapterError where the model lacks what the adapter names.
@@ -93,13 +96,13 @@ def outline(
         # Other start values and some more rows of the embedding take no more memory in a step.
         plain = adapter.model_copy(update={"init": "default", "new_tokens": []})
     _check_architecture(config.get("model_type"))
-    with _explained(config["model_type"]), Meter():
+    with _explained(config["model_type"]), planned_for(capability), Meter():
         module = _module(config, model, dtype)
         attached = attach(module, plain, seed=0)
         if isinstance(attached, Lora) and isinstance(adapter, recipe.Lora):
             for name, layer in attached.layers.items():
                 check_rank(layer, name, adapter.init)
-        return CausalModel(module, attached, recompute=recompute)
+        return CausalModel(module, attached, kernels=kernels, recompute=recompute)
 
 
 def _check_architecture(kind: Any) -> None:
@@ -212,13 +215,18 @@ def _kind(config: Any, number: int, block: nn.Module) -> Any:
 
 def _measured(model: CausalModel, micro: Micro, meter: Meter, name: str, chosen: Iterable[int]) -> Figures:
     """The figures of a run with only the `chosen` blocks of the list `name`, in their order."""
-    whole = cast(nn.ModuleList, model.module.get_submodule(name))
-    model.module.set_submodule(name, nn.ModuleList(whole[i] for i in sorted(chosen)))
+    whole, numbers = cast(nn.ModuleList, model.module.get_submodule(name)), sorted(chosen)
+    model.module.set_submodule(name, nn.ModuleList(whole[i] for i in numbers))
+    ours = model.decoder.blocks if model.decoder else []
+    if model.decoder:
+        model.decoder.blocks = [ours[i] for i in numbers]
     try:
         with meter.begun() as run:
             _step(model, micro, run)
     finally:
         model.module.set_submodule(name, whole)
+        if model.decoder:
+            model.decoder.blocks = ours
     return run.figures
 
 
@@ -239,7 +247,7 @@ def _state(values: int, optimizer: str, capability: tuple[int, int] | None) -> I
 
 def _step(model: CausalModel, micro: Micro, meter: Meter) -> None:
     # A layout is found by trying a model out; without data there is only what its attention says of itself.
-    is_packed = model.module.config._attn_implementation == attention.NAME
+    is_packed = model.decoder is not None or model.module.config._attn_implementation == attention.NAME
     hidden = model.hidden if is_packed else model._padded
 
     def then_logits(micro: Micro) -> Tensor:
@@ -463,6 +471,8 @@ def _nonzero(x: Tensor) -> Tensor:
 def _copied(x: Tensor, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
     if device is None or torch.device(device).type == "meta":
         return aten._to_copy.default(x, dtype=dtype, device=device, **options)  # type: ignore[no-any-return]
+    if x.dtype is torch.int64 and x.dim() == 1:
+        return torch.arange(len(x), device=device)  # places in a list: all of them
     return torch.zeros(x.shape, dtype=dtype or x.dtype, device=device)
 
 

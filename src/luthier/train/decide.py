@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import Machine
@@ -16,6 +17,9 @@ from luthier.model import families
 from luthier.model.load import dtype_name
 from luthier.plan import Plan, Setting, plan
 from luthier.recipe import Lora, Recipe
+
+if TYPE_CHECKING:
+    from luthier.model.causal import Kernels
 
 # Building the C++ parts takes about this long, once a machine, and makes a step this much shorter (docs/log.md).
 _COMPILE_SECONDS = 4.0
@@ -33,7 +37,7 @@ class Decisions:
     threads: int
     micro_tokens: int
     recompute: bool
-    kernels: str
+    kernels: Kernels
     predicted_peak_bytes: int
     why: dict[str, str]
     offload: int = 0
@@ -81,7 +85,7 @@ def decide(
             f"the run needs about {planned.peak_bytes >> 20} MiB and may use {planned.budget_bytes >> 20} MiB",
             fix="; or ".join([*planned.advice, "allow more: run.memory=…"]),
         )
-    kernels, kernels_why = _kernels(recipe, config, facts, place, planned.seconds_per_step * rows.steps)
+    kernels, kernels_why = _kernels(recipe, facts, planned, planned.seconds_per_step * rows.steps)
     return Decisions(
         place=place,
         dtype=dtype,
@@ -120,21 +124,40 @@ def planned(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str |
     place = place or _place(recipe, facts)[0]
     dtype, why = dtype_name(recipe.model.compute, place, facts)
     found = arrange(recipe, config, facts, None, place=place, dtype=dtype)[1]
-    return replace(found, dtype=dtype, why={"dtype": why})
+    return replace(found, why=found.why | {"dtype": why})
 
 
 def arrange(
     recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, *, place: str, dtype: str
 ) -> tuple[_Layout, Plan]:
     """The first arrangement of processes that fits the memory, else the smallest one."""
+    kernels, why = _path(recipe, config, place, dtype)
     for layout in _layouts(recipe, facts, place):
-        block = place == "cpu" and recipe.model.quantize is None and not _unblocked(recipe, config)
-        setting = Setting(place, dtype, block, layout.processes, layout.threads)
+        setting = Setting(place, dtype, kernels, layout.processes, layout.threads)
         longest, mean = (rows.longest, rows.mean) if rows else (None, None)
         planned = plan(recipe, config, setting, facts, longest=longest, mean_length=mean)
+        if not planned.fits and _may_stream(recipe, setting):
+            why = "blocks that do not fit stream from host memory, which ours do not"
+            streamed = replace(setting, kernels="reference")
+            planned = plan(recipe, config, streamed, facts, longest=longest, mean_length=mean)
         if planned.fits:
             break
-    return layout, planned
+    return layout, replace(planned, dtype=dtype, why={"kernels": why})
+
+
+def _path(recipe: Recipe, config: dict[str, Any], place: str, dtype: str) -> tuple[Kernels, str]:
+    """What runs the model, and why; on a CPU our block by its eager parts, which `_kernels` may have compiled."""
+    if why := _unblocked(recipe, config, place, dtype):
+        return "reference", why
+    if recipe.run.kernels != "auto":
+        return recipe.run.kernels, "as the recipe says"
+    return "eager" if place == "cpu" else "compiled", "our block runs this family, in less memory and time"
+
+
+def _may_stream(recipe: Recipe, setting: Setting) -> bool:
+    """Whether blocks that do not fit may stream from host memory instead, which only the transformers module's do."""
+    free = recipe.run.kernels == recipe.run.offload == "auto"
+    return setting.place == "cuda" and setting.kernels != "reference" and free
 
 
 def _layouts(recipe: Recipe, facts: Machine, place: str) -> Iterator[_Layout]:
@@ -164,36 +187,50 @@ def _threads(recipe: Recipe, free: int) -> int:
     return max(1, free) if recipe.run.threads == "auto" else recipe.run.threads
 
 
-def _kernels(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str, seconds: float) -> tuple[str, str]:
+def _kernels(recipe: Recipe, facts: Machine, planned: Plan, seconds: float) -> tuple[Kernels, str]:
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
-    if place != "cpu":
-        return "reference", "our block is not yet the faster one here"
-    if why := _unblocked(recipe, config):
-        return "reference", why
+    if planned.kernels == "reference" or planned.place != "cpu":
+        return planned.kernels, planned.why["kernels"]
     if facts.compiler is None:
         return "eager", "no C++ compiler on PATH"
+    if planned.dtype == "float16":
+        return "eager", "the C++ parts do not compute float16"
     if seconds * _COMPILE_GAIN < _COMPILE_SECONDS:
         return "eager", f"compiling takes longer than it saves in a run of about {seconds:.0f} s"
     return "compiled", f"{facts.compiler} is there, and a run of about {seconds:.0f} s pays for compiling"
 
 
-def _unblocked(recipe: Recipe, config: dict[str, Any]) -> str:
+def _unblocked(recipe: Recipe, config: dict[str, Any], place: str, dtype: str) -> str:
     """Why our decoder block does not run the recipe, or nothing."""
     if recipe.run.kernels == "reference":
         return "as the recipe says"
+    if place == "mps":
+        return "our block is not tested on Apple's GPUs"
     if families.find(SimpleNamespace(**{"model_type": "", "hidden_act": "", **config})) is None:
         return "our block does not run this family"
-    why = _beyond_our_block(recipe)
-    return why and f"our block does not compute {why}"
+    if why := _beyond_our_block(recipe, dtype):
+        return f"our block does not compute {why}"
+    if recipe.run.offload not in ("auto", 0):
+        return "our block does not stream from host memory"
+    if place == "cuda" and recipe.run.kernels != "eager" and not _has_triton():
+        return "our block's parts for a GPU need Triton, which is not installed"
+    return ""
 
 
-def _beyond_our_block(recipe: Recipe) -> str:
+def _has_triton() -> bool:
+    """Whether Triton is here, or its lack means nothing: a torch without CUDA plans for another machine."""
+    import torch
+
+    return find_spec("triton") is not None or torch.version.cuda is None
+
+
+def _beyond_our_block(recipe: Recipe, dtype: str) -> str:
     """What of the recipe our decoder block does not compute: `Adapter.foldable`, told before there is an adapter."""
     adapter = recipe.adapter
     if recipe.model.quantize is not None and recipe.model.quantize.kind == "int8":
         return "the rounded inputs of int8"
-    if recipe.model.norms == "float32" and recipe.model.compute != "float32":
+    if recipe.model.norms == "float32" and dtype != "float32":
         return "norms that are finer than the products"
     if not isinstance(adapter, Lora) or adapter.dora:
         return adapter.title

@@ -1,0 +1,128 @@
+"""The Triton kernels of `fused.py`, `drop.py` and `nf4.py`, which say what they compute and allocate what they write.
+
+They stand apart so that a plan can follow those allocations where Triton is not installed. Sums are taken in fp32, and
+a value is rounded to the tensors' dtype where the twin stores it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm(x, update, weight, out, scales, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, inside, 0.0)
+    if ADD:
+        value = (value.to(tl.float32) + tl.load(update + row * width + at, inside, 0.0).to(tl.float32)).to(value.dtype)
+        tl.store(update + row * width + at, value, inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
+    normed = (wide * scale).to(value.dtype).to(tl.float32) * tl.load(weight + at, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + at, normed, inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def rms_norm_backward(dy, x, scales, weight, residual, dx, out, width, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, inside, 0.0)
+    scale = tl.load(scales + row)
+    normed = value.to(tl.float32) * scale
+    factor = tl.load(weight + at, inside, 0.0).to(tl.float32)
+    gradient = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32) * factor
+    inner = tl.sum(gradient * normed) / width
+    more = tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * width + at, (gradient - normed * inner) * scale + more, inside)
+    tl.store(out + row * width + at, normed.to(value.dtype).to(tl.float32) * factor, inside)
+
+
+@triton.jit
+def swiglu(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(gate_up + row * 2 * width + at, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + at, gate * tl.sigmoid(gate) * up, inside)
+
+
+@triton.jit
+def swiglu_backward(dh, gate_up, width, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    start = gate_up + row * 2 * width
+    gate = tl.load(start + at, inside, 0.0).to(tl.float32)
+    up = tl.load(start + width + at, inside, 0.0).to(tl.float32)
+    gradient = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    act = gate * share
+    tl.store(start + at, gradient * up * share * (1 + gate - act), inside)
+    tl.store(start + width + at, gradient * act, inside)
+    tl.store(dh + row * width + at, act * up, inside)
+
+
+@triton.jit
+def turn(x, cos, sin, stride, SIZE: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    inside = at < HALF
+    start = x + token * stride + head * SIZE
+    a = tl.load(start + at, inside, 0.0).to(tl.float32)
+    b = tl.load(start + HALF + at, inside, 0.0).to(tl.float32)
+    c = tl.load(cos + token * HALF + at, inside, 0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + at, inside, 0.0).to(tl.float32)
+    if BACK:
+        s = -s
+    tl.store(start + at, a * c - b * s, inside)
+    tl.store(start + HALF + at, b * c + a * s, inside)
+
+
+@triton.jit
+def _shift(x, BITS: tl.constexpr):  # type: ignore
+    return (x >> BITS) & ((1 << (64 - BITS)) - 1)
+
+
+@triton.jit
+def _mix(x):  # type: ignore
+    x = x + -0x61C8864680B583EB
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+@triton.jit
+def drop(x, out, samples, positions, key, width, least, factor, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    token = _mix(_mix(key + tl.load(samples + row)) + tl.load(positions + row))
+    drawn = _mix(token + (at // 4).to(tl.int64) * -0x61C8864680B583EB)
+    lane = (drawn >> ((at % 4) * 16).to(tl.int64)) & 0xFFFF
+    kept = ((lane + 32768) & 0xFFFF) >= least  # the lane as a signed number, moved to begin at 0
+    value = tl.load(x + row * width + at, inside, 0.0)
+    tl.store(out + row * width + at, tl.where(kept, value.to(tl.float32) * factor, 0.0), inside)
+
+
+@triton.jit
+def dequantize(  # type: ignore
+    packed, absmax, nested, offset, code, values, out, count,
+    DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    scale = tl.load(absmax + block, block * BLOCK < count, 0)
+    if DOUBLE:
+        # As int32: an 8-bit offset would be taken for a signed one.
+        scale = tl.load(code + scale.to(tl.int32)) * tl.load(nested + block // NESTED, block * BLOCK < count, 0.0)
+        scale += tl.load(offset)
+    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte = tl.load(packed + pair, pair * 2 < count, 0).to(tl.int32)
+    both = tl.join(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
+    place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + place, (tl.reshape(both, (BLOCKS, BLOCK)) * scale[:, None]).to(out.dtype.element_ty), place < count)
