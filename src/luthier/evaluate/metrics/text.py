@@ -101,8 +101,8 @@ def _sacrebleu() -> Any:
 
 def finish_bleu(sums: Floats) -> Floats:
     """[..., 10] -> [...]: sacrebleu's corpus BLEU of summed counts, smoothed its default way (`exp`: Chen & Cherry
-    2014, method 3). Orders that no answer is long enough for are left out (its `effective_order`), so that short answers
-    have a figure; where one answer has four tokens this is its default."""
+    2014, method 3). Orders that no answer is long enough for are left out (its `effective_order`), so that short
+    answers have a figure; where one answer has four tokens this is its default."""
     import numpy as np
 
     said, wanted, matched, total = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
