@@ -50,10 +50,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = judge(asked, base, tuned, ["rougeL", "rouge1", "exact_match", "perplexity"])
     paired = found.as_dict()["metrics"]["rougeL"]
     for place, row in enumerate(found.rows):
-        row["answers"] = {LONG: f"{LONG} {HOSTILE}"}
+        row["answers"] = {f"{LONG}@3": f"{LONG} {HOSTILE}"}
         row["slices"] = {"topic": "odd & <b>" if place % 2 else "even"}
     found.rows[7]["choices_nll"] = {"base": [1.0, 2.0], "tuned": [3.0, 1.0], "targets": [1, 1]}
-    names = ["base", "tuned", LONG]
+    names = ["base", LONG, f"{LONG}@3"]
     score = {"metrics": {"rougeL": {"score": 12.5, "low": 10.0, "high": 15.0, "n": ROWS}}, "adapter": LONG}
     sides = [{"name": name, **score} for name in names]
     of_pair = {"metrics": {"rougeL": paired | {"p_adjusted": 0.004}}}
@@ -62,7 +62,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = run.results / "compare"
     place.mkdir(parents=True)
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows))
-    write_json(place / "comparison.json", found.as_dict() | more | {"sides": sides, "pairs": pairs})
+    write_json(place / "comparison.json", found.as_dict() | more | {"sides": sides, "pairs": pairs, "pair": names[:2]})
     step = {"epoch": 0.5, "lr": 1e-3, "tokens": 900, "targets": 200, "seconds": 2.0, "peak_bytes": 2**30}
     records = [{"step": i + 1, "loss": 3.0 - i / 40, **step} for i in range(40)] + [{"step": 40, "eval_loss": 2.6}]
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))

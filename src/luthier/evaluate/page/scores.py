@@ -60,9 +60,9 @@ def _sentence(sentence: str) -> str:
 
 
 def _detectable(found: Json, metric: Metric) -> str:
-    """What a test set like this one can tell; empty where the comparison did not work it out."""
+    """What a test set like this one can tell; empty without a verdict, where a warning says it."""
     least = found.get("detectable")
-    if least is None:
+    if least is None or found["verdict"] == "no evidence":
         return ""
     unit = f" {metric.unit}" if metric.unit else ""
     return f"{found['n']} questions like these find a true difference of {figure(least)}{unit} four times in five."
