@@ -16,11 +16,12 @@ _HOMES = {
     "fit": "luthier.api",
     "prepare": "luthier.api",
     "start": "luthier.api",
+    "study": "luthier.api",
 }
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "fit", "prepare", "start"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "fit", "prepare", "start", "study"]
 
 if TYPE_CHECKING:
-    from luthier.api import compare, fit, prepare, start
+    from luthier.api import compare, fit, prepare, start, study
     from luthier.errors import LuthierError
     from luthier.recipe import Recipe
     from luthier.runs import Run

@@ -1,6 +1,7 @@
 """The order of rows, and rows as tensors."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,43 @@ def test_collate_learns_only_supervised_tokens_that_follow_one_of_their_row(tmp_
     assert micro.targets.tolist() == [9, 6, 7]  # 8 is supervised too, but nothing comes before it
     assert (micro.ids[micro.rows + 1] == micro.targets).all()
     assert len(micro.targets) == store.targets(0) + store.targets(1)
+
+
+# --- a part of the rows
+
+
+def seen(stream: Stream) -> set[int]:
+    return {sample.row for sample in all_rows(stream, range(stream.steps))}
+
+
+def test_a_smaller_number_of_rows_is_part_of_a_larger_one(store: TokenStore) -> None:
+    parts = [seen(Stream(store, None, 3, 4, rows=rows)) for rows in (1, 4, 7, 10)]
+    assert [len(part) for part in parts] == [1, 4, 7, 10]
+    assert all(smaller < larger for smaller, larger in pairwise(parts))
+
+
+def test_another_seed_takes_other_rows(store: TokenStore) -> None:
+    assert seen(Stream(store, None, 3, 4, rows=4)) != seen(Stream(store, None, 4, 4, rows=4))
+
+
+def test_the_rows_of_a_part_are_the_same_on_every_machine_and_version(store: TokenStore) -> None:
+    """Written down: a change here would silently change every study."""
+    assert seen(Stream(store, None, 17, 10, rows=4)) == {0, 3, 5, 8}
+
+
+def test_all_rows_as_a_number_are_all_rows(store: TokenStore) -> None:
+    whole, counted = Stream(store, None, 3, 4, epochs=2), Stream(store, None, 3, 4, epochs=2, rows=10)
+    assert [whole.step(n) for n in range(whole.steps)] == [counted.step(n) for n in range(counted.steps)]
+
+
+def test_a_part_keeps_the_weights_of_its_rows(store: TokenStore) -> None:
+    weights = np.array([2.0] * 5 + [1.0] * 5)
+    stream = Stream(store, weights, 3, 4, rows=6)
+    times = Counter(sample.row for sample in all_rows(stream, range(stream.steps)))
+    assert len(times) == 6
+    assert all(times[row] == weights[row] for row in times)
+
+
+def test_more_rows_than_there_are_is_refused(store: TokenStore) -> None:
+    with pytest.raises(DataError, match="11 rows are asked for and 10 are left to learn from"):
+        Stream(store, None, 3, 4, rows=11)

@@ -153,6 +153,8 @@ def report(work: Callable[[Progress], Event | None]) -> int:
         described = {"what": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
         emit({"event": "error", "kind": type(error).__name__, **described})
         return error.exit_code
+    except KeyboardInterrupt:  # passed on by the parent, where nothing is under way that has to be finished
+        return 130
     if result is not None:
         emit({"event": "result", **result})
     return 0
@@ -161,7 +163,7 @@ def report(work: Callable[[Progress], Event | None]) -> int:
 def _end_with_parent() -> None:
     """The parent holds the other end of stdin. When it is gone nobody watches this worker, and its locks are free for
     another process: stop at once, which checkpoints survive."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold when Python ends
         pass
     os._exit(3)
 

@@ -1,15 +1,12 @@
 """One process of a run: builds the model, trains its share, and, as rank 0, leaves the adapter.
 
-`python -m luthier.train.worker RUN` is what `launch.py` starts, one per rank. It tells its parent what happens as JSON
-lines on stdout (see `Event` in `view.py`), and ends when the parent does.
+`python -m luthier.train.worker RUN` is what `launch.py` starts, one per rank (see `group.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from luthier.adapters import files
 from luthier.data.conversation import Message
 from luthier.data.prepare import Prepared, heldout_conversations
 from luthier.data.stream import Stream
-from luthier.errors import LuthierError, ModelError
+from luthier.errors import ModelError
 from luthier.model.causal import CausalModel, build
 from luthier.model.finite import blaming_weights
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
@@ -29,6 +26,7 @@ from luthier.recipe import Recipe
 from luthier.runs import Run, sync_folder
 from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
+from luthier.train.group import report
 from luthier.train.loop import Trainer
 from luthier.train.memory import host_peak_bytes
 from luthier.train.rehearse import rehearse
@@ -39,8 +37,20 @@ from luthier.train.trackers import Journal, Trackers
 Emit = Callable[[Event], None]
 
 
-def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str, Any]:
-    """Trains to the end, from the last checkpoint if there is one, and saves the adapter. Returns the result's keys."""
+def work(
+    run: Run,
+    decisions: Decisions,
+    engine: Engine,
+    emit: Emit,
+    *,
+    model: CausalModel | None = None,
+    proven: bool = False,
+) -> dict[str, Any]:
+    """Trains to the end, from the last checkpoint if there is one, and saves the adapter. Returns the result's keys.
+
+    `model`: what `model_of` would build, at hand already, with an adapter as new. It is left with the run's adapter.
+    `proven`: the worst step was run before, under the same decisions on the same rows.
+    """
     torch.set_num_threads(decisions.threads)
     trackers = Trackers(
         run.recipe.run.track if engine.rank == 0 else [],
@@ -50,7 +60,7 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
     )
     folder = model_folder(run.recipe.model)
     prepared = Prepared.open(run.data, load_tokenizer(folder, run.recipe.adapter))
-    model = _model(run.recipe, decisions, folder)
+    model = model or model_of(run.recipe, decisions, folder)
     _check_vocabulary(prepared, len(model.module.get_input_embeddings().weight))
     trainer = Trainer(
         run.recipe,
@@ -68,7 +78,7 @@ def work(run: Run, decisions: Decisions, engine: Engine, emit: Emit) -> dict[str
         emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
     try:
         with reproducible(decisions.place), blaming_weights(folder, model.dtype):
-            if not trainer.finished:
+            if not trainer.finished and not proven:
                 _rehearse(trainer, decisions, emit)
             steps = list(trainer)
     finally:
@@ -119,47 +129,37 @@ def stream(recipe: Recipe, prepared: Prepared) -> Stream:
         train.samples_per_step,
         epochs=train.epochs,
         max_steps=train.max_steps,
+        rows=recipe.data.rows,
     )
 
 
 def main(folder: str) -> int:
-    """The exit code of one rank; errors a person can act on travel to the parent as an event."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Whatever a library prints must not get between the events.
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def emit(event: Event) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    try:
-        run = Run.open(folder)
-        decisions = Decisions(**run.manifest["decisions"])
-        engine: Engine = ENGINES.get(decisions.engine)()
-        result = work(run, decisions, engine, emit)
-        if engine.rank == 0:
-            emit({"event": "result", **result})
-        engine.close()
-    except LuthierError as error:
-        described = {"what": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
-        emit({"event": "error", "kind": type(error).__name__, **described})
-        return error.exit_code
-    return 0
+    """The exit code of one rank."""
+    return report(lambda emit: _rank(Run.open(folder), emit))
 
 
-def _model(recipe: Recipe, decisions: Decisions, folder: Path) -> CausalModel:
+def _rank(run: Run, emit: Emit) -> Event | None:
+    decisions = Decisions(**run.manifest["decisions"])
+    engine: Engine = ENGINES.get(decisions.engine)()
+    result = work(run, decisions, engine, emit)
+    engine.close()
+    return result if engine.rank == 0 else None
+
+
+def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = None) -> CausalModel:
+    """The base in `folder` with a new adapter; `loaded` as in `build`."""
     check_place(decisions.place)
     return build(
         recipe.model,
         recipe.adapter,
         folder=folder,
-        kernels=decisions.kernels,  # type: ignore[arg-type]
+        kernels=decisions.kernels,
         recompute=decisions.recompute,
         seed=recipe.train.seed,
         device=torch.device(decisions.place),
         dtype=getattr(torch, decisions.dtype),
         offload=decisions.offload,
+        loaded=loaded,
     )
 
 
@@ -220,14 +220,6 @@ def _result(run: Run, decisions: Decisions, trainer: Trainer, steps: list[Step])
         "predicted_peak_bytes": decisions.predicted_peak_bytes,
         "host_peak_bytes": host_peak_bytes(),
     }
-
-
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin. When it is gone nobody watches this rank, and the run's lock is free for
-    another process: stop at once, which checkpoints survive."""
-    while sys.stdin.buffer.read(1):
-        pass
-    os._exit(3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""study.html: a study on one page, written from findings.json alone. One file, no network, no script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from luthier import __version__
+from luthier.evaluate import curve
+from luthier.evaluate.figures import Axis, Series, chart, interval
+from luthier.evaluate.paired import figure, signed
+from luthier.evaluate.study_view import expectation, labelled
+from luthier.runs import read_json, write_atomic
+
+Json = dict[str, Any]
+
+_HEADLINES = {
+    "more helps": "More data helps",
+    "helps": "Training helps",
+    "no evidence": "No evidence",
+    "worse": "Worse",
+    "winner": "A winner",
+    "no winner": "No winner",
+}
+_STEPS = 60
+"""Points of a drawn curve."""
+
+
+def write_page(folder: Path) -> Path:
+    """Writes study.html of the study in `folder` from its findings."""
+    page = folder / "study.html"
+    write_atomic(page, render(read_json(folder / "findings.json")))
+    return page
+
+
+def render(found: Json) -> str:
+    """The page as text. All values are escaped by the template engine."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("luthier.evaluate", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))  # ours, and without user text
+    return environment.get_template("study.html.jinja").render(
+        style=style,
+        version=__version__,
+        found=found,
+        headline=_HEADLINES[found["verdict"]],
+        sentence=_sentence(found["sentence"]),
+        what="rows" if found["over"] is None else found["over"],
+        score=_score(found),
+        loss=_loss(found),
+        rows=_rows(found),
+        differences=_differences(found),
+        next=_next(found),
+        cells=_cells(found),
+    )
+
+
+def _sentence(sentence: str) -> str:
+    """The sentence below its headline: without the verdict, with a capital."""
+    _, _, rest = sentence.partition(": ")
+    return rest[:1].upper() + rest[1:] + "."
+
+
+def _score(found: Json) -> Markup:
+    if found["over"] is not None:
+        return Markup("")
+    lines = _bands(found["points"], "score", "low", "high") + _fitted(
+        found["fit"], found["points"], found["metric_title"]
+    )
+    if found["chance"] is not None and (following := found["points"][-1]["size"]):
+        lines.append(Series("guessing", [(0.0, found["chance"]), (float(following), found["chance"])], "raw"))
+    return chart(lines, label=f"{found['metric_title']} by number of rows", x_title="rows learned from")
+
+
+def _loss(found: Json) -> Markup:
+    if found["over"] is not None or found["points"][0]["validation_loss"] is None:
+        return Markup("")
+    lines = _bands(found["points"], "validation_loss", "validation_low", "validation_high")
+    lines += _fitted(found["loss_fit"], found["points"], "validation loss")
+    return chart(lines, label="Validation loss by number of rows", x_title="rows learned from")
+
+
+def _bands(points: list[Json], middle: str, low: str, high: str) -> list[Series]:
+    known = [point for point in points if point[middle] is not None]
+    return [
+        Series("95 % band", [(float(p["size"]), float(p[high])) for p in known], "raw"),
+        Series("", [(float(p["size"]), float(p[low])) for p in known], "raw"),
+        Series("measured", [(float(p["size"]), float(p[middle])) for p in known], "dots"),
+    ]
+
+
+def _fitted(fit: Json | None, points: list[Json], name: str) -> list[Series]:
+    """The curve from the smallest trained size to the next doubling, where its interval stands."""
+    if fit is None:
+        return []
+    smallest, largest = fit["smallest"], fit["next"]["size"]
+    shape = (fit["limit"], fit["amount"], fit["exponent"], smallest)
+    sizes = [smallest + (largest - smallest) * i / _STEPS for i in range(_STEPS + 1)]
+    expected = fit["next"]
+    return [
+        Series("fitted curve", [(size, curve.at(size, *shape)) for size in sizes], "smooth"),
+        Series("", [(float(largest), expected["low"]), (float(largest), expected["high"])], "smooth"),
+    ]
+
+
+def _rows(found: Json) -> list[Json]:
+    """A line of the table for each point, all bands on one scale."""
+    scored = [point for _, point in labelled(found) if point["score"] is not None]
+    low, high = min(p["low"] for p in scored), max(p["high"] for p in scored)
+    margin = 0.05 * (high - low) or 1.0
+    axis = Axis(low - margin, high + margin)
+    return [_row(label, point, axis) for label, point in labelled(found)]
+
+
+def _row(label: str, point: Json, axis: Axis) -> Json:
+    row = {"label": "without training" if label in ("0", "base") else label, "seeds": len(point["seeds"]) or ""}
+    if point["score"] is None:
+        return row | {"score": "diverged", "band": "", "drawing": "", "loss": ""}
+    band = f"{figure(point['low'])} to {figure(point['high'])}"
+    loss = "" if point["validation_loss"] is None else f"{point['validation_loss']:.3f}"
+    drawing = interval(point["low"], point["score"], point["high"], axis, f"95 % band {band}")
+    return row | {"score": figure(point["score"]), "band": band, "drawing": drawing, "loss": loss}
+
+
+def _differences(found: Json) -> list[Json]:
+    return [
+        {
+            "pair": f"{one['second']} − {one['first']}",
+            "difference": signed(one["value"]),
+            "interval": f"{signed(one['low'])} to {signed(one['high'])}",
+            "p": f"{one['p']:.2g}",
+        }
+        for one in found["differences"]
+    ]
+
+
+def _next(found: Json) -> Json | None:
+    fit = found["fit"]
+    if fit is None:
+        return None
+    told = {"size": f"{fit['next']['size']:,}", "gain": expectation(found), "check": ""}
+    if check := fit["check"]:
+        where = "inside" if check["inside"] else "outside"
+        told["check"] = (
+            f"Without the largest size, the curve foresees {figure(check['low'])} to {figure(check['high'])} for it; "
+            f"it measured {figure(check['measured'])}, {where} that interval."
+        )
+    return told
+
+
+def _cells(found: Json) -> list[Json]:
+    return [
+        {
+            "name": cell["folder"].rpartition("/")[2],
+            "report": f"{cell['folder']}/report.html",
+            "score": "diverged" if cell["failed"] else figure(cell["score"]),
+            "failed": cell["failed"],
+        }
+        for cell in found["cells"]
+    ]

@@ -1,0 +1,250 @@
+"""Learning curves and differences between settings, on scores made in code whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier.evaluate import curve
+from luthier.evaluate.curve import Curve
+from luthier.evaluate.findings import Cell, Findings, find
+from luthier.evaluate.metrics import METRICS
+from luthier.evaluate.metrics.metric import ratio
+
+SIZES = [100, 200, 400, 800]
+Truth = Callable[[float], float]
+
+
+def power(size: float) -> float:
+    return 0.7 - 0.3 * (size / 100) ** -0.5
+
+
+def flat(size: float) -> float:
+    return 0.27
+
+
+def statistics(rng: Any, share: float, seeds: int, hardness: Any, spread: float = 0.06) -> Any:
+    """float64 [seeds, n, 2]: right or wrong answers to questions of that hardness, `share` of them right on average,
+    but for what a seed does."""
+    levels = np.linspace(-9, 9, 721)
+    means = (1 / (1 + np.exp(hardness[None] - levels[:, None]))).mean(axis=1)
+    level = np.interp(share, means, levels)
+    right = [
+        rng.random(len(hardness)) < 1 / (1 + np.exp(hardness - level - rng.normal(0, spread))) for _ in range(seeds)
+    ]
+    return np.stack([100.0 * np.array(right), np.ones((seeds, len(hardness)))], axis=-1)
+
+
+def simulated(rng: Any, truth: Truth, sizes: list[int], seeds: int, n: int = 200) -> dict[int, Any]:
+    hardness = rng.logistic(0, 1.5, n)
+    return {size: statistics(rng, truth(size), seeds, hardness) for size in sizes}
+
+
+def scores(found: dict[int, Any]) -> dict[int, dict[int, float]]:
+    return {size: dict(enumerate(ratio(some.sum(axis=1)).tolist())) for size, some in found.items()}
+
+
+@pytest.mark.parametrize(("truth", "seeds"), [(power, 3), (flat, 2), (power, 1)])
+def test_the_interval_of_the_next_doubling_holds_what_is_then_measured(truth: Truth, seeds: int) -> None:
+    """95 % over many studies; the full simulation is benchmarks/study_coverage.py."""
+    rng, inside, foreseen = np.random.default_rng(3), 0, 0
+    for _ in range(40):
+        seen = scores(simulated(rng, truth, [*SIZES, 1600], seeds))
+        after = np.mean(list(seen.pop(1600).values()))
+        fit = curve.fit(seen, (0.0, 100.0))
+        assert fit is not None
+        assert fit.check is not None
+        inside += fit.next.low <= after <= fit.next.high
+        foreseen += fit.check.low <= np.mean(list(seen[800].values())) <= fit.check.high
+    assert inside >= 34  # at 95 %, fewer come once in a hundred times
+    assert foreseen >= 34
+
+
+def test_a_power_law_without_noise_is_found_as_it_is() -> None:
+    seen = {size: {seed: 100 * power(size) for seed in (1, 2)} for size in SIZES}
+    fit = curve.fit(seen)
+    assert fit is not None
+    assert fit.exponent == pytest.approx(0.5)
+    assert (fit.limit, fit.amount) == pytest.approx((70.0, -30.0), abs=0.01)
+    assert fit.next.value == pytest.approx(100 * power(1600), abs=0.1)
+    assert curve.at(250, fit.limit, fit.amount, fit.exponent, fit.smallest) == pytest.approx(100 * power(250), abs=0.01)
+
+
+def test_the_check_uses_the_smaller_sizes_alone() -> None:
+    seen = scores(simulated(np.random.default_rng(0), power, SIZES, 2))
+    odd = {**seen, 800: dict.fromkeys(seen[800], 5.0)}
+    found, other = curve.fit(seen), curve.fit(odd)
+    assert found is not None
+    assert other is not None
+    assert found.check == other.check
+    assert found.next != other.next
+    assert other.check is not None
+    assert not other.check.low <= 5.0 <= other.check.high
+
+
+def test_seeds_that_differ_in_level_alone_do_not_widen_the_prediction() -> None:
+    level = {1: -6.0, 2: 6.0}
+    seen = {size: {seed: 100 * power(size) + add for seed, add in level.items()} for size in SIZES}
+    fit = curve.fit(seen)
+    assert fit is not None
+    assert fit.next.high - fit.next.low < 0.5
+
+
+def test_fewer_than_three_sizes_give_no_curve_and_three_no_check() -> None:
+    seen = scores(simulated(np.random.default_rng(0), power, [100, 200, 400], 2))
+    fit = curve.fit(seen)
+    assert fit is not None
+    assert fit.check is None
+    assert curve.fit({size: seen[size] for size in (100, 200)}) is None
+
+
+def test_a_band_holds_the_score_of_other_questions_and_other_seeds() -> None:
+    rng, inside = np.random.default_rng(4), 0
+    for _ in range(60):
+        points = {str(size): some for size, some in simulated(rng, flat, SIZES, 3, n=100).items()}
+        band = Curve(points, ratio, draws=1000).band("400")
+        inside += band.low <= 27.0 <= band.high
+    assert inside >= 53
+
+
+def test_seed_noise_is_pooled_over_points_and_widens_bands() -> None:
+    rng, hardness = np.random.default_rng(5), np.zeros(100)
+    same = {str(i): np.repeat(statistics(rng, 0.5, 1, hardness), 3, axis=0) for i in range(3)}
+    apart = {str(i): statistics(rng, 0.5, 3, hardness, spread=1.0) for i in range(3)}
+    quiet, loud = Curve(same, ratio), Curve(apart, ratio)
+    assert (quiet.noise.deviation, quiet.noise.freedom) == (0.0, 6)
+    deviations = [ratio(some.sum(axis=1)).var(ddof=1) for some in apart.values()]
+    assert loud.noise.deviation == pytest.approx(np.mean(deviations) ** 0.5)
+    widths = [found.band("1").high - found.band("1").low for found in (quiet, loud)]
+    assert widths[0] < widths[1]
+
+
+def test_bands_stay_where_scores_can_be() -> None:
+    points = {"100": statistics(np.random.default_rng(0), 0.02, 2, np.zeros(40), spread=2.0)}
+    assert Curve(points, ratio, bounds=(0.0, 100.0)).band("100").low == 0.0
+    assert Curve(points, ratio).band("100").low < 0.0
+
+
+# --- verdicts over sizes
+
+
+def cells(found: dict[Any, Any]) -> list[Cell]:
+    def kept(one: Any) -> dict[str, Any]:
+        return {"rows": list(range(len(one))), "statistics": one.tolist(), "heldout": [[2.0, 4.0], [1.0, 4.0]]}
+
+    return [Cell(at, seed, f"{at}-{seed}", kept(one)) for at, some in found.items() for seed, one in enumerate(some)]
+
+
+def study(found: dict[Any, Any], base: Any, *, over: str | None = None, chance: float | None = 25.0) -> Findings:
+    metric = METRICS.get("accuracy_likelihood")
+    (first,) = cells({0: base})
+    assert first.scores is not None
+    return find(metric, cells(found), first.scores, over=over, chance=chance, draws=2000)
+
+
+def of(truth: Truth, base: float, seed: int = 0, seeds: int = 3, n: int = 200) -> Findings:
+    rng = np.random.default_rng(seed)
+    hardness = rng.logistic(0, 1.5, n)
+    found = {size: statistics(rng, truth(size), seeds, hardness) for size in SIZES}
+    return study(found, statistics(rng, base, 1, hardness, spread=0.0))
+
+
+def test_a_curve_that_rises_says_that_more_data_helps() -> None:
+    found = of(power, 0.3)
+    assert found.verdict == "more helps"
+    assert found.trend is not None
+    assert found.trend.low > 0
+    assert found.sentence.startswith("more data helps: accuracy (likelihood) ")
+    assert "the next doubling, to 1,600 rows, gives +" in found.sentence
+    assert "±" in found.sentence
+
+
+def test_a_gain_that_does_not_grow_with_the_data_is_told_apart() -> None:
+    found = of(lambda size: 0.6, 0.3)
+    assert found.verdict == "helps"
+    assert "more data is not seen to" in found.sentence
+
+
+def test_training_that_changes_nothing_is_no_evidence_and_chance_is_named() -> None:
+    found = of(flat, 0.27)
+    assert found.verdict == "no evidence"
+    assert "more data of this kind does not show help with this model" in found.sentence
+    assert "guessing gives 25" in found.sentence
+    assert [point["size"] for point in found.points] == [0, *SIZES]
+
+
+def test_studies_of_nothing_say_no_evidence_nineteen_times_in_twenty() -> None:
+    wrong = sum(of(flat, 0.27, seed=seed, n=100).verdict != "no evidence" for seed in range(40))
+    assert wrong <= 4  # at 5 %, more come once in twenty times
+
+
+def test_a_score_that_falls_is_worse_and_where_lower_is_better_it_is_not() -> None:
+    assert of(lambda size: 0.3, 0.6).verdict == "worse"
+    assert curve.verdict(-5.0, 0.001, -1.0, 0.001, higher=False) == "more helps"
+    assert curve.verdict(-5.0, 0.001, 1.0, 0.5, higher=False) == "helps"
+
+
+def test_two_chances_to_be_wrong_are_both_counted() -> None:
+    assert curve.verdict(5.0, 0.03, 1.0, 0.9, higher=True) == "no evidence"
+    assert curve.verdict(5.0, 0.03, None, 1.0, higher=True) == "helps"
+
+
+def test_one_seed_takes_its_noise_from_what_is_left_around_the_curve() -> None:
+    found = of(power, 0.3, seeds=1)
+    assert any("one seed" in warning for warning in found.warnings)
+    assert found.points[1]["high"] > found.points[1]["low"]
+
+
+def test_sizes_may_have_unequal_seeds_and_one_that_diverged() -> None:
+    rng = np.random.default_rng(0)
+    hardness = rng.logistic(0, 1.5, 100)
+    found = {
+        size: statistics(rng, power(size), seeds, hardness) for size, seeds in zip(SIZES, (3, 2, 3, 1), strict=True)
+    }
+    given = [*cells(found), Cell(200, 9, "200-9", None)]
+    (base,) = cells({0: statistics(rng, 0.3, 1, hardness)})
+    assert base.scores is not None
+    told = find(METRICS.get("accuracy_likelihood"), given, base.scores, over=None, chance=None)
+    assert [len(point["seeds"]) for point in told.points] == [0, 3, 2, 3, 1]
+    assert told.points[2]["failed"] == [9]
+    assert any("at 200, 1 of 3 trainings diverged" in warning for warning in told.warnings)
+    assert told.fit is not None
+
+
+def test_validation_loss_is_the_mean_over_tokens() -> None:
+    found = of(power, 0.3)
+    assert all(point["validation_loss"] == pytest.approx(3.0 / 8.0) for point in found.points)
+
+
+# --- over a setting
+
+
+def values(seed: int, shares: dict[int, float], seeds: int = 3, n: int = 200) -> Findings:
+    rng = np.random.default_rng(seed)
+    hardness = rng.logistic(0, 1.5, n)
+    found = {value: statistics(rng, share, seeds, hardness) for value, share in shares.items()}
+    return study(found, statistics(rng, 0.3, 1, hardness), over="adapter.rank")
+
+
+def test_a_planted_winner_is_found() -> None:
+    found = values(0, {4: 0.4, 8: 0.7, 16: 0.45})
+    assert (found.verdict, found.winner) == ("winner", 8)
+    assert "adapter.rank=8" in found.sentence
+    assert len(found.differences) == 3
+
+
+def test_no_winner_is_declared_inside_the_noise() -> None:
+    won = sum(values(seed, {4: 0.5, 8: 0.5, 16: 0.5}, n=100).winner is not None for seed in range(40))
+    assert won <= 4
+    found = values(0, {4: 0.4, 8: 0.7, 16: 0.7})
+    assert (found.verdict, found.winner) == ("no winner", None)
+    assert found.sentence.startswith("no winner: ")
+
+
+def test_one_seed_never_wins() -> None:
+    found = values(0, {4: 0.3, 8: 0.9}, seeds=1)
+    assert found.winner is None
+    assert "with one seed a setting cannot be told from its seed" in found.sentence
