@@ -240,6 +240,27 @@ def test_the_allocator_grows_by_pages_and_fills_its_holes() -> None:
     assert followed.used == (20 << 20) + (5 << 20) + 512 + (11 << 20)
 
 
+def test_what_is_free_at_the_segments_end_is_taken_last() -> None:
+    """As torch has it: a block that can grow counts as the largest, so that a larger hole is filled before it."""
+    followed = Segments()
+    for key, size in enumerate((40, 2, 20)):
+        followed.take(key, size << 20)
+    followed.give(0)
+    followed.give(2)
+    followed.take(3, 15 << 20)  # into the hole of 40, not into the 20 at the end
+    followed.take(4, 22 << 20)
+    assert followed.tops[False] == (40 + 2 + 20) << 20
+    followed.take(5, 30 << 20)
+    assert followed.tops[False] == (40 + 2 + 30) << 20
+
+
+@pytest.mark.parametrize(("kernels", "share"), [("reference", 0.06), ("compiled", 0.025)])
+def test_a_gpu_is_given_room_for_what_no_trace_follows(kernels: Kernels, share: float) -> None:
+    parts = traced("run.recompute=false", config=LLAMA, kernels=kernels).parts
+    followed = sum(parts.values()) - parts["context"]
+    assert parts["fragmentation"] >= share / (1 + share) * followed
+
+
 def test_gpus_are_read_from_the_drivers_table() -> None:
     told = "GPU-a, NVIDIA H200, 143771, 143000, 9.0\nGPU-b, Tesla T4, 15360, 15000, 7.5\nGPU-c, X, [N/A], [N/A], 9.0\n"
     first, second = read_gpus(told, None)

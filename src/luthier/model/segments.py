@@ -2,8 +2,9 @@
 
 The rules are those of torch's `c10/cuda/CUDACachingAllocator.cpp` with expandable segments, which `luthier.allocator`
 asks for: sizes are multiples of 512 bytes; tensors up to 1 MiB lie in one segment, larger ones in another; the smallest
-free block that is large enough is taken and split; neighbours that are free become one block; where none is large
-enough the segment grows at its end, by pages of 2 or 20 MiB.
+free block that is large enough is taken and split, where the last one, which can grow, counts as the largest of all
+(`get_free_block`); neighbours that are free become one block; where none is large enough the segment grows at its end,
+by pages of 2 or 20 MiB (`kSmallBuffer`, `kLargeBuffer`).
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class Segments:
         self._keep(block)
 
     def _fitting(self, size: int, small: bool) -> _Block | None:
+        """The smallest block that is large enough; the last one of the segment is left for `_grown`."""
         blocks = self._free[small]
         place = bisect_left(blocks, (size, 0))
+        if place < len(blocks) and blocks[place][2] is self._last[small]:
+            place += 1
         return blocks.pop(place)[2] if place < len(blocks) else None
 
     def _grown(self, size: int, small: bool) -> _Block:
@@ -67,14 +71,14 @@ class Segments:
         last = self._last[small]
         if last is not None and last.free:
             self._forget(last)
-            last.size = size
+            last.size = max(last.size, size)
             block = last
         else:
             block = _Block(0 if last is None else last.start + last.size, size, small, before=last)
             if last is not None:
                 last.after = block
             self._last[small] = block
-        self.tops[small] = block.start + size
+        self.tops[small] = max(self.tops[small], block.start + size)
         return block
 
     def _split(self, block: _Block, size: int) -> None:

@@ -230,7 +230,10 @@ def _measured(model: CausalModel, micro: Micro, meter: Meter, name: str, chosen:
     return run.figures
 
 
-_CUBLAS = 33_554_432  # workspace that torch lends to a cuBLAS handle: eight pieces of 4 MiB, as training asks for
+# Workspace that torch lends to a cuBLAS handle, out of its allocator: eight pieces of 4 MiB, as training asks for by
+# CUBLAS_WORKSPACE_CONFIG (`train/reproducible.py`); it is Hopper's default, too. cuBLASLt shares it where torch unifies
+# them (TORCH_CUBLASLT_UNIFIED_WORKSPACE, now the default).
+_CUBLAS = 33_554_432
 _PROCESSORS = 148  # of the largest GPUs; smaller ones split less
 
 

@@ -28,6 +28,7 @@ def rehearse(trainer: Trainer) -> int:
     """
     store = trainer.stream.store
     longest = int(store.lengths.max())
+    release()  # what loading and packing took and gave back
     while True:
         tokens = min(trainer.progress.micro_tokens, longest * trainer.recipe.train.samples_per_step)
         if not trainer.engine.highest(_runs_out(trainer, worst(store, max(tokens, longest)))):
