@@ -1,4 +1,7 @@
-"""Writes docs/reference from the code: the recipe, its JSON schema, the command line. `--check` fails when stale."""
+"""Writes docs/reference from the code: the recipe, its JSON schema and that of `compare --json`, the command line.
+
+`--check` fails when stale.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from luthier.cli import parser
+from luthier.evaluate import schema as compared
 from luthier.recipe import Recipe, Section, sections_in
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
@@ -97,6 +101,7 @@ def pages() -> dict[Path, str]:
     return {
         REFERENCE / "recipe.md": recipe_page(),
         REFERENCE / "recipe.schema.json": schema,
+        REFERENCE / "compare.schema.json": json.dumps(compared.schema(), indent=1, ensure_ascii=False) + "\n",
         REFERENCE / "cli.md": cli_page(),
     }
 
