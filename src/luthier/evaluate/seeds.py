@@ -44,7 +44,7 @@ def seeded(metric: Metric, base: Floats, tuned: Floats, *, fixed: bool = False) 
     import numpy as np
 
     base, tuned = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    n = _questions(base, tuned)
+    n = _questions(base, tuned, fixed=fixed)
     scores = [metric.finish(side.sum(axis=1)) for side in (base, tuned)]
     moves = [left_out(metric, side) for side in (base, tuned)]
     total = _total(scores, moves, fixed=fixed)
@@ -67,10 +67,10 @@ def seeded(metric: Metric, base: Floats, tuned: Floats, *, fixed: bool = False) 
     )
 
 
-def _questions(base: Floats, tuned: Floats) -> int:
+def _questions(base: Floats, tuned: Floats, *, fixed: bool) -> int:
     if base.shape[1:] != tuned.shape[1:] or base.shape[1] < 2:
         raise ValueError("recipes are compared on the same questions, and at least two")
-    if max(len(base), len(tuned)) < 2:
+    if len(tuned) < 2 and (fixed or len(base) < 2):
         raise ValueError("the noise of seeds is not known from one seed: compare the two models with `paired`")
     return int(base.shape[1])
 
@@ -87,21 +87,26 @@ def _judged(difference: float, total: Spread) -> Judged:
 def _total(scores: list[Floats], moves: list[Floats], *, fixed: bool) -> Spread:
     """The variance of the difference of two means over seeds. The part that is both a seed's and a question's stands in
     the seeds' variance and in the questions', so it is taken off once; what is left is never less than either."""
-    seeds = [_of_seeds(*sides) for sides in ((scores[0], scores[1]), (scores[1], scores[0]))]
-    if fixed:
-        seeds[0] = Spread(0.0, inf)
+    seeds = _of_seeds(*scores, fixed=fixed)
     questions = _of_questions(moves[1].mean(axis=0) - moves[0].mean(axis=0))
-    trained = seeds[0].variance + seeds[1].variance
+    trained = sum(part.variance for part in seeds)
     variance = trained + questions.variance - sum(_of_both(side) for side in moves)
     variance = max(variance, trained, questions.variance)
     parts = sum(part.variance**2 / part.freedom for part in (*seeds, questions))
     return Spread(variance, max(1.0, variance**2 / parts) if parts > 0.0 else inf)
 
 
-def _of_seeds(own: Floats, other: Floats) -> Spread:
-    """Of the mean of `own` scores [seeds]."""
-    known = own if len(own) > 1 else other
-    return Spread(float(known.var(ddof=1)) / len(own), len(known) - 1.0)
+def _of_seeds(base: Floats, tuned: Floats, *, fixed: bool) -> list[Spread]:
+    """Of the two means over scores [seeds], in parts that were estimated apart from each other."""
+    if fixed or len(base) < 2:
+        return [_of_mean(tuned, 1.0 / len(tuned) + (0.0 if fixed else 1.0))]
+    if len(tuned) < 2:
+        return [_of_mean(base, 1.0 / len(base) + 1.0)]
+    return [_of_mean(side, 1.0 / len(side)) for side in (base, tuned)]
+
+
+def _of_mean(scores: Floats, share: float) -> Spread:
+    return Spread(float(scores.var(ddof=1)) * share, len(scores) - 1.0)
 
 
 def _of_questions(moves: Floats) -> Spread:

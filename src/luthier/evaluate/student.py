@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-STEPS = 100_000
+STEPS = 20_000
 NORMAL = 10_000.0
 """From here on Student's t is the normal distribution to four digits."""
 
