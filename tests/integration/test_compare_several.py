@@ -175,6 +175,8 @@ def test_an_adapter_made_elsewhere_takes_template_and_decisions_of_the_first_run
 
 def test_what_is_no_side_is_told_before_anything_is_loaded(runs: Path) -> None:
     with pytest.raises(UsageError, match="is no run, checkpoint or adapter"):
+        compare_several([runs / "a", runs / "base"])
+    with pytest.raises(RunError, match="is not a run folder"):
         compare_several([runs / "a", runs / "nothing"])
     with pytest.raises(UsageError, match="is given twice"):
         compare_several([runs / "a", runs / "a" / "adapter"])
@@ -256,13 +258,13 @@ def test_perplexity_is_not_compared_over_different_tokens(runs: Path) -> None:
         side.name: [Answer("3", True, 1, nll=2.0, targets=count) for _ in questions]
         for side, count in zip(sides, (2, 3), strict=True)
     }
-    found = judged(asker, questions, sides, answers)
+    found = judged(asker, questions, sides, answers, asker.results)
     assert set(found.metrics) == {"rougeL"}
     assert any("perplexity is left out" in warning for warning in found.warnings)
     evaluate = asker.recipe.evaluate.model_copy(update={"metrics": ["perplexity"]})
     asker = Run(asker.folder, asker.recipe.model_copy(update={"evaluate": evaluate}))
     with pytest.raises(RecipeError, match="these sides cut the same text into different tokens"):
-        judged(asker, questions, sides, answers)
+        judged(asker, questions, sides, answers, asker.results)
 
 
 def test_what_compare_prints_for_machines_is_what_its_schema_says(runs: Path) -> None:

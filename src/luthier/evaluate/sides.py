@@ -160,6 +160,8 @@ def _entry_kind(folder: Path) -> Kind:
         return "checkpoint" if folder.parent.name == "checkpoints" else "run"
     if (folder / "adapter_config.json").is_file():
         return "adapter"
+    if not folder.exists():
+        Run.open(folder)  # raises, and says which runs there are
     fix = "give a run folder, a checkpoint in one (RUN/checkpoints/step-00000050), or a PEFT adapter's folder"
     raise UsageError("is no run, checkpoint or adapter", where=str(folder), fix=fix)
 
