@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 from luthier import recipe
 from luthier.data.conversation import Conversation
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, UsageError
 from luthier.evaluate.metrics.metric import Answer, Metric, Statistics, points
 
 
@@ -131,7 +132,10 @@ def _called(path: str, check: Callable[[str, Conversation], Any], question: Conv
 
 def judge_metric(options: recipe.Judge) -> Metric:
     """Points against the base side's answer, as a judge model gave them (`evaluate/judge.py`): 100 won, 50 tied, 0
-    lost. The base side has 50 by definition."""
+    lost. The base side has 50 by definition. Raises UsageError where the variable of its key is not set."""
+    if options.key_env and not os.environ.get(options.key_env):
+        what = f"the judge's key is not there: the variable {options.key_env} is not set"
+        raise UsageError(what, where="evaluate.metrics", fix=f"export {options.key_env}=… in this terminal")
     name = options.name or "judge"
 
     def score(question: Conversation, answer: Answer) -> list[Statistics]:
