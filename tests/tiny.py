@@ -102,7 +102,7 @@ def run(folder: Path, *overrides: str) -> Run:
         data: {{train: [{{path: sums.jsonl}}], heldout: {{rows: 4}}, clean: {{duplicates: keep}}, length: 64}}
         adapter: {{rank: 4, dropout: 0.1}}
         train: {{lr: 0.01, samples_per_step: 4, epochs: 2}}
-        evaluate: {{samples: 1, generate: {{max_new_tokens: 4}}}}
+        evaluate: {{samples: 1, forgetting: false, generate: {{max_new_tokens: 4}}}}
         run: {{dir: {folder / "run"}, memory: 4GiB, kernels: reference, engine: local, threads: 1}}
     """
     return Run.create(Recipe.parse(tree, *overrides), root=folder)

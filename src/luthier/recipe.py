@@ -446,6 +446,9 @@ class Evaluate(Section):
     generate: Generate = Generate()
     rows: int | None = Field(None, ge=1)
     """Compare on this many test rows (the first ones); null: all."""
+    forgetting: bool = True
+    """Whether `compare` also asks general text and easy general questions, which ship with luthier, to see what was
+    forgotten; on a CPU a few of them."""
     slices: list[str] = []
     """Columns of the data by whose values the comparison is broken down too, such as `[topic]`."""
 

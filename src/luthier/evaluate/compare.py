@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.answers import collect, sampling_of
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
+from luthier.evaluate.contamination import with_contamination
+from luthier.evaluate.forgetting import forgetting, general_answers
+from luthier.evaluate.harness import check_installed, with_tasks
+from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.paired import LEVEL, RESAMPLES
 from luthier.evaluate.ranking import Pair, described
 from luthier.evaluate.report import write_report
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.data.conversation import Conversation
+    from luthier.evaluate.answers import Memo
     from luthier.evaluate.metrics import Answer
+    from luthier.evaluate.workers import Turn
 
 __all__ = ["Comparison", "compare", "render"]
 
@@ -43,12 +49,17 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     needs = needed(run)  # an unknown metric is told before anything is loaded
     asked, folder, started = suite(run), run.results / name, time.monotonic()
     check_decides(asked.questions, run.recipe.evaluate.metrics[0])  # before hours of answering, not after
-    job, sampling = Job(str(run.folder), str(folder), tuple(pair_of(run))), sampling_of(run)
-    wanted = turns(open_sides(job.entries, Seat(), run), asked.questions, sampling, needs)
+    check_installed(run.recipe.evaluate.harness)
+    general, sampling = run.recipe.evaluate.forgetting, sampling_of(run)
+    job = Job(str(run.folder), str(folder), tuple(pair_of(run)), general=general)
+    wanted = turns(open_sides(job.entries, Seat(), run), asked.questions, sampling, needs, general=general)
     with progress(console) as bar:
         memo = done(job, run, wanted, bar)
         answers = [collect(turn.tasks, memo, len(asked.questions), turn.side.side) for turn in wanted]
-        found = bar.wait("scoring", lambda: _judged(run, asked.questions, [turn.side for turn in wanted], answers))
+        sides = [turn.side for turn in wanted]
+        found = bar.wait("scoring", lambda: _judged(run, asked.questions, sides, answers, folder))
+    if general:
+        found = with_forgetting(found, wanted, memo, len(asked.questions))
     found = replace(
         found,
         settings=settings(run, asked, wanted[0].side.subject, time.monotonic() - started) | {"report": str(run.report)},
@@ -60,15 +71,29 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
 
 
 def _judged(
-    run: Run, questions: Sequence[Conversation], sides: Sequence[Opened], answers: Sequence[Sequence[Answer]]
+    run: Run,
+    questions: Sequence[Conversation],
+    sides: Sequence[Opened],
+    answers: Sequence[Sequence[Answer]],
+    folder: Path,
 ) -> Comparison:
-    scored = score(questions, answers, run.recipe.evaluate.metrics)
-    found = contrast(questions, scored)
+    judged, said = with_opinions(run.recipe.evaluate.metrics, questions, answers, folder)
+    scored = score(questions, judged, run.recipe.evaluate.metrics)
+    found = with_contamination(contrast(questions, scored), scored, questions, [run])
+    found = with_tasks(found, run, sides, folder)
+    found.warnings.extend(said)
     return replace(
         cut(found, scored, questions, run.recipe.evaluate.slices),
         sides=[{**side.about, **described(scored, place)} for place, side in enumerate(sides)],
         pairs=[Pair("base", "tuned", found.metrics).as_dict(found.first)],
     )
+
+
+def with_forgetting(found: Comparison, pair: Sequence[Turn], memo: Memo, start: int) -> Comparison:
+    """With what two sides say to general text and questions, which come after the first `start` of their tasks."""
+    base, tuned = (general_answers(t.side.subject, t.side.side, t.tasks, memo, start) for t in pair)
+    forgotten = forgetting(pair[0].side.subject.place, base, tuned)
+    return replace(found, forgetting=forgotten, warnings=[*found.warnings, *forgotten.warnings])
 
 
 def note_source(found: Comparison, asked: Suite) -> None:

@@ -15,6 +15,8 @@ from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, resolv
 from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, limits, paired
 
 if TYPE_CHECKING:
+    from luthier.evaluate.contamination import Contamination
+    from luthier.evaluate.forgetting import Forgetting
     from luthier.evaluate.ranking import Decision
     from luthier.recipe import MetricEntry
 
@@ -35,6 +37,8 @@ class Comparison:
         slices: by name of the slicing, value and metric.
         decision: what is said where more than a base and its adapter are compared.
         seeds: sides that differ in their seed alone as one recipe: its spread, and pairs of recipes, JSON values.
+        forgetting: what became of general text and questions; None where they were not asked.
+        contamination: questions that the training rows give away; None where there are none.
     """
 
     first: str
@@ -52,6 +56,8 @@ class Comparison:
     slices: dict[str, dict[str, dict[str, Paired]]] = field(default_factory=dict)
     seeds: dict[str, Any] = field(default_factory=dict)
     decision: Decision | None = None
+    forgetting: Forgetting | None = None
+    contamination: Contamination | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -86,6 +92,8 @@ class Comparison:
             "seeds": self.seeds,
             "winner": self.decision.winner if self.decision else None,
             "pair": list(self.names),
+            "forgetting": self.forgetting.as_dict() if self.forgetting else {},
+            "contamination": self.contamination.as_dict() if self.contamination else {},
             "slices": {
                 slicing: {value: {name: p.as_dict() for name, p in metrics.items()} for value, metrics in of.items()}
                 for slicing, of in self.slices.items()

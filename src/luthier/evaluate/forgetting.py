@@ -1,8 +1,8 @@
 """What a model could do before and may have lost: general text and general questions that ship with luthier, the same
 for every run, so that learning a task is not bought unseen with everything else.
 
-Text is judged by perplexity, questions by the likelihood of their choices, as text after the template's prompt: nothing
-is generated, so the leg costs little beside the comparison that it is a part of.
+Text is judged by perplexity, questions by the likelihood of their choices, as text after the template's prompt. Nothing
+is generated; on a CPU the first few of each are asked, so that they cost a small part of a comparison.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from luthier.evaluate.subject import Side, Subject
 
 GENERAL: dict[str, Metric] = {"perplexity": PERPLEXITY, "accuracy": ACCURACY_LIKELIHOOD}
+FEW_PASSAGES, FEW_QUESTIONS = 12, 40
+"""As many as cost about a sixth of the demonstration's comparison (docs/log.md)."""
 _NAMES = {"perplexity": "general text: perplexity", "accuracy": "general questions: accuracy"}
 
 
@@ -52,35 +54,40 @@ class Forgetting:
         return [f"the model has forgotten: {'; '.join(lost)}; {fix}"] if lost else []
 
 
+def general(place: str) -> tuple[Conversation, ...]:
+    """The general passages, then the questions, that a model which computes in `place` is asked."""
+    few = place == "cpu"
+    return _passages()[: FEW_PASSAGES if few else None] + _questions()[: FEW_QUESTIONS if few else None]
+
+
 def general_tasks(subject: Subject, side: Side, start: int) -> list[Task]:
     """What has to be known of the general passages and questions on a side; they are numbered from `start`."""
-    passages = dict(enumerate(_examples(subject.encoder), start))
-    choices = choices_of(subject, questions(), labels="text")
-    after = start + len(passages)
-    return likelihoods(subject, side, passages) + choosing(subject, side, {after + i: c for i, c in choices.items()})
+    asked = general(subject.place)
+    texts = [conversation for conversation in asked if _is_text(conversation)]
+    examples = dict(enumerate(_examples(subject.encoder, texts), start))
+    choices = {start + i: found for i, found in choices_of(subject, asked, labels="text").items()}
+    return likelihoods(subject, side, examples) + choosing(subject, side, choices)
 
 
-def general_answers(tasks: Sequence[Task], memo: Memo, start: int, side: Side) -> list[Answer]:
-    """A side's answers, those to passages first; `tasks` may hold others too, of questions before `start`."""
+def general_answers(subject: Subject, side: Side, tasks: Sequence[Task], memo: Memo, start: int) -> list[Answer]:
+    """A side's answers to `general`; `tasks` may hold others too, of questions before `start`."""
     mine = [replace(task, question=task.question - start) for task in tasks if task.question >= start]
-    return collect(mine, memo, len(_general()), side)
+    return collect(mine, memo, len(general(subject.place)), side)
 
 
-def contrast(base: Sequence[Answer], tuned: Sequence[Answer]) -> Forgetting:
-    """Two sides' general answers against each other."""
-    scored = {name: Scores.of(metric, _general(), [base, tuned]) for name, metric in GENERAL.items()}
+def forgetting(place: str, base: Sequence[Answer], tuned: Sequence[Answer]) -> Forgetting:
+    """Two sides' answers to `general(place)` against each other."""
+    scored = {name: Scores.of(metric, general(place), [base, tuned]) for name, metric in GENERAL.items()}
     return Forgetting({name: scores.best() for name, scores in scored.items()})
 
 
 @cache
-def passages() -> tuple[Conversation, ...]:
-    """Texts of many kinds, each a document."""
+def _passages() -> tuple[Conversation, ...]:
     return tuple(Conversation((Message("document", values["text"]),), origin) for values, origin in _rows("passages"))
 
 
 @cache
-def questions() -> tuple[Conversation, ...]:
-    """Easy questions of which everybody knows the answer."""
+def _questions() -> tuple[Conversation, ...]:
     return tuple(
         Conversation(
             (Message("user", values["question"]),),
@@ -93,8 +100,8 @@ def questions() -> tuple[Conversation, ...]:
     )
 
 
-def _general() -> tuple[Conversation, ...]:
-    return passages() + questions()
+def _is_text(conversation: Conversation) -> bool:
+    return conversation.messages[0].role == "document"
 
 
 def _rows(name: str) -> list[tuple[dict[str, Any], Origin]]:
@@ -102,13 +109,13 @@ def _rows(name: str) -> list[tuple[dict[str, Any], Origin]]:
     return [(json.loads(line), Origin(f"general/{name}.jsonl", i)) for i, line in enumerate(text.splitlines(), 1)]
 
 
-def _examples(encoder: Encoder) -> list[Example]:
-    """The passages as tokens, each to be foretold; but no control token, since whether a model ends a text here says
+def _examples(encoder: Encoder, texts: Sequence[Conversation]) -> list[Example]:
+    """The texts as tokens, each to be foretold; but no control token, since whether a model ends a text here says
     nothing of how it reads."""
     from luthier.data.tokens import Encoder
 
     control = frozenset(encoder.tokenizer.control.values())
-    plain = Encoder(encoder.tokenizer, encoder.template, "all").examples(passages())
+    plain = Encoder(encoder.tokenizer, encoder.template, "all").examples(texts)
     return [replace(example, supervised=[int(i not in control) for i in example.ids]) for example in plain]
 
 

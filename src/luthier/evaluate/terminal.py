@@ -46,6 +46,7 @@ class Shown:
             yield from (Padding(table, (1, 0, 0, 0)) for table in (tables.sides(found), tables.pairs(found)))
         else:
             yield Text(_manner(found), style="dim")
+        yield from (Text(line, style="dim") for line in (found.forgetting.lines if found.forgetting else ()))
         if sliced := tables.slices(found, every=self.slices):
             yield Padding(sliced, (1, 0, 0, 0))
         yield from (Text(f"note: {warning}", style="yellow") for warning in found.warnings)
