@@ -76,7 +76,7 @@ def compare(
 def _whole_run(run: Run | str | Path) -> Run | None:
     if isinstance(run, Run):
         return run
-    return Run.open(run) if (Path(run) / "recipe.yaml").is_file() or not Path(run).exists() else None
+    return Run.open(run) if (Path(run) / "recipe.yaml").is_file() else None
 
 
 def _folder(run: Run | str | Path) -> Path:
@@ -217,9 +217,21 @@ def demo(overrides: Sequence[str], *, name: str | None = None, console: Console)
     show_data(run, rows=1, console=console)
     fit(run, console=console)
     comparison = show_comparison(run, console=console)
+    if system and system.study:
+        _show_toy_study(run, system.study, console)
     if system:
         _say(console, system.meaning)
     return comparison
+
+
+def _show_toy_study(run: Run, sizes: tuple[int, ...], console: Console) -> None:
+    """The system's study of how much data it needs, with one seed and a few rows."""
+    from luthier.evaluate.study import Wanted
+
+    folder = run.folder.with_name(f"{run.folder.name}-study")
+    _say(console, f"its study of the size of the data, on {', '.join(map(str, sizes))} rows:")
+    recipe = Recipe.parse(run.recipe.dump(), "train.max_steps=null", "run.dir=null")
+    show_study(recipe, Wanted(None, sizes, seeds=1), folder, root=run.root, console=console)
 
 
 def _show_changes(name: str, recipe: Recipe, console: Console) -> None:

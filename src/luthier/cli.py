@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--base",
         action=argparse.BooleanOptionalAction,
-        help="whether the untouched base is a side too (default: where all sides share one)",
+        help="with or (--no-base) without the untouched base as a side (default: with, where all sides share one)",
     )
     compare.add_argument("--questions", metavar="RUN", help="ask the questions of this run (default: of the first one)")
     compare.add_argument("--slices", action="store_true", help="show the table of slices even where none stands out")

@@ -1,6 +1,5 @@
 """Runs, checkpoints, adapters and bases against each other, on tiny trained runs."""
 
-import gc
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from luthier import api
@@ -21,12 +21,13 @@ from luthier.evaluate.compare import compare
 from luthier.evaluate.neighbours import trainings
 from luthier.evaluate.schema import check
 from luthier.evaluate.seat import Seat
-from luthier.evaluate.several import compare_several
+from luthier.evaluate.several import _pinned, compare_several
 from luthier.evaluate.sides import by_base, entries, open_sides, with_bases
 from luthier.evaluate.slices import LENGTH
 from luthier.evaluate.suite import suite
 from luthier.evaluate.workers import Job, fill, needed, turns
 from luthier.runs import Run, read_json
+from luthier.train.checkpoint import read_adapter
 from luthier.train.launch import train
 
 TEST = ("data.test=[{path: sums.jsonl}]", "data.leaks=keep", "evaluate.metrics=[rougeL, perplexity]")
@@ -109,8 +110,6 @@ def test_an_adapter_that_has_had_its_turn_leaves_no_trace(runs: Path, kernels: s
     prompt = first.subject.encoder.prompts(suite(Run.open(runs / "a")).questions[:1])[0]
 
     def logits(subject: object) -> list[float]:
-        import torch
-
         with subject.side("tuned"):  # type: ignore[attr-defined]
             return list(subject.model.module(torch.tensor([prompt])).logits[0, -1].tolist())  # type: ignore[attr-defined]
 
@@ -124,11 +123,11 @@ def test_adapters_that_change_the_base_have_it_read_again_and_never_two_of_it(ru
     sides = open_sides(entries([runs / "a", runs / "neck"], None), seat)
     first, second = (side.subject for side in sides)
     assert first.base == second.base
-    before = weakref.ref(first.model.module)
+    reads_at_its_end: list[int] = []
+    weakref.finalize(first.model.module, lambda: reads_at_its_end.append(seat.reads))
     assert second.model.module is not None
-    gc.collect()
     assert seat.reads == 2
-    assert before() is None
+    assert reads_at_its_end == [1]  # the first was gone before the second was there
 
 
 def test_sides_of_two_bases_come_one_base_after_the_other(runs: Path) -> None:
@@ -154,6 +153,18 @@ def test_a_checkpoint_of_the_last_step_answers_as_the_adapter_does(runs: Path) -
     assert found.sides[1]["folder"] == str(newest)
     assert [row["tuned"] for row in found.rows] == [row["tuned"] for row in compare(run).rows]
     assert not list((run.results / f"compare-{found.sides[1]['name']}").glob(".pinned-*"))
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_stays_readable(runs: Path) -> None:
+    folder = max((runs / "b" / "checkpoints").glob("step-*"))
+    tensors = read_adapter(folder)
+    with _pinned(entries([folder], None), runs / "results") as (entry,):
+        shutil.rmtree(folder)
+        assert entry.given == str(folder)
+        held = read_adapter(Path(entry.folder))
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensors[name]) for name in tensors)
+    assert list((runs / "results").iterdir()) == []
 
 
 def test_an_adapter_made_elsewhere_takes_template_and_decisions_of_the_first_run(runs: Path) -> None:

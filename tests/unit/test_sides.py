@@ -216,3 +216,11 @@ def test_a_run_that_trains_is_seen_while_it_does_and_its_lock_is_not_touched(
     assert trainings([]) == []
     (folder / ".lock").write_text(f"process {os.getpid()} on elsewhere")
     assert trainings([]) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
+def test_who_answers_beside_a_training_run_is_last_for_a_core_and_first_to_go() -> None:
+    code = "import os; from luthier.evaluate.neighbours import step_back; step_back(); print(os.nice(0))"
+    code += "; print(open('/proc/self/oom_score_adj').read())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["19", "1000"]
