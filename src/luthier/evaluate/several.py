@@ -17,6 +17,7 @@ from luthier.errors import RecipeError, UsageError
 from luthier.evaluate.answers import collect, sampling_of
 from luthier.evaluate.compare import keep, note_source, settings
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
+from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.metrics import Answer, resolved
 from luthier.evaluate.neighbours import is_there
 from luthier.evaluate.ranking import Unit, decide, described, noise, pairs
@@ -72,7 +73,7 @@ def compare_several(
             memo = done(job, asker, wanted, bar)
             count = len(asked.questions)
             answers = {t.side.name: collect(t.tasks, memo, count, t.side.side) for t in wanted}
-            result = bar.wait("scoring", lambda: judged(asker, asked.questions, sides, answers))
+            result = bar.wait("scoring", lambda: judged(asker, asked.questions, sides, answers, folder))
     result.warnings[:0] = _differences(asker, sides)
     made = settings(asker, asked, sides[0].subject, time.monotonic() - started)
     result = replace(result, settings=made | {"report": str(folder / "report.html")})
@@ -83,12 +84,17 @@ def compare_several(
 
 
 def judged(
-    asker: Run, questions: Sequence[Conversation], sides: Sequence[Opened], answers: dict[str, list[Answer]]
+    asker: Run,
+    questions: Sequence[Conversation],
+    sides: Sequence[Opened],
+    answers: dict[str, list[Answer]],
+    folder: Path,
 ) -> Comparison:
-    """What the answers of the sides say, in the order of `sides`."""
+    """What the answers of the sides say, in the order of `sides`. Judges' replies are kept in `folder`."""
     names, bases = [side.name for side in sides], [side.name for side in sides if side.entry.kind == "base"]
     metrics, warnings = _comparable(asker, questions, [answers[name] for name in names])
-    scored = score(questions, [answers[name] for name in names], metrics)
+    opinions, said = with_opinions(metrics, questions, [answers[name] for name in names], folder)
+    scored = score(questions, opinions, metrics)
     alone, recipes = [Unit(name, (place,)) for place, name in enumerate(names)], by_recipe(sides)
     every = pairs(scored, alone, bases)
     units = alone if len(names) - len(bases) < 3 or len(recipes) < 2 else recipes
@@ -100,7 +106,7 @@ def judged(
     found = contrast(questions, scored, *places)
     asked = [pair for pair in between if (pair.first, pair.second) == tuple(unit.name for unit in decision.pair)]
     found = replace(found, metrics=asked[0].metrics) if asked else found
-    found.warnings[:0] = [*warnings, *_same_recipe(recipes)]
+    found.warnings[:0] = [*warnings, *said, *_same_recipe(recipes)]
     for place, row in enumerate(found.rows):
         row["answers"] = {name: answers[name][place].text for name in names}
     return replace(
