@@ -42,17 +42,19 @@ def examine(console: Console) -> dict[str, Any]:
 def _choices(facts: Machine) -> dict[str, str]:
     """What every `auto` would become here, each with its reason."""
     from luthier.model.load import dtype_name
+    from luthier.train.decide import place_of
 
-    dtype, why = dtype_name("auto", "cpu", facts)
+    place, place_why = place_of("auto", facts)
+    dtype, why = dtype_name("auto", place, facts)
     several = facts.free_cores > 1
-    return {
-        "place": "cpu: training on a GPU is not there yet",
-        "compute": f"{dtype}: {why}",
+    on_cpu = {
         "engine": f"ddp: {facts.free_cores} free cores, one process each" if several else "local: one free core",
         "kernels": f"compiled where a run is long enough: {facts.compiler}"
         if facts.compiler
         else "eager: no C++ compiler on PATH",
     }
+    on_gpu = {"engine": "local: one process", "kernels": "compiled for families that our block knows, else reference"}
+    return {"place": f"{place}: {place_why}", "compute": f"{dtype}: {why}", **(on_cpu if place == "cpu" else on_gpu)}
 
 
 def _quantisers() -> dict[str, dict[str, Any]]:
@@ -100,7 +102,7 @@ def _show(findings: dict[str, Any], facts: Machine, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
-    busy = f", {facts.busy} busy" if facts.busy else ""
+    busy = f", {facts.busy} tasks of others running" if facts.busy else ""
     table.add_row("processor", f"{facts.cores} cores{busy}; {' '.join(facts.flags) or 'no known vector instructions'}")
     table.add_row("memory", f"{facts.available / GIB:.1f} GiB free of {facts.memory / GIB:.1f}")
     for name, choice in findings["choices"].items():

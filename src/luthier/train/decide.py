@@ -76,7 +76,7 @@ def decide(
     Raises MemoryPlanError with what to change if no arrangement fits the memory, RecipeError if the recipe
     contradicts itself.
     """
-    place, place_why = _place(recipe, facts)
+    place, place_why = place_of(recipe.run.place, facts)
     chosen = (dtype, "as this run began") if dtype else dtype_name(recipe.model.compute, place, facts)
     dtype, dtype_why = chosen
     layout, planned = arrange(recipe, config, facts, rows, place=place, dtype=dtype)
@@ -107,9 +107,10 @@ def decide(
     )
 
 
-def _place(recipe: Recipe, facts: Machine) -> tuple[str, str]:
-    if recipe.run.place != "auto":
-        return recipe.run.place, "as the recipe says"
+def place_of(wanted: str, facts: Machine) -> tuple[str, str]:
+    """Where a run goes whose recipe says `wanted`, and why."""
+    if wanted != "auto":
+        return wanted, "as the recipe says"
     if not facts.gpus:
         return "cpu", "no GPU is seen"
     import torch
@@ -121,7 +122,7 @@ def _place(recipe: Recipe, facts: Machine) -> tuple[str, str]:
 
 def planned(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str | None = None) -> Plan:
     """The plan of `recipe` before its data is known; `place`: not where the recipe says, but there."""
-    place = place or _place(recipe, facts)[0]
+    place = place or place_of(recipe.run.place, facts)[0]
     dtype, why = dtype_name(recipe.model.compute, place, facts)
     found = arrange(recipe, config, facts, None, place=place, dtype=dtype)[1]
     return replace(found, why=found.why | {"dtype": why})
