@@ -31,20 +31,23 @@ TRUTHS: dict[str, Callable[[float], float]] = {
 }
 SHAPES = (([200, 400, 600, 800, 1000], 3), ([100, 200, 400, 800], 2), ([200, 400, 600, 800, 1000], 1))
 BASE = 0.27
+_SPREAD = 1.5
+_RANKS = (np.arange(400) + 0.5) / 400
+_HARDNESS = _SPREAD * np.log(_RANKS / (1 - _RANKS))  # of all questions there are
 _LEVELS = np.linspace(-9, 9, 1441)
+_SHARES = (1 / (1 + np.exp(_HARDNESS[None] - _LEVELS[:, None]))).mean(axis=1)
 
 
 def answers(rng: Any, share: float, hardness: Any, spread: float) -> Any:
-    """float64 [n, 2]: statistics of one cell, `share` of it right on average."""
-    means = (1 / (1 + np.exp(hardness[None] - _LEVELS[:, None]))).mean(axis=1)
-    level = np.interp(share, means, _LEVELS) + rng.normal(0, spread)
+    """float64 [n, 2]: statistics of one cell of a model that would have `share` of all questions right."""
+    level = np.interp(share, _SHARES, _LEVELS) + rng.normal(0, spread)
     right = rng.random(len(hardness)) < 1 / (1 + np.exp(hardness - level))
     return np.stack([100.0 * right, np.ones(len(hardness))], axis=-1)
 
 
 def study(rng: Any, truth: Callable[[float], float], sizes: list[int], seeds: int, questions: int) -> dict[str, Any]:
     """What one study promised, and whether it was kept."""
-    hardness, largest = rng.logistic(0, 1.5, questions), sizes[-1]
+    hardness, largest = rng.logistic(0, _SPREAD, questions), sizes[-1]
     cells = {
         size: np.stack([answers(rng, truth(size), hardness, 0.06) for _ in range(seeds)])
         for size in [*sizes, 2 * largest]

@@ -19,12 +19,14 @@ class Demo:
         rows: the files of toy rows, as FORMAT of their part (`train` or `test`).
         toy: the architecture of `model/toy.py` that takes the base's place; None: the embedded model does.
         sizes: further overrides, of how much is done and never of what.
+        study: numbers of rows that its study of the data's size trains on; none: it has no such study.
     """
 
     recipe: str
     rows: str
     toy: str | None
     sizes: tuple[str, ...]
+    study: tuple[int, ...] = ()
 
     def overrides(self, name: str, progress: Callable[[str], None]) -> list[str]:
         """What differs from the full size, as `section.key=value`. Makes the toy model if it is not there yet."""
@@ -52,6 +54,7 @@ _SMALL = (
     "run.engine=local",
     "run.log_every=1",
     "run.save.every=3",
+    "evaluate.forgetting=false",
 )  # processes would take longer to start than to work
 
 DEMOS = {
@@ -94,6 +97,7 @@ DEMOS = {
             "evaluate.rows=4",
             *_SMALL,
         ),
+        study=(2, 4, 8),
     ),
     "chatglm": Demo(
         "chatglm-6b-alpaca",

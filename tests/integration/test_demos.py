@@ -125,6 +125,17 @@ def test_a_demonstration_ends_in_a_comparison_a_report_and_plain_words_on_its_wo
     assert ("random weights" in demo.err) == (DEMOS[demo.name].toy is not None)
 
 
+def test_the_llama_demonstration_ends_with_its_study_of_the_size_of_the_data(demo: Demo) -> None:
+    folder = demo.folder.with_name(f"{demo.folder.name}-study")
+    assert folder.exists() == (demo.name == "llama")
+    if folder.exists():
+        found = json.loads((folder / "findings.json").read_text())
+        assert [point["size"] for point in found["points"]] == [0, 2, 4, 8]
+        assert found["verdict"] == "no evidence"  # four questions carry none
+        assert found["sentence"].split()[0] in demo.err
+        assert (folder / "study.html").is_file()
+
+
 def test_a_second_run_reuses_what_is_done_and_says_so(demo: Demo) -> None:
     assert "is trained already" in demo.again
     assert demo.unchanged

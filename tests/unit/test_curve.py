@@ -26,12 +26,16 @@ def flat(size: float) -> float:
     return 0.27
 
 
+_RANKS = (np.arange(400) + 0.5) / 400
+_HARDNESS = 1.5 * np.log(_RANKS / (1 - _RANKS))  # of all questions there are
+_LEVELS = np.linspace(-9, 9, 721)
+_SHARES = (1 / (1 + np.exp(_HARDNESS[None] - _LEVELS[:, None]))).mean(axis=1)
+
+
 def statistics(rng: Any, share: float, seeds: int, hardness: Any, spread: float = 0.06) -> Any:
-    """float64 [seeds, n, 2]: right or wrong answers to questions of that hardness, `share` of them right on average,
-    but for what a seed does."""
-    levels = np.linspace(-9, 9, 721)
-    means = (1 / (1 + np.exp(hardness[None] - levels[:, None]))).mean(axis=1)
-    level = np.interp(share, means, levels)
+    """float64 [seeds, n, 2]: right or wrong answers to questions of that hardness, of a model that would have `share`
+    of all questions right, but for what a seed does."""
+    level = np.interp(share, _SHARES, _LEVELS)
     right = [
         rng.random(len(hardness)) < 1 / (1 + np.exp(hardness - level - rng.normal(0, spread))) for _ in range(seeds)
     ]
@@ -193,9 +197,13 @@ def test_two_chances_to_be_wrong_are_both_counted() -> None:
 
 
 def test_one_seed_takes_its_noise_from_what_is_left_around_the_curve() -> None:
-    found = of(power, 0.3, seeds=1)
+    rng = np.random.default_rng(0)
+    hardness = rng.logistic(0, 1.5, 200)
+    measured = {size: statistics(rng, power(size), 1, hardness, spread=0.5) for size in SIZES}
+    found = study(measured, statistics(rng, 0.3, 1, hardness))
     assert any("one seed" in warning for warning in found.warnings)
-    assert found.points[1]["high"] > found.points[1]["low"]
+    without = Curve({str(size): some for size, some in measured.items()}, ratio, draws=2000).band("400")
+    assert found.points[3]["high"] - found.points[3]["low"] > 1.2 * (without.high - without.low)
 
 
 def test_sizes_may_have_unequal_seeds_and_one_that_diverged() -> None:

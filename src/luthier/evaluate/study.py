@@ -271,6 +271,8 @@ def _recipe_of(recipe: Recipe, over: str | None, at: Any, seed: int, folder: Pat
         f"data.rows={at}" if over is None else f"{over}={json.dumps(at)}",
         f"train.seed={seed}",
         f"data.heldout.seed={recipe.split_seed}",  # the same held-out rows for every seed
+        "evaluate.forgetting=false",  # questions beside the study's own would be asked of every cell
+        "evaluate.harness=[]",
         f"run.dir={json.dumps(str(folder))}",
         "run.engine=local",
         "run.processes=1",

@@ -94,8 +94,7 @@ class Group:
             if interrupt.signal and not told:
                 told = True
                 self._signal(interrupt.signal)
-            codes = [p.returncode for p in self.processes if p.poll() not in (None, 0, 128 + interrupt.signal)]
-            if codes and deadline is None:
+            if deadline is None and (codes := self._failed(interrupt)):
                 self.first_codes, deadline = codes, time.monotonic() + _GRACE
             if deadline is not None and time.monotonic() > deadline:
                 self._signal(signal.SIGKILL)
@@ -103,8 +102,13 @@ class Group:
                 yield self.events.get(timeout=0.1)
             except queue.Empty:
                 continue
+        self.first_codes = self.first_codes or self._failed(interrupt)
         while not self.events.empty():
             yield self.events.get()
+
+    def _failed(self, interrupt: Interrupt) -> list[int]:
+        """The exit codes of processes that did not end well, nor as a signal asked."""
+        return [p.returncode for p in self.processes if p.poll() not in (None, 0, 128 + interrupt.signal)]
 
     def _signal(self, number: int) -> None:
         for process in self.processes:
