@@ -213,7 +213,7 @@ def test_an_untrained_adapter_is_no_evidence(run: Run) -> None:
     found = compare(run)
     assert found.verdict == "no evidence"
     assert all(row["base"] == row["tuned"] for row in found.rows)
-    assert {(p.low, p.high) for p in found.metrics.values()} == {(0.0, 0.0)}
+    assert {p.difference for p in found.metrics.values()} == {0.0}
 
 
 def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
