@@ -95,7 +95,8 @@ def turns(
 
 def needed(run: Run) -> set[str]:
     """The parts of an answer that the recipe's metrics read. Raises RecipeError for an unknown metric."""
-    return {metric.needs for metric in resolved(run.recipe.evaluate.metrics).values()}
+    needs = {metric.needs for metric in resolved(run.recipe.evaluate.metrics).values()}
+    return {"text" if need == "preferences" else need for need in needs}  # a judge reads the answers
 
 
 def done(job: Job, asker: Run, wanted: Sequence[Turn], bar: Bar) -> Memo:
