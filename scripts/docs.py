@@ -46,9 +46,7 @@ def rows(section: type[Section], prefix: str) -> list[str]:
         default = "required" if field.is_required() else f"`{json.dumps(plain(field.default))}`"
         found.append(f"| `{key}` | {kind(inner)} | {default} | {' '.join((field.description or '').split())} |")
         for item in sections_in(inner):
-            found += rows(
-                item, f"{key}[]" if field.is_required() or isinstance(field.default, list) else heading(item, key)
-            )
+            found += rows(item, heading(item, key) if "kind" in item.model_fields else f"{key}[]")
     return found
 
 
@@ -65,6 +63,8 @@ def plain(value: Any) -> Any:
 def kind(annotation: Any) -> str:
     if sections_in(annotation) and type(None) in get_args(annotation):
         return "`mapping or null`"
+    if any("kind" in section.model_fields for section in sections_in(annotation)):
+        return "`list of names or mappings`"
     text = str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
     for noise in ("typing.", "luthier.recipe.", "annotated_types.", "NoneType"):
         text = text.replace(noise, "null" if noise == "NoneType" else "")
