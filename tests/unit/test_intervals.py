@@ -258,6 +258,14 @@ def test_seeds_that_agree_leave_the_questions_chance() -> None:
     assert [found.low, found.high] == pytest.approx([alone.low, alone.high], abs=0.05)
 
 
+def test_what_is_a_question_s_and_a_seed_s_at_once_is_counted_once() -> None:
+    rng = np.random.default_rng(6)
+    hard = rng.normal(40.0, 10.0, 400)
+    base, tuned = (np.stack([scores(*(hard + rng.normal(0.0, 9.0, 400))) for _ in range(20)]) for _ in range(2))
+    found = seeded(ROUGEL, base, tuned)
+    assert (found.high - found.low) / 2 == pytest.approx(2.0 * 9.0 * np.sqrt(2 / (400 * 20)), rel=0.15)
+
+
 def test_one_seed_borrows_the_other_side_s_noise_and_an_untrained_base_has_none() -> None:
     rng = np.random.default_rng(3)
     hard = rng.normal(40.0, 10.0, 200)
