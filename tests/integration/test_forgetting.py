@@ -18,6 +18,7 @@ from luthier.evaluate.compare import compare
 from luthier.evaluate.forgetting import FEW_PASSAGES, FEW_QUESTIONS, Forgetting, general
 from luthier.evaluate.metrics.text import PERPLEXITY
 from luthier.evaluate.paired import paired
+from luthier.evaluate.several import compare_several
 from luthier.evaluate.subject import Subject
 from luthier.runs import Run
 from luthier.train.launch import train
@@ -83,6 +84,17 @@ def test_a_model_that_did_not_change_has_forgotten_nothing(run: Run, capsys: pyt
     assert "general text: perplexity" in said
     assert "): no evidence of a change" in said
     assert "has forgotten" not in said
+
+
+def test_of_several_sides_the_two_that_stand_for_the_whole_are_asked(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "other")
+    alone, found = compare(run).forgetting, compare_several([run.folder, tmp_path / "other"])
+    assert alone is not None
+    assert found.forgetting is not None
+    assert found.forgetting.found["perplexity"].base == pytest.approx(alone.found["perplexity"].tuned)
+    assert found.forgetting.found["perplexity"].difference == 0.0
+    assert found.contamination is not None
+    assert len(found.contamination.rows) == 6
 
 
 def test_without_the_leg_nothing_general_is_asked(run: Run) -> None:

@@ -76,8 +76,11 @@ def general_answers(subject: Subject, side: Side, tasks: Sequence[Task], memo: M
 
 
 def forgetting(place: str, base: Sequence[Answer], tuned: Sequence[Answer]) -> Forgetting:
-    """Two sides' answers to `general(place)` against each other."""
-    scored = {name: Scores.of(metric, general(place), [base, tuned]) for name, metric in GENERAL.items()}
+    """Two sides' answers to `general(place)` against each other; by accuracy alone where they cut text into tokens
+    differently, since perplexity counts by token."""
+    alike = all(b.targets == t.targets for b, t in zip(base, tuned, strict=True))
+    metrics = {name: metric for name, metric in GENERAL.items() if alike or metric.needs != "nll"}
+    scored = {name: Scores.of(metric, general(place), [base, tuned]) for name, metric in metrics.items()}
     return Forgetting({name: scores.best() for name, scores in scored.items()})
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, UsageError
 from luthier.evaluate.answers import collect, sampling_of
-from luthier.evaluate.compare import keep, note_source, settings
+from luthier.evaluate.compare import keep, note_source, settings, with_forgetting
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
+from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.metrics import Answer, resolved
 from luthier.evaluate.neighbours import is_there
@@ -67,13 +68,17 @@ def compare_several(
             raise UsageError(
                 "there is one side, and nothing to compare it with", fix="name another, or leave --no-base out"
             )
-        job = Job(str(asker.folder), str(folder), tuple(s.entry for s in sides), others=_others(sides))
-        wanted = turns(sides, asked.questions, sampling_of(asker), needs)
+        general, entered = asker.recipe.evaluate.forgetting, tuple(side.entry for side in sides)
+        job = Job(str(asker.folder), str(folder), entered, others=_others(sides), general=general)
+        wanted = turns(sides, asked.questions, sampling_of(asker), needs, general=general)
         with progress(console) as bar:
             memo = done(job, asker, wanted, bar)
             count = len(asked.questions)
             answers = {t.side.name: collect(t.tasks, memo, count, t.side.side) for t in wanted}
             result = bar.wait("scoring", lambda: judged(asker, asked.questions, sides, answers, folder))
+    if general:
+        pair = [next(turn for turn in wanted if turn.side.name == name) for name in result.names]
+        result = with_forgetting(result, pair, memo, count)
     result.warnings[:0] = _differences(asker, sides)
     made = settings(asker, asked, sides[0].subject, time.monotonic() - started)
     result = replace(result, settings=made | {"report": str(folder / "report.html")})
@@ -106,6 +111,7 @@ def judged(
     found = contrast(questions, scored, *places)
     asked = [pair for pair in between if (pair.first, pair.second) == tuple(unit.name for unit in decision.pair)]
     found = replace(found, metrics=asked[0].metrics) if asked else found
+    found = with_contamination(found, scored, questions, [side.subject.run for side in sides], *places)
     found.warnings[:0] = [*warnings, *said, *_same_recipe(recipes)]
     for place, row in enumerate(found.rows):
         row["answers"] = {name: answers[name][place].text for name in names}
