@@ -79,14 +79,25 @@ class Seat:
         loaded, before, self._of = subject.stored.load(), self._of, None
         with files.fitting(subject.stored.folder, subject.facts["base"], subject.facts["revision"]):
             if before is None or before.base != subject.base or not self._switch(subject, loaded):
-                self._model = None
-                self._model = _built(subject, loaded)
+                self._let_go()
                 self.reads += 1
+                self._model = _built(subject, loaded)
             assert self._model is not None
             assert self._model.adapter is not None
             self._model.adapter.load_state_dict(loaded.tensors)
         self._of = subject
         return self._model
+
+    def _let_go(self) -> None:
+        """Frees the model: two of them may be more than the memory."""
+        import gc
+
+        import torch
+
+        self._model = None
+        gc.collect()  # a model holds itself in cycles
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
 
     def _switch(self, subject: Subject, loaded: Loaded) -> bool:
         """Makes room for another adapter on the weights that are there, if that can be done."""
@@ -121,16 +132,11 @@ def _leaves_the_base(*adapters: Any) -> bool:
 
 
 def _built(subject: Subject, loaded: Loaded) -> CausalModel:
-    import gc
-
     import torch
 
     from luthier.model.causal import build
     from luthier.model.load import model_folder
 
-    gc.collect()  # a model holds itself in cycles, and two bases may be more than the memory
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
     chosen = subject.run.recipe
     if isinstance(chosen.run.threads, int):
         torch.set_num_threads(chosen.run.threads)

@@ -26,7 +26,7 @@ def sides(found: Comparison) -> Table:
 
 def pairs(found: Comparison) -> Table:
     """Every pair by the deciding metric, seeds of one recipe together; p is corrected for the number of pairs."""
-    table = _table("from → to", "diff", "95 % interval", "p", "verdict")
+    table = _table("from → to", "diff", "95 % interval", "p (Holm)", "verdict")
     for pair in found.seeds.get("pairs") or found.pairs:
         one = pair["metrics"][found.first]
         names = f"{pair['first']} → {pair['second']}"
@@ -40,7 +40,7 @@ def slices(found: Comparison, *, every: bool) -> Table | None:
     shown = [(s, v) for s, of in found.slices.items() for v in of if every or (s, v) in outstanding]
     if not shown:
         return None
-    table = _table("slice (a hint, no verdict)", "rows", "diff", "95 % interval", "p")
+    table = _table("slice (a hint, no verdict)", "rows", "diff", "95 % interval", "p (Holm)")
     whole = found.metrics[found.first]
     table.add_row("all questions", str(whole.n), signed(whole.difference), _range(whole.low, whole.high), _p(whole.p))
     for slicing, value in shown:
