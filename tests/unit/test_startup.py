@@ -35,4 +35,5 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_the_verbs_are_those_of_the_design() -> None:
-    assert set(VERBS) == {"demo", "init", "data", "plan", "train", "compare", "predict", "chat", "runs", "doctor"}
+    verbs = {"demo", "init", "data", "plan", "train", "compare", "study", "predict", "chat", "runs", "doctor"}
+    assert set(VERBS) == verbs

@@ -53,9 +53,11 @@ def render(found: Json) -> str:
         found=found,
         headline=_HEADLINES[found["verdict"]],
         sentence=_sentence(found["sentence"]),
+        title=found["metric_title"][:1].upper() + found["metric_title"][1:],
         what="rows" if found["over"] is None else found["over"],
         score=_score(found),
         loss=_loss(found),
+        base_loss=_figure_of_loss(labelled(found)[0][1]),
         rows=_rows(found),
         differences=_differences(found),
         next=_next(found),
@@ -72,19 +74,18 @@ def _sentence(sentence: str) -> str:
 def _score(found: Json) -> Markup:
     if found["over"] is not None:
         return Markup("")
-    lines = _bands(found["points"], "score", "low", "high") + _fitted(
-        found["fit"], found["points"], found["metric_title"]
-    )
+    lines = _bands(found["points"], "score", "low", "high") + _fitted(found["fit"])
     if found["chance"] is not None and (following := found["points"][-1]["size"]):
         lines.append(Series("guessing", [(0.0, found["chance"]), (float(following), found["chance"])], "raw"))
     return chart(lines, label=f"{found['metric_title']} by number of rows", x_title="rows learned from")
 
 
 def _loss(found: Json) -> Markup:
+    """Of the trained points: the first rows lower it so much that nothing else could be seen beside the base."""
     if found["over"] is not None or found["points"][0]["validation_loss"] is None:
         return Markup("")
-    lines = _bands(found["points"], "validation_loss", "validation_low", "validation_high")
-    lines += _fitted(found["loss_fit"], found["points"], "validation loss")
+    trained = found["points"][1:]
+    lines = _bands(trained, "validation_loss", "validation_low", "validation_high") + _fitted(found["loss_fit"])
     return chart(lines, label="Validation loss by number of rows", x_title="rows learned from")
 
 
@@ -97,7 +98,7 @@ def _bands(points: list[Json], middle: str, low: str, high: str) -> list[Series]
     ]
 
 
-def _fitted(fit: Json | None, points: list[Json], name: str) -> list[Series]:
+def _fitted(fit: Json | None) -> list[Series]:
     """The curve from the smallest trained size to the next doubling, where its interval stands."""
     if fit is None:
         return []
@@ -125,9 +126,13 @@ def _row(label: str, point: Json, axis: Axis) -> Json:
     if point["score"] is None:
         return row | {"score": "diverged", "band": "", "drawing": "", "loss": ""}
     band = f"{figure(point['low'])} to {figure(point['high'])}"
-    loss = "" if point["validation_loss"] is None else f"{point['validation_loss']:.3f}"
+    loss = _figure_of_loss(point)
     drawing = interval(point["low"], point["score"], point["high"], axis, f"95 % band {band}")
     return row | {"score": figure(point["score"]), "band": band, "drawing": drawing, "loss": loss}
+
+
+def _figure_of_loss(point: Json) -> str:
+    return "" if point["validation_loss"] is None else f"{point['validation_loss']:.3f}"
 
 
 def _differences(found: Json) -> list[Json]:

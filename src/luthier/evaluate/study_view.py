@@ -157,8 +157,8 @@ def _table(found: Json) -> Table:
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("rows" if found["over"] is None else found["over"], justify="right", no_wrap=True)
-    for name in (found["metric_title"], "95 % band", "seeds", "validation loss"):
-        table.add_column(name, justify="right")
+    for name in ("score", "95 % band", "seeds", "validation loss"):
+        table.add_column(name, justify="right", no_wrap=name != "validation loss")
     for label, point in labelled(found):
         band = f"{figure(point['low'])} to {figure(point['high'])}" if point["score"] is not None else ""
         loss = f"{point['validation_loss']:.3f}" if point["validation_loss"] is not None else ""
