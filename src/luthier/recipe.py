@@ -270,8 +270,9 @@ class Data(Section):
     """Put before each document in formats that have none of their own (document and summary, multiple choice)."""
     system: str | None = None
     """A system message for rows that have none."""
-    labels: Literal["letter", "option_n", "text"] = "letter"
-    """How a multiple-choice answer is written: `B`, `option_2`, or the text of the choice."""
+    labels: Literal["letter", "option_n", "text", "cloze"] = "letter"
+    """How a multiple-choice answer is written: `B`, `option_2`, or the text of the choice; `cloze`: its text, and the
+    question does not list the choices, which is what small models can do."""
     template: str = "auto"
     """How a conversation becomes text: `tokenizer`, `chatml`, `alpaca`, `human-assistant`, `instruct-output`, `plain`;
     `auto`: the tokenizer's own chat template, else `plain`."""

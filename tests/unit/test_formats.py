@@ -136,6 +136,14 @@ def test_choices_listed_in_the_text_become_multiple_choice():
     assert asked.messages[0].content.endswith("He eats\nA. soup\nB. a chair")
 
 
+def test_a_cloze_asks_the_question_alone_and_answers_with_the_text():
+    values = {"question": "2 + 2?", "A": "3", "B": "4", "answer": "B"}
+    asked = convert(values, labels="cloze")
+    assert turns(asked) == [("user", "2 + 2?"), ("assistant", "4")]
+    assert (asked.choices, asked.answer) == (("3", "4"), 1)
+    assert turns(convert(values, labels="cloze", instruction="Answer."))[0] == ("user", "Answer.\n\n2 + 2?")
+
+
 def test_a_row_whose_choices_are_not_counted_up_is_refused():
     values = {"instruction": "Q? Answer1: a Answer3: b", "answer": "answer1"}
     assert "lists no choices" in fault(

@@ -630,16 +630,19 @@ def _asked(
 ) -> Conversation:
     answer = _answer(row, columns, labels, texts) if _has_answer(row, columns, options) else None
     written = written_choices(texts, options.labels)
-    lines = [f"{_mark(i, options.labels)}{_POINTS[options.labels]} {text}" for i, text in enumerate(texts)]
-    instruction = options.instruction or _INSTRUCTIONS[options.labels].format(n=len(texts))
-    prompt = "\n".join([instruction, "", question, *lines])
+    if options.labels == "cloze":
+        prompt = f"{options.instruction}\n\n{question}" if options.instruction else question
+    else:
+        lines = [f"{_mark(i, options.labels)}{_POINTS[options.labels]} {text}" for i, text in enumerate(texts)]
+        instruction = options.instruction or _INSTRUCTIONS[options.labels].format(n=len(texts))
+        prompt = "\n".join([instruction, "", question, *lines])
     base = _exchange(row, prompt, [] if answer is None else [written[answer]])
     return replace(base, choices=tuple(texts), answer=answer)
 
 
 def written_choices(texts: Sequence[str], labels: str) -> list[str]:
     """How each choice is written where it is the answer; `labels` as in the recipe."""
-    return list(texts) if labels == "text" else [_mark(i, labels) for i in range(len(texts))]
+    return list(texts) if labels in ("text", "cloze") else [_mark(i, labels) for i in range(len(texts))]
 
 
 def _mark(index: int, labels: str) -> str:

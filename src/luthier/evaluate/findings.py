@@ -379,8 +379,8 @@ def _of_values(table: _Table, over: str, points: list[Json], found: list[Contras
     ordered = sorted(scored, key=lambda point: point["score"], reverse=table.metric.higher)
     if best is not None and len(ordered) > 1:
         return (
-            f"winner: {over}={ordered[0]['value']} has {title} {figure(ordered[0]['score'])}, better than every other "
-            f"value beyond chance (the next is {ordered[1]['value']} with {figure(ordered[1]['score'])})"
+            f"winner: with {over}={ordered[0]['value']} {title} is {figure(ordered[0]['score'])}, better than with every "
+            f"other value, beyond chance (the next is {ordered[1]['value']} with {figure(ordered[1]['score'])})"
         )
     scores = ", ".join(f"{point['value']}: {figure(point['score'])}" for point in points if point["score"] is not None)
     why = "" if table.scores.noise.freedom else "; with one seed a setting cannot be told from its seed"
