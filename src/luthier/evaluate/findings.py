@@ -378,10 +378,9 @@ def _of_values(table: _Table, over: str, points: list[Json], found: list[Contras
         return "no winner: no training came to its end"
     ordered = sorted(scored, key=lambda point: point["score"], reverse=table.metric.higher)
     if best is not None and len(ordered) > 1:
-        return (
-            f"winner: with {over}={ordered[0]['value']} {title} is {figure(ordered[0]['score'])}, better than with every "
-            f"other value, beyond chance (the next is {ordered[1]['value']} with {figure(ordered[1]['score'])})"
-        )
+        (first, score), (second, lower) = ((point["value"], figure(point["score"])) for point in ordered[:2])
+        than = f"better than with every other value, beyond chance (the next is {second} with {lower})"
+        return f"winner: with {over}={first} {title} is {score}, {than}"
     scores = ", ".join(f"{point['value']}: {figure(point['score'])}" for point in points if point["score"] is not None)
     why = "" if table.scores.noise.freedom else "; with one seed a setting cannot be told from its seed"
     widest = max((max(abs(one.low), abs(one.high)) for one in found), default=0.0)
