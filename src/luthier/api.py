@@ -101,6 +101,8 @@ def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
     prepared = prepare(run)
     examples = [prepared.train.as_example(i) for i in range(min(max(rows, 0), len(prepared.train)))]
     console.print(view.render_report(prepared.report))
+    if run.recipe.data.rows:
+        _say(console, f"of these, {run.recipe.data.rows:,} rows are learned from (data.rows), chosen by train.seed")
     for example in examples:
         console.print(view.render_mask(example, prepared.encoder.tokenizer))
     shown = [prepared.train.as_example(i) for i in range(min(12, len(prepared.train)))]

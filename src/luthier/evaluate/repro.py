@@ -236,7 +236,7 @@ def _prepare(run: Run, again: Run) -> Prepared | None:
         return None
     recipe, spec = again.recipe, read_json(run.data / "template.json")["template"]
     tokenizer = load_tokenizer(model_folder(recipe.model), recipe.adapter)
-    made = prepare(recipe.data, tokenizer, seed=recipe.train.seed, folder=again.data, root=again.root, template=spec)
+    made = prepare(recipe.data, tokenizer, seed=recipe.split_seed, folder=again.data, root=again.root, template=spec)
     before = {file["path"]: file["sha256"] for file in read_json(run.data / "report.json")["files"]}
     if other := [file["path"] for file in made.report["files"] if file["sha256"] != before[file["path"]]]:
         raise DataError(f"{', '.join(other)} changed since the run learned from it", fix="set data.revision")
