@@ -48,7 +48,7 @@ FREE = {"json_valid", "json_strict", "regex", "named_red", "judge"}
 
 def written(kind: str) -> Any:
     """An entry of evaluate.metrics of that kind."""
-    tree = "model: {base: b}\ndata: {train: [{path: r}]}\nevaluate: {metrics: [{kind: %s}]}" % kind
+    tree = "model: {base: b}\ndata: {train: [{path: r}]}\nevaluate: {metrics: [{kind: " + kind + "}]}"
     overrides = [f"evaluate.metrics.0.{key}={value}" for key, value in OPTIONS[kind].items()]
     return Recipe.parse(tree, *overrides).evaluate.metrics[0]
 

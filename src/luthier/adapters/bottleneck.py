@@ -100,10 +100,6 @@ class Bottlenecks:
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
-    @property
-    def count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 

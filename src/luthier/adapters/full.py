@@ -39,10 +39,6 @@ class Full:
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.masters.parameters.values()
 
-    @property
-    def count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         """The trained tensors in float32, under the names that the model's own checkpoint has. They share memory with
         the parameters."""

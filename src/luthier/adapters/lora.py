@@ -124,11 +124,6 @@ class Lora:
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
-    @property
-    def count(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for p in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         """What makes the base model the tuned one, under the names PEFT writes. It shares memory with the parameters,
         but where a start is subtracted: then PEFT, too, finds all it needs, in twice the rank."""

@@ -104,10 +104,6 @@ class Adapter(Protocol):
     def foldable(self) -> bool:
         """Whether our decoder block can compute it: plain low-rank updates of linear layers, and nothing else."""
 
-    @property
-    def count(self) -> int:
-        """Number of trained values."""
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters under the names that go to disk, in an order that is always the same."""
 

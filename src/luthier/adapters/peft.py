@@ -109,10 +109,6 @@ class Bridge:
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
-    @property
-    def count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         """Trained tensors, which share memory with the parameters, and what PEFT writes besides: fixed projections, of
         which a file holds one each even if layers share them."""
