@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby
@@ -80,20 +81,33 @@ def metric_of(name: str, scored: dict[str, Any]) -> Metric:
 
 def _evaluated(subject: Subject, side: Side, task: str, rows: int | None) -> Scores:
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     try:
         with _quiet():
-            known = TaskManager().load([task])["tasks"]
+            manager = _manager(task.endswith((".yaml", ".yml")))
+            known = manager.load([task])["tasks"]
     except Exception as error:  # lm-eval, datasets and the hub each have their own
         fix = "name a task of lm-eval, or the path of a task file; its data may have to be fetched once"
         raise RecipeError(f"'{task}' cannot be had ({error})", where="evaluate.harness", fix=fix) from error
     with _quiet(), subject.side(side):
         done = simple_evaluate(
-            model=model_of(subject), tasks=list(known.values()), limit=rows, bootstrap_iters=0, log_samples=True
+            model=model_of(subject),
+            tasks=list(known.values()),
+            limit=rows,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=manager,
         )
     assert done is not None
     return {name: one for each, made in done["samples"].items() for name, one in _scored(known[each], made).items()}
+
+
+@cache
+def _manager(files: bool) -> Any:
+    """What finds lm-eval's tasks. Reading the thousands of its own takes it half a minute, which task files spare."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=not files)
 
 
 def _scored(task: Any, samples: Sequence[dict[str, Any]]) -> Scores:
