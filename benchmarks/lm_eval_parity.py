@@ -139,9 +139,7 @@ def report(side: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
         furthest = max(furthest, *(abs(nll + float(other[0])) for nll, other in pairs))
     count = len(ours) - len(apart)
     print(f"{side}: largest difference of a choice's log-likelihood {furthest:.2g} nats over {count} rows;")
-    print(
-        f"  {len(apart)} left out, where one choice begins another: we weigh the end of the turn there, lm-eval does not"
-    )
+    print(f"  {len(apart)} left out, where one choice begins another: there we weigh the end of the turn too")
     for name, other in (("accuracy_likelihood", "acc"), ("accuracy_per_character", "acc_norm")):
         mine = [row["scores"][name][side] / 100 for row in ours]
         peer = [float(sample[other]) for sample in theirs]

@@ -2,9 +2,9 @@
 
     python benchmarks/metric_parity.py DIALOGSUM.jsonl [--rows results/compare/rows.jsonl]
 
-Without a run's rows the first two turns of each dialogue stand in for its summary. A row of the data has `dialogue` and
-`summary`, or `summary1` … for several references. Prints each figure twice and exits with 1 where they differ by 0.00005
-points or more. Multiple choice is held to lm-eval by lm_eval_parity.py.
+Without a run's rows the first two turns of each dialogue stand in for its summary. A row of the data has `dialogue`
+and `summary`, or `summary1` … for several references. Prints each figure twice and exits with 1 where they differ by
+0.00005 points or more. Multiple choice is held to lm-eval by lm_eval_parity.py.
 """
 
 from __future__ import annotations
