@@ -24,6 +24,7 @@ from luthier.adapters.lora import Lora, attach
 from luthier.adapters.merge import merge, merged
 from luthier.adapters.method import Noise
 from luthier.errors import AdapterError
+from luthier.kernels.dropout import dropout_mask
 from luthier.model.quantize import PackedLinear, pack
 from methods import IDS, check_files, check_training, llama, logits, two_steps
 
@@ -366,8 +367,9 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("shape", [(10, 8), (1, 10, 8), (2, 5, 8)], ids=str)
 def test_masks_follow_tokens_in_any_shape(shape: tuple[int, ...]) -> None:
     noise = Noise(1, 2, torch.arange(10) // 5, torch.arange(10) % 5)
-    flat, x = noise.mask(3, 8, 0.5, torch.float32), torch.ones(shape)
-    assert flat is not None
+    assert noise.samples is not None and noise.positions is not None
+    flat = dropout_mask(1, 2, noise.samples, noise.positions, 3, 8, 0.5, torch.float32)
+    x = torch.ones(shape)
     assert torch.equal(noise.drop(x, 3, 0.5).view(10, 8), flat)
     with torch.no_grad():
         assert noise.drop(x, 3, 0.5) is x

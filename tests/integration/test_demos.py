@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "train.max_steps",
     "train.warmup",
     "evaluate.every",
+    "evaluate.forgetting",
     "evaluate.rows",
     "evaluate.samples",
     "evaluate.generate.max_new_tokens",
