@@ -366,10 +366,9 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("shape", [(10, 8), (1, 10, 8), (2, 5, 8)], ids=str)
 def test_masks_follow_tokens_in_any_shape(shape: tuple[int, ...]) -> None:
-    noise = Noise(1, 2, torch.arange(10) // 5, torch.arange(10) % 5)
-    assert noise.samples is not None and noise.positions is not None
-    flat = dropout_mask(1, 2, noise.samples, noise.positions, 3, 8, 0.5, torch.float32)
-    x = torch.ones(shape)
+    samples, positions = torch.arange(10) // 5, torch.arange(10) % 5
+    noise, x = Noise(1, 2, samples, positions), torch.ones(shape)
+    flat = dropout_mask(1, 2, samples, positions, 3, 8, 0.5, torch.float32)
     assert torch.equal(noise.drop(x, 3, 0.5).view(10, 8), flat)
     with torch.no_grad():
         assert noise.drop(x, 3, 0.5) is x
