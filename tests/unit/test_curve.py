@@ -74,7 +74,15 @@ def test_a_power_law_without_noise_is_found_as_it_is() -> None:
     assert fit.exponent == pytest.approx(0.5)
     assert (fit.limit, fit.amount) == pytest.approx((70.0, -30.0), abs=0.01)
     assert fit.next.value == pytest.approx(100 * power(1600), abs=0.1)
-    assert curve.at(250, fit.limit, fit.amount, fit.exponent, fit.smallest) == pytest.approx(100 * power(250), abs=0.01)
+    assert dict(fit.path) == pytest.approx({size: 100 * power(size) for size, _ in fit.path}, abs=0.01)
+
+
+def test_the_drawn_curve_ends_at_what_is_foretold() -> None:
+    """Noise that a single exponent would follow out of the window."""
+    fit = curve.fit({50: {1: 46.0, 2: 49.0}, 100: {1: 44.0, 2: 46.0}, 200: {1: 52.0, 2: 51.0}, 400: {1: 51.0, 2: 53.5}})
+    assert fit is not None
+    assert (fit.path[0][0], fit.path[-1][0]) == (50, 800)
+    assert fit.path[-1][1] == pytest.approx(fit.next.value, abs=0.5)
 
 
 def test_the_check_uses_the_smaller_sizes_alone() -> None:

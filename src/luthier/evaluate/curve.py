@@ -34,6 +34,7 @@ DRAWS = 10_000
 LEAST = 3
 """Sizes that a curve needs."""
 _EXPONENTS = [0.1 * step for step in range(-5, 21)]  # of the power law; at 0 its limit, the same gain each doubling
+_STEPS = 40  # of a drawn curve
 _TINY = 1e-9  # of the spread of scores: seeds that agree to the last question are no proof of no noise
 
 
@@ -62,14 +63,16 @@ class Prediction(Interval):
 
 @dataclass(frozen=True)
 class Fit:
-    """score = limit + amount · (size / smallest)^-exponent, by least squares; with exponent 0, limit + amount ·
-    log2(size / smallest). `next` is predicted for twice the largest size. `check` is what the smaller sizes predict for
-    the largest, None where they are too few. Predictions average over the exponents (see `fit`)."""
+    """score = limit + amount · (size / smallest)^-exponent, by least squares, with the exponent that fits best; with
+    exponent 0, limit + amount · log2(size / smallest). All else averages over the exponents (see `fit`): `path` is the
+    curve, sizes and scores from the smallest size to twice the largest, which `next` is predicted for; `check` is what
+    the smaller sizes predict for the largest, None where they are too few."""
 
     limit: float
     amount: float
     exponent: float
     smallest: int
+    path: tuple[tuple[int, float], ...]
     next: Prediction
     check: Prediction | None
 
@@ -221,12 +224,28 @@ def fit(scores: Mapping[int, Mapping[int, float]], bounds: Bounds = EVERYWHERE) 
     limit, amount = (float(value) for value in best.coefficients[:2])
     following = _predicted(scores, 2 * largest, seeds, bounds)
     assert following is not None
-    return Fit(limit, amount, best.exponent, best.smallest, following, check)
+    path = _path(regressions, best.smallest, 2 * largest, bounds)
+    return Fit(limit, amount, best.exponent, best.smallest, path, following, check)
 
 
-def at(size: float, limit: float, amount: float, exponent: float, smallest: int) -> float:
-    """The score of a fitted curve at a size."""
-    return limit + amount * _shape(size / smallest, exponent)
+def _path(regressions: Sequence[_Regression], first: int, last: int, bounds: Bounds) -> tuple[tuple[int, float], ...]:
+    """The mean over exponents by how well they fit, from size `first` to `last`, denser where curves bend."""
+    import numpy as np
+
+    sizes = np.unique(np.geomspace(first, last, _STEPS).round().astype(int))
+    weights = _shares(regressions)
+    means = [float(weights @ [one.predict(int(size))[0] for one in regressions]) for size in sizes]
+    return tuple((int(size), min(max(mean, bounds[0]), bounds[1])) for size, mean in zip(sizes, means, strict=True))
+
+
+def _shares(regressions: Sequence[_Regression]) -> Floats:
+    """Of each exponent in the average, with the sum 1."""
+    import numpy as np
+
+    logarithms = np.array([one.weight for one in regressions])
+    weights = np.exp(logarithms - logarithms.max())
+    shares: Floats = weights / weights.sum()
+    return shares
 
 
 @dataclass(frozen=True)
@@ -284,9 +303,8 @@ def _predicted(scores: Mapping[int, Mapping[int, float]], size: int, seeds: int,
     freedom = regressions[0].freedom
     if freedom < 1:
         return None
-    weights = np.exp(np.array([one.weight for one in regressions]) - max(one.weight for one in regressions))
     draw = np.random.default_rng(2)
-    chosen = draw.choice(len(regressions), DRAWS, p=weights / weights.sum())
+    chosen = draw.choice(len(regressions), DRAWS, p=_shares(regressions))
     means, factors = np.array([one.predict(size) for one in regressions]).T
     spread = np.sqrt([one.variance for one in regressions] * (factors + 1 / seeds))
     draws = means[chosen] + spread[chosen] * draw.standard_t(freedom, DRAWS)

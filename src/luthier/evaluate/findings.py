@@ -259,7 +259,7 @@ def _fitted(fit: Fit | None, points: Sequence[Json], key: str) -> Json | None:
     following, check = fit.next, fit.check
     return {
         "model": "power law",
-        **{name: getattr(fit, name) for name in ("limit", "amount", "exponent", "smallest")},
+        **{name: getattr(fit, name) for name in ("limit", "amount", "exponent", "smallest", "path")},
         "next": {
             **_predicted(following),
             "gain": following.value - measured[largest],

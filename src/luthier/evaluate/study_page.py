@@ -8,7 +8,6 @@ from typing import Any
 from markupsafe import Markup
 
 from luthier import __version__
-from luthier.evaluate import curve
 from luthier.evaluate.figures import Axis, Series, chart, interval
 from luthier.evaluate.paired import figure, signed
 from luthier.evaluate.study_view import expectation, labelled
@@ -24,8 +23,6 @@ _HEADLINES = {
     "winner": "A winner",
     "no winner": "No winner",
 }
-_STEPS = 60
-"""Points of a drawn curve."""
 
 
 def write_page(folder: Path) -> Path:
@@ -102,14 +99,9 @@ def _fitted(fit: Json | None) -> list[Series]:
     """The curve from the smallest trained size to the next doubling, where its interval stands."""
     if fit is None:
         return []
-    smallest, largest = fit["smallest"], fit["next"]["size"]
-    shape = (fit["limit"], fit["amount"], fit["exponent"], smallest)
-    sizes = [smallest + (largest - smallest) * i / _STEPS for i in range(_STEPS + 1)]
-    expected = fit["next"]
-    return [
-        Series("fitted curve", [(size, curve.at(size, *shape)) for size in sizes], "smooth"),
-        Series("", [(float(largest), expected["low"]), (float(largest), expected["high"])], "smooth"),
-    ]
+    expected, path = fit["next"], [(float(size), float(score)) for size, score in fit["path"]]
+    ends = [(float(expected["size"]), float(expected[end])) for end in ("low", "high")]
+    return [Series("fitted curve", path, "smooth"), Series("", ends, "smooth")]
 
 
 def _rows(found: Json) -> list[Json]:
