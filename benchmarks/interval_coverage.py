@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.evaluate.correction import together
 from luthier.evaluate.metrics import METRICS, Metric
-from luthier.evaluate.paired import Paired, paired
-from luthier.evaluate.seeds import seeded
+from luthier.evaluate.statistics.correction import together
+from luthier.evaluate.statistics.paired import Paired, paired
+from luthier.evaluate.statistics.seeds import seeded
 
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int, float], tuple[Floats, Floats]]

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from luthier.evaluate import curve
-from luthier.evaluate.curve import Curve
 from luthier.evaluate.metrics.metric import ratio
+from luthier.evaluate.study import curve
+from luthier.evaluate.study.curve import Curve
 
 TRUTHS: dict[str, Callable[[float], float]] = {
     "power, exponent 0.5": lambda size: 0.70 - 0.30 * (size / 100) ** -0.5,

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from luthier.data.prepare import Prepared
     from luthier.evaluate.compare import Comparison
-    from luthier.evaluate.findings import Findings
     from luthier.evaluate.repro import Repro
-    from luthier.evaluate.study import Wanted
+    from luthier.evaluate.study.conduct import Wanted
+    from luthier.evaluate.study.findings import Findings
     from luthier.plan import Plan
 
 
@@ -181,8 +181,8 @@ def study(
 ) -> Findings:
     """Whether more data would help (`sizes`: numbers of rows), or which value of a setting is best (`over`, such as
     `adapter.rank=4,8,16`). `as_dict()` of it is what `study --json` prints; `folder` is runs/NAME-study if left out."""
-    from luthier.evaluate.study import study as study_recipe
-    from luthier.evaluate.study import wanted
+    from luthier.evaluate.study.conduct import study as study_recipe
+    from luthier.evaluate.study.conduct import wanted
 
     asked = wanted(",".join(map(str, sizes)) or None, over, seeds)
     console = console or _quiet()
@@ -195,11 +195,11 @@ def study(
 
 def show_study(recipe: Recipe, asked: Wanted, folder: Path, *, root: Path, console: Console) -> Findings:
     """Studies and prints the sentence, a table and the curve."""
-    from luthier.evaluate import study_view
-    from luthier.evaluate.study import study as study_recipe
+    from luthier.evaluate.study import view
+    from luthier.evaluate.study.conduct import study as study_recipe
 
     found = study_recipe(recipe, asked, folder, root=root, console=console)
-    console.print(study_view.render(found))
+    console.print(view.render(found))
     _say(console, f"page: {folder / 'study.html'}")
     return found
 
@@ -228,7 +228,7 @@ def demo(overrides: Sequence[str], *, name: str | None = None, console: Console)
 
 def _show_toy_study(run: Run, sizes: tuple[int, ...], console: Console) -> None:
     """The system's study of how much data it needs, with one seed and a few rows."""
-    from luthier.evaluate.study import Wanted
+    from luthier.evaluate.study.conduct import Wanted
 
     folder = run.folder.with_name(f"{run.folder.name}-study")
     _say(console, f"its study of the size of the data, on {', '.join(map(str, sizes))} rows:")

@@ -282,7 +282,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _study(args: argparse.Namespace) -> int:
     from luthier.api import show_study
-    from luthier.evaluate.study import wanted
+    from luthier.evaluate.study.conduct import wanted
 
     asked = wanted(args.sizes, args.over, args.seeds)
     recipe, root, name = _recipe(args)

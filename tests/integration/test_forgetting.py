@@ -17,8 +17,8 @@ from luthier.cli import main
 from luthier.evaluate.compare import compare
 from luthier.evaluate.forgetting import FEW_PASSAGES, FEW_QUESTIONS, Forgetting, general
 from luthier.evaluate.metrics.text import PERPLEXITY
-from luthier.evaluate.paired import paired
 from luthier.evaluate.several import compare_several
+from luthier.evaluate.statistics.paired import paired
 from luthier.evaluate.subject import Subject
 from luthier.runs import Run
 from luthier.train.launch import train

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from luthier.cli import main
 from luthier.errors import UsageError
-from luthier.evaluate.study import Wanted, wanted
+from luthier.evaluate.study.conduct import Wanted, wanted
 from luthier.recipe import Recipe
 from luthier.runs import Run
 from luthier.train.launch import train

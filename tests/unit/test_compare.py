@@ -14,7 +14,7 @@ from luthier.errors import RecipeError
 from luthier.evaluate.comparison import Comparison, first_words, judge
 from luthier.evaluate.metrics import METRICS, Answer, points
 from luthier.evaluate.metrics.text import PERPLEXITY, ROUGEL
-from luthier.evaluate.paired import LEAST, explain, figure, paired, signed
+from luthier.evaluate.statistics.paired import LEAST, explain, figure, paired, signed
 from luthier.evaluate.terminal import draw, printable, render
 
 NAMES = ["rougeL", "rouge1", "exact_match", "perplexity"]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.evaluate import curve
-from luthier.evaluate.curve import Curve
-from luthier.evaluate.findings import Cell, Findings, find
 from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.metrics.metric import ratio
+from luthier.evaluate.study import curve
+from luthier.evaluate.study.curve import Curve
+from luthier.evaluate.study.findings import Cell, Findings, find
 
 SIZES = [100, 200, 400, 800]
 Truth = Callable[[float], float]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.evaluate.correction import holm, together
-from luthier.evaluate.interval import RESAMPLES, degrees, left_out, resampled, tango
 from luthier.evaluate.metrics import METRICS, points
-from luthier.evaluate.paired import CHANCE, LEAST, Paired, explain, limits, paired
-from luthier.evaluate.permutation import mcnemar, sign_flip
-from luthier.evaluate.power import detectable, detectable_share
-from luthier.evaluate.seeds import seeded
-from luthier.evaluate.student import quantile, tail
+from luthier.evaluate.statistics.correction import holm, together
+from luthier.evaluate.statistics.interval import RESAMPLES, degrees, left_out, resampled, tango
+from luthier.evaluate.statistics.paired import CHANCE, LEAST, Paired, explain, limits, paired
+from luthier.evaluate.statistics.permutation import mcnemar, sign_flip
+from luthier.evaluate.statistics.power import detectable, detectable_share
+from luthier.evaluate.statistics.seeds import seeded
+from luthier.evaluate.statistics.student import quantile, tail
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from interval_coverage import KINDS, Recipes, covered, power  # type: ignore[import-not-found]

@@ -12,11 +12,11 @@ import pytest
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import MemoryPlanError
 from luthier.evaluate.comparison import Scored, contrast, score
-from luthier.evaluate.correction import holm
 from luthier.evaluate.metrics import METRICS, Answer
 from luthier.evaluate.neighbours import Taken, Training, room, trainings
 from luthier.evaluate.ranking import Unit, alone, decide, manner, noise, pairs, wilson
 from luthier.evaluate.slices import LENGTH, OTHER, apart, cut, values
+from luthier.evaluate.statistics.correction import holm
 from luthier.machine import GIB, Gpu, Machine
 from luthier.runs import write_json
 

@@ -14,12 +14,12 @@ from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.forgetting import forgetting, general_answers
 from luthier.evaluate.harness import check_installed, with_tasks
 from luthier.evaluate.judge import with_opinions
-from luthier.evaluate.paired import LEVEL, RESAMPLES
 from luthier.evaluate.ranking import Pair, described
 from luthier.evaluate.report import write_report
 from luthier.evaluate.seat import Seat
 from luthier.evaluate.sides import Opened, open_sides, pair_of
 from luthier.evaluate.slices import cut
+from luthier.evaluate.statistics.paired import LEVEL, RESAMPLES
 from luthier.evaluate.subject import Subject
 from luthier.evaluate.suite import Suite, digest, suite
 from luthier.evaluate.terminal import progress, render

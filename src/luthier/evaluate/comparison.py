@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from luthier.data.conversation import Conversation
 from luthier.errors import RecipeError
 from luthier.evaluate.metrics import METRICS, Answer, Metric, Statistics, resolved, words
-from luthier.evaluate.paired import FEW, LEAST, Paired, Verdict, explain, figure, limits, paired
+from luthier.evaluate.statistics.paired import FEW, LEAST, Paired, Verdict, explain, figure, limits, paired
 
 if TYPE_CHECKING:
     from luthier.evaluate.contamination import Contamination

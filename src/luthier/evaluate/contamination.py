@@ -15,7 +15,7 @@ from typing import Any
 from luthier.data.conversation import Conversation
 from luthier.data.store import TokenStore
 from luthier.evaluate.comparison import Comparison, Scored, Scores
-from luthier.evaluate.paired import Paired, explain
+from luthier.evaluate.statistics.paired import Paired, explain
 from luthier.runs import Run
 
 

@@ -20,7 +20,7 @@ from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Answer, Metric
 from luthier.evaluate.metrics.choice import ACCURACY_LIKELIHOOD
 from luthier.evaluate.metrics.text import PERPLEXITY
-from luthier.evaluate.paired import Paired, figure, signed
+from luthier.evaluate.statistics.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
     from luthier.data.tokens import Encoder

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.evaluate.answers import Memo
 from luthier.evaluate.metrics import Metric, Statistics, exp_ratio, ratio
-from luthier.evaluate.paired import paired
+from luthier.evaluate.statistics.paired import paired
 from luthier.evaluate.subject import Side, Subject
 from luthier.evaluate.suite import digest
 

@@ -11,11 +11,11 @@ from statistics import NormalDist, fmean, quantiles, stdev
 from typing import Any
 
 from luthier.evaluate.comparison import Scored, Scores
-from luthier.evaluate.correction import together
-from luthier.evaluate.interval import LEVEL, bootstrap
 from luthier.evaluate.metrics import Answer, Metric, words
-from luthier.evaluate.paired import Paired, Verdict, explain, figure, right_or_wrong
-from luthier.evaluate.seeds import seeded
+from luthier.evaluate.statistics.correction import together
+from luthier.evaluate.statistics.interval import LEVEL, bootstrap
+from luthier.evaluate.statistics.paired import Paired, Verdict, explain, figure, right_or_wrong
+from luthier.evaluate.statistics.seeds import seeded
 
 
 @dataclass(frozen=True)

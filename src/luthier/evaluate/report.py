@@ -11,11 +11,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from luthier import __version__
 from luthier.evaluate.metrics import shown
 from luthier.evaluate.page import facts, rows, scores
+from luthier.evaluate.page.template import ours, template
 from luthier.runs import Run, read_json, write_atomic
 
 Json = dict[str, Any]
@@ -29,31 +28,17 @@ def write_report(run: Run, name: str = "compare") -> Path:
 
 def render(run: Run, name: str = "compare") -> str:
     """The page as text. All values are escaped by the template engine; data is never trusted to be harmless."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("luthier.evaluate", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     path = run.results / name / "comparison.json"
     found = read_json(path) if path.exists() else {}
-    return environment.get_template("report.html.jinja").render(
-        style=_ours("report.css"),
-        script=_ours("report.js"),
-        script_hash=_hash(_ours("report.js")),
+    return template("report.html.jinja").render(
+        style=ours("report.css"),
+        script=ours("report.js"),
+        script_hash=_hash(ours("report.js")),
         version=__version__,
         warnings=found.get("warnings", []),
         compared=_compared(found, rows.read(path.with_name("rows.jsonl"), scores.names(found))) if found else None,
         **_about(run, found.get("settings", {})),
     )
-
-
-def _ours(name: str) -> Markup:
-    """A file of this package, which holds no text of a user's."""
-    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def _hash(script: str) -> str:

@@ -337,7 +337,7 @@ def _within(found: Repro) -> str:
 
 
 def _different(found: Repro) -> str:
-    from luthier.evaluate.paired import signed
+    from luthier.evaluate.statistics.paired import signed
 
     said = []
     if not found.loss.close:

@@ -11,9 +11,9 @@ from statistics import quantiles
 
 from luthier.data.conversation import Conversation
 from luthier.evaluate.comparison import Comparison, Scored, Scores
-from luthier.evaluate.correction import together
 from luthier.evaluate.metrics import words
-from luthier.evaluate.paired import LEAST, Paired, paired
+from luthier.evaluate.statistics.correction import together
+from luthier.evaluate.statistics.paired import LEAST, Paired, paired
 
 Sliced = dict[str, dict[str, dict[str, Paired]]]
 """By name of the slicing, value and metric."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.paired import figure, signed
 from luthier.evaluate.slices import apart
+from luthier.evaluate.statistics.paired import figure, signed
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from luthier.evaluate import tables
 from luthier.evaluate.metrics import Metric
-from luthier.evaluate.paired import Paired, figure, signed
+from luthier.evaluate.statistics.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from luthier.evaluate.metrics import Metric, shown
-from luthier.evaluate.paired import figure
+from luthier.evaluate.statistics.paired import figure
 
 Json = dict[str, Any]
 SIDES = ("base", "tuned")

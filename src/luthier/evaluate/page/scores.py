@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.evaluate.figures import Axis, interval
 from luthier.evaluate.metrics import Metric, shown
-from luthier.evaluate.paired import figure, signed
+from luthier.evaluate.statistics.paired import figure, signed
 
 Json = dict[str, Any]
 HEADLINES = {"better": "Better", "worse": "Worse"}

@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 from luthier import __version__
 from luthier.evaluate.figures import Axis, Series, chart, interval
-from luthier.evaluate.paired import figure, signed
-from luthier.evaluate.study_view import expectation, labelled
+from luthier.evaluate.page.template import ours, template
+from luthier.evaluate.statistics.paired import figure, signed
+from luthier.evaluate.study.view import expectation, labelled
 from luthier.runs import read_json, write_atomic
 
 Json = dict[str, Any]
@@ -34,18 +35,8 @@ def write_page(folder: Path) -> Path:
 
 def render(found: Json) -> str:
     """The page as text. All values are escaped by the template engine."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("luthier.evaluate", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))  # ours, and without user text
-    return environment.get_template("study.html.jinja").render(
-        style=style,
+    return template("study/page.html.jinja").render(
+        style=ours("report.css"),
         version=__version__,
         found=found,
         headline=_HEADLINES[found["verdict"]],

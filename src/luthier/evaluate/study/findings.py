@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate import curve
-from luthier.evaluate.curve import Contrast, Curve, Fit, Interval
 from luthier.evaluate.metrics import Metric
 from luthier.evaluate.metrics.metric import ratio
-from luthier.evaluate.paired import FEW, LEAST, figure, signed
+from luthier.evaluate.statistics.paired import FEW, LEAST, figure, signed
+from luthier.evaluate.study import curve
+from luthier.evaluate.study.curve import Contrast, Curve, Fit, Interval
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,10 +29,10 @@ from luthier.data.conversation import Conversation
 from luthier.data.prepare import Prepared
 from luthier.data.store import TokenStore
 from luthier.errors import MemoryPlanError, RunError, UsageError
-from luthier.evaluate.cells import base_scores_of, scores_of
 from luthier.evaluate.comparison import check_decides
-from luthier.evaluate.findings import Cell, Findings, find
 from luthier.evaluate.metrics import resolved
+from luthier.evaluate.study.cells import base_scores_of, scores_of
+from luthier.evaluate.study.findings import Cell, Findings, find
 from luthier.evaluate.suite import suite
 from luthier.machine import Machine, machine
 from luthier.plan import budget
@@ -116,8 +116,8 @@ def study(
     Raises UsageError for more rows than there are, RunError where `folder` holds another study, Stopped after SIGTERM
     or SIGINT, and what training and comparing raise.
     """
-    from luthier.evaluate.study_page import write_page
-    from luthier.evaluate.study_view import watching
+    from luthier.evaluate.study.page import write_page
+    from luthier.evaluate.study.view import watching
 
     whole = _opened(recipe, asked, folder, root)
     with whole.lock(), watching(console) as view, Interrupt(at_once=True):
@@ -365,7 +365,9 @@ def _work(whole: Run, plan: _Plan, cells: Sequence[Run], view: Progress) -> None
     while left := _left(whole, cells):
         done = {run.folder.name for run in cells if run not in left}
         view({"event": "cells", "steps": steps, "done": sorted(done), "workers": min(workers, len(left))})
-        with group("luthier.evaluate.cells", whole.folder, _environments(plan, min(workers, len(left)))) as started:
+        with group(
+            "luthier.evaluate.study.cells", whole.folder, _environments(plan, min(workers, len(left)))
+        ) as started:
             started.watch(view)
         if -signal.SIGKILL not in started.first_codes:
             break

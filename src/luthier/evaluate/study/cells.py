@@ -1,8 +1,8 @@
 """One worker of a study: takes cells that nobody has, trains each on a base that it reads once, and scores it.
 
-`python -m luthier.evaluate.cells STUDY` is what `study.py` starts, one per core or GPU (see `train/group.py`). There is
-no list of who does what: a cell belongs to the process that holds the lock of its folder, so that one that is killed
-leaves its cell to whoever looks next.
+`python -m luthier.evaluate.study.cells STUDY` is what `conduct.py` starts, one per core or GPU (see `train/group.py`).
+There is no list of who does what: a cell belongs to the process that holds the lock of its folder, so that one that is
+killed leaves its cell to whoever looks next.
 """
 
 from __future__ import annotations

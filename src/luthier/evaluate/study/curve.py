@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
-from luthier.evaluate.correction import holm
+from luthier.evaluate.statistics.correction import holm
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from luthier.evaluate.interval import CHANCE, LEVEL, RESAMPLES, bootstrap, tango
 from luthier.evaluate.metrics import Metric, Statistics
 from luthier.evaluate.metrics.metric import ratio
-from luthier.evaluate.permutation import mcnemar, sign_flip
-from luthier.evaluate.power import detectable, detectable_share
+from luthier.evaluate.statistics.interval import CHANCE, LEVEL, RESAMPLES, bootstrap, tango
+from luthier.evaluate.statistics.permutation import mcnemar, sign_flip
+from luthier.evaluate.statistics.power import detectable, detectable_share
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.evaluate.interval import CHANCE
+from luthier.evaluate.statistics.interval import CHANCE
 
 if TYPE_CHECKING:
-    from luthier.evaluate.paired import Paired
+    from luthier.evaluate.statistics.paired import Paired
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

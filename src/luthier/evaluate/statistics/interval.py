@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.evaluate.metrics import Metric
-from luthier.evaluate.student import quantile
+from luthier.evaluate.statistics.student import quantile
 
 if TYPE_CHECKING:
     import numpy as np

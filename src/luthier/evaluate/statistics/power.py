@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import sqrt
 from statistics import NormalDist
 
-from luthier.evaluate.interval import LEVEL
-from luthier.evaluate.student import quantile
+from luthier.evaluate.statistics.interval import LEVEL
+from luthier.evaluate.statistics.student import quantile
 
 POWER = 0.8
 

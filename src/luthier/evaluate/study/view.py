@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.findings import Findings
-from luthier.evaluate.paired import figure, signed
+from luthier.evaluate.statistics.paired import figure, signed
+from luthier.evaluate.study.findings import Findings
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

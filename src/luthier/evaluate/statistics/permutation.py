@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import comb
 from typing import TYPE_CHECKING
 
-from luthier.evaluate.interval import BLOCK, RESAMPLES
 from luthier.evaluate.metrics import Metric
+from luthier.evaluate.statistics.interval import BLOCK, RESAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,11 +9,11 @@ from __future__ import annotations
 from math import inf, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from luthier.evaluate.interval import LEVEL, degrees, left_out
 from luthier.evaluate.metrics import Metric
-from luthier.evaluate.paired import Judged, Paired, agreed, verdict_of
-from luthier.evaluate.power import detectable
-from luthier.evaluate.student import quantile, tail
+from luthier.evaluate.statistics.interval import LEVEL, degrees, left_out
+from luthier.evaluate.statistics.paired import Judged, Paired, agreed, verdict_of
+from luthier.evaluate.statistics.power import detectable
+from luthier.evaluate.statistics.student import quantile, tail
 
 if TYPE_CHECKING:
     import numpy as np
