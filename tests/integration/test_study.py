@@ -211,12 +211,14 @@ def wait(true: Any) -> None:
 
 def worker(folder: Path) -> int:
     """The process that holds a cell, as its lock says."""
-    while True:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         for lock in folder.glob("cells/*/.lock"):
             words = lock.read_text().split()
             if words and not (lock.parent / "results" / "study.json").exists():
                 return int(words[1])
         time.sleep(0.01)
+    raise AssertionError("no process took a cell")
 
 
 def test_a_setting_is_studied_in_the_same_way_and_one_that_diverges_is_told(recipe: Path, tmp_path: Path) -> None:
