@@ -118,6 +118,33 @@ def test_the_output_is_that_of_the_dequantised_weight_in_the_dtype_of_the_input(
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_unpacked_for_a_while_computes_the_same_to_the_bit_and_is_let_go(kind: str, dtype: torch.dtype) -> None:
+    packed, x = layer(kind, dtype), inputs(3, 5, 80, dtype=dtype) * 4  # some beyond LLM.int8()'s threshold
+    wanted, weight = packed(x), packed.dequantize()
+    with quantize.unpacked(packed, packed.kept_bytes):
+        assert packed.kept is not None
+        assert packed.kept.nbytes == packed.kept_bytes
+        packed.weight.data.zero_()  # what is kept is read, and nothing else
+        assert torch.equal(packed(x), wanted)
+        packed.weight.data.copy_(layer(kind, dtype).weight)
+        assert torch.equal(packed(x), wanted)
+        with quantize.unrounded(packed):
+            assert torch.equal(packed(x), F.linear(x, weight, packed.bias))
+        assert torch.equal(packed.dequantize(), weight)
+    assert packed.kept is None
+    assert torch.equal(packed(x), wanted)
+
+
+def test_as_many_layers_are_unpacked_as_there_is_room_for(kind: str) -> None:
+    layers = nn.ModuleList([layer(kind), layer(kind), layer(kind, rows=16), layer(kind)])
+    sizes = [one.kept_bytes for one in layers]
+    with quantize.unpacked(layers, sizes[0] + sizes[2]):
+        assert [one.kept is not None for one in layers] == [True, False, True, False]
+    with quantize.unpacked(layers, 0):
+        assert all(one.kept is None for one in layers)
+
+
 def test_the_gradient_of_the_input_is_that_through_the_dequantised_weight(kind: str) -> None:
     packed, x = layer(kind), inputs(3, 5, 80).requires_grad_()
     dy = inputs(3, 5, 48)

@@ -27,6 +27,8 @@ from luthier.evaluate.workers import Job, fill, processes, share
 from luthier.machine import machine
 from luthier.model.generate import Sampling, generate
 from luthier.model.load import load_causal
+from luthier.model.quantize import PackedLinear
+from luthier.recipe import FourBit
 from luthier.runs import Run
 from luthier.serve.chat import Talk, chat
 from luthier.train.launch import train
@@ -87,6 +89,25 @@ def test_a_likelihood_is_the_same_with_an_answer_and_alone(run: Run, tmp_path: P
         assert together[key]["nll"] == pytest.approx(result["nll"], rel=1e-5)
     told = {label: sum(c for name, c in calls if name == label) for label, _ in calls}
     assert told == {"base answers": 24, "tuned answers": 24, "base likelihoods": 48, "tuned likelihoods": 48}
+
+
+@pytest.mark.parametrize("in_flight", [None, 4096])
+def test_packed_weights_are_unpacked_while_answers_are_made_but_take_no_memory_that_was_counted(
+    run: Run, tmp_path: Path, in_flight: int | None
+) -> None:
+    model = run.recipe.model.model_copy(update={"quantize": FourBit(kind="nf4")})
+    subject = Subject.open(Run(run.folder, run.recipe.model_copy(update={"model": model})))
+    packed = [layer for layer in subject.model.module.modules() if isinstance(layer, PackedLinear)]
+    seen: list[set[bool]] = []
+
+    def look(label: str, count: int) -> None:
+        seen.append({layer.kept is not None for layer in packed})
+
+    tasks = plan(subject, suite(run).questions, sampling_of(run))
+    work(subject, tasks, sampling_of(run), Memo(tmp_path / "answers.jsonl"), look, in_flight=in_flight)
+    assert len(seen) == 48
+    assert all(kept == {in_flight is None} for kept in seen)
+    assert all(layer.kept is None for layer in packed)
 
 
 def test_a_row_with_an_earlier_answer_is_weighed_whole() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -21,6 +21,7 @@ from luthier.data.packing import micro_batches
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.subject import SIDES, Side, Subject
 from luthier.evaluate.suite import answerable, answered, digest
+from luthier.machine import machine
 from luthier.runs import Run
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from luthier.data.stream import Micro
     from luthier.data.tokens import Encoder
+    from luthier.model.causal import CausalModel
     from luthier.model.generate import Sampling
 
 Result = dict[str, Any]
@@ -129,19 +131,32 @@ def work(
     advance: Advance,
     *,
     in_flight: int | None = None,
+    processes: int = 1,
 ) -> None:
-    """Does the tasks that `memo` lacks, longest first, so that what needs most memory and time comes first. At most
-    `in_flight` tokens have their keys and values held together; None: as many as a part of the free memory holds."""
+    """Does the tasks that `memo` lacks, longest first, so that what needs most memory and time comes first.
+
+    Args:
+        in_flight: the most tokens that have their keys and values held together, and no more memory is taken; None: as
+            many as a part of the free memory holds, and beside them packed weights as `_unpacked` has it.
+        processes: how many do such work at the same time, and share the memory.
+    """
     missing = {task.key: task for task in tasks if task.key not in memo}
     ordered = sorted(missing.values(), key=lambda task: -task.length)
     for side in dict.fromkeys(task.side for task in ordered):
         mine = [task for task in ordered if task.side == side]
-        with subject.side(side):
+        with subject.side(side), nullcontext() if in_flight else _unpacked(subject.model, processes):
             riders, nothing = _riders(mine), replace(sampling, max_new_tokens=0)
             read = partial(_read, subject, riders=riders, memo=memo, advance=advance, in_flight=in_flight)
             read([task for task in mine if task.kind == "answers"], sampling)
             read([task for task in mine if task.choices and task.key not in memo], nothing)
             _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
+
+
+def _unpacked(model: CausalModel, processes: int) -> AbstractContextManager[None]:
+    """On a CPU half of the free memory, shared by the `processes`, is for what products read of packed weights."""
+    from luthier.model.quantize import unpacked
+
+    return unpacked(model.module, machine().available // 2 // processes if model.device.type == "cpu" else 0)
 
 
 def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:

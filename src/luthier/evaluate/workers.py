@@ -117,7 +117,7 @@ def done(job: Job, asker: Run, wanted: Sequence[Turn], bar: Bar) -> Memo:
         fix = "the same command goes on where it was; it is surest when nothing trains here"
         raise RunError("the processes that answer were ended, most likely for want of memory", fix=fix)
     for turn in missing:
-        _work(turn, turn.tasks, sampling, memo, bar.advance, in_flight)
+        _work(turn, turn.tasks, sampling, memo, bar.advance, in_flight=in_flight)
     return memo
 
 
@@ -136,12 +136,19 @@ def _label(turn: Turn, label: str) -> str:
 
 
 def _work(
-    turn: Turn, tasks: Sequence[Task], sampling: Sampling, memo: Memo, advance: Advance, in_flight: int | None
+    turn: Turn,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    memo: Memo,
+    advance: Advance,
+    *,
+    in_flight: int | None,
+    processes: int = 1,
 ) -> None:
     def named(label: str, count: int) -> None:
         advance(_label(turn, label), count)
 
-    work(turn.side.subject, tasks, sampling, memo, named, in_flight=in_flight)
+    work(turn.side.subject, tasks, sampling, memo, named, in_flight=in_flight, processes=processes)
 
 
 def _room(missing: Sequence[Turn], count: int, sampling: Sampling, near: list[Training]) -> tuple[int, int | None]:
@@ -225,7 +232,8 @@ def main(text: str, rank: str, count: str, beside: str) -> None:
     asker = Run.open(job.asker)
     sampling, memo, needs = sampling_of(asker), job.memo(), job.needs or needed(asker)
     for turn in turns(open_sides(job.entries, Seat()), _questions(job, asker), sampling, needs, general=job.general):
-        _work(turn, share(turn.tasks, int(rank), int(count)), sampling, memo, advance, job.in_flight)
+        mine = share(turn.tasks, int(rank), int(count))
+        _work(turn, mine, sampling, memo, advance, in_flight=job.in_flight, processes=int(count))
 
 
 def _questions(job: Job, asker: Run) -> list[Conversation]:

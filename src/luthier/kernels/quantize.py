@@ -190,7 +190,8 @@ def dequantize_int8(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def int8_linear(x: Tensor, packed: Tensor, absmax: Tensor, threshold: float) -> Tensor:
-    """LLM.int8(): `x` [T, in] times the weight [out, in] that `quantize_int8` made, as fp32 [T, out].
+    """LLM.int8(): `x` [T, in] times the weight [out, in] that `quantize_int8` made, as fp32 [T, out]. `packed` may hold
+    its integers in fp32.
 
     Columns of `x` that hold an absolute value of `threshold` or more are multiplied in `x`'s dtype with the dequantised
     weight; the others as integers, each row of `x` scaled by its largest value. `threshold` 0: all as integers.

@@ -48,6 +48,8 @@ class PackedLinear(nn.Module, ABC):
     rounds_inputs = False
     """Whether inputs are rounded too: then the product is not that of the dequantised weight."""
     bias: nn.Parameter | None
+    kept: Tensor | None = None
+    """Inside `unpacked`, the weight [out, in] as the product reads it."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, settings: Any, dtype: torch.dtype, device: Any
@@ -62,9 +64,21 @@ class PackedLinear(nn.Module, ABC):
     def packed_bytes(cls, in_features: int, out_features: int, settings: Any) -> int:
         """Bytes of all tensors but the bias."""
 
-    @abstractmethod
     def dequantize(self) -> Tensor:
+        """[out, in] in the compute dtype; not to be written to."""
+        return self._unpack() if self.kept is None else self.kept
+
+    @abstractmethod
+    def _unpack(self) -> Tensor:
         """A new tensor [out, in] in the compute dtype."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what `keep` keeps."""
+        return self.out_features * self.in_features * self.compute_dtype.itemsize
+
+    def keep(self) -> None:
+        self.kept = self._unpack()
 
     @abstractmethod
     def requantize(self, weight: Tensor) -> None:
@@ -144,9 +158,9 @@ class FourBitLinear(PackedLinear):
         pairs, blocks, groups = _four_bit_counts(in_features * out_features)
         return pairs + (blocks + 4 * (groups + 1 + 256) if settings.double else 4 * blocks)
 
-    def dequantize(self) -> Tensor:
+    def _unpack(self) -> Tensor:
         shape = (self.out_features, self.in_features)
-        return _unpack(self.weight)(self.weight, self._scales(), self.settings.kind, shape, self.compute_dtype)
+        return _unpacker(self.weight)(self.weight, self._scales(), self.settings.kind, shape, self.compute_dtype)
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
@@ -164,7 +178,7 @@ class FourBitLinear(PackedLinear):
         return plain.NestedScales(self.absmax, self.nested, self.offset, self.code)
 
 
-def _unpack(packed: Tensor) -> Callable[..., Tensor]:
+def _unpacker(packed: Tensor) -> Callable[..., Tensor]:
     """What turns 4-bit indices into values. On a GPU our kernel: it needs no other library, and undoes double
     quantisation in the same pass."""
     if on_gpu(packed) and (packed.is_meta or find_spec("triton")):
@@ -201,7 +215,18 @@ class Int8Linear(PackedLinear):
         return out_features * (in_features + 4)
 
     def dequantize(self) -> Tensor:
+        return self._unpack()  # what is kept are the integers
+
+    def _unpack(self) -> Tensor:
         return plain.dequantize_int8(self.weight, self.absmax, self.compute_dtype)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.out_features * self.in_features * torch.float32.itemsize
+
+    def keep(self) -> None:
+        """The integers in float32, in which a CPU multiplies them."""
+        self.kept = self.weight.float()
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
@@ -212,10 +237,28 @@ class Int8Linear(PackedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         if not self.rounds_inputs:
             return super().multiply(x)
-        y = plain.int8_linear(x.reshape(-1, self.in_features), self.weight, self.absmax, self.settings.threshold)
+        weight = self.weight if self.kept is None else self.kept
+        y = plain.int8_linear(x.reshape(-1, self.in_features), weight, self.absmax, self.settings.threshold)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+
+@contextmanager
+def unpacked(module: nn.Module, room: int) -> Iterator[None]:
+    """Inside, packed layers keep what products read of their weights, as many of them as `room` bytes hold, and compute
+    the same to the bit. To unpack a weight costs a CPU more than to multiply it by a few rows."""
+    layers = []
+    for layer in module.modules():
+        if isinstance(layer, PackedLinear) and layer.kept_bytes <= room:
+            room -= layer.kept_bytes
+            layer.keep()
+            layers.append(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
 
 
 @contextmanager
@@ -251,7 +294,7 @@ class Float8Linear(PackedLinear):
     def packed_bytes(cls, in_features: int, out_features: int, settings: recipe.Float8) -> int:
         return out_features * (in_features + 4)
 
-    def dequantize(self) -> Tensor:
+    def _unpack(self) -> Tensor:
         return plain.dequantize_float8(self.weight, self.scale, self.compute_dtype)
 
     @torch.no_grad()
