@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,51 @@ import pytest
 import torch
 
 import tiny
+from luthier import recipe
+from luthier.adapters.lora import attach
 from luthier.data.stream import Stream, collate
 from luthier.errors import ModelError
-from luthier.model import decode
+from luthier.kernels.place import planned_for
+from luthier.model import attention, decode, fast
 from luthier.model.causal import CausalModel
-from luthier.model.decode import Decoder, FastDecoder, Projection, ReferenceDecoder, WholeDecoder
+from luthier.model.decode import Decoder, ReferenceDecoder, WholeDecoder
+from luthier.model.fast import FastDecoder, Projection
 from luthier.model.generate import Generation, Sampling, _answer, _batches, _without_holes, generate, stream
+from luthier.model.quantize import quantize_module
 
 BEGINNING = [5, 9, 3, 7, 11, 2, 13, 17, 6, 4]
 PROMPTS = [BEGINNING + rest for rest in ([1], [8, 15, 21, 30], [8, 16], [40, 41, 42, 43, 44, 45, 46], [63] * 12)]
 STRANGERS = [[1], [2, 3, 4, 5], [60, 7, 8]]
 GREEDY = Sampling(max_new_tokens=20)
 NO_STOPS: frozenset[int] = frozenset()
+PACKED: dict[str, Any] = {
+    "nf4": recipe.FourBit(kind="nf4"),
+    "int8": recipe.EightBit(kind="int8", threshold=0),  # columns apart from the others depend on what is beside
+    "fp8": recipe.Float8(kind="fp8"),
+}
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalModel:
     """A tiny Llama whose adapter changes what it says."""
-    made = tiny.model(tiny.recipe())
-    assert made.adapter is not None
+    return speaking(tiny.model(tiny.recipe()))
+
+
+def speaking(made: CausalModel) -> CausalModel:
     generator = torch.Generator().manual_seed(1)
-    for layer in made.adapter.layers.values():
+    for layer in made.adapter.layers.values():  # type: ignore[union-attr]
         layer.B.data.normal_(0, 0.5, generator=generator)
     return made
+
+
+def packed(kind: str) -> CausalModel:
+    """The same, its linear layers packed before the adapter came."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    module = LlamaForCausalLM._from_config(tiny.config(), attn_implementation=attention.NAME).eval()
+    quantize_module(module, PACKED[kind], torch.float32)
+    return speaking(CausalModel(module, attach(module, recipe.Lora(rank=4, alpha=8), seed=3)))
 
 
 def decoders(model: CausalModel) -> dict[str, Decoder]:
@@ -40,6 +63,7 @@ def decoders(model: CausalModel) -> dict[str, Decoder]:
         "whole": WholeDecoder(model),
         "merged": FastDecoder(model, merge=True),
         "as it is": FastDecoder(model, merge=False),
+        "bucketed": FastDecoder(model, merge=False, bucketed=True),
     }
 
 
@@ -54,11 +78,11 @@ CONTINUATIONS = [[3], [8, 1, 44, 2], [60] * 7, [5, 6], [9, 9, 9]]
 
 @torch.inference_mode()
 @pytest.mark.parametrize("prompts", [PROMPTS, STRANGERS, PROMPTS[:1]], ids=["shared", "strangers", "one"])
-@pytest.mark.parametrize("kind", ["reference", "whole", "merged", "as it is"])
+@pytest.mark.parametrize("kind", ["reference", "whole", "merged", "as it is", "bucketed"])
 def test_a_continuation_weighs_what_it_weighs_in_the_whole_text(
     model: CausalModel, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "PREFILL_TOKENS", 8)  # several passes
+    monkeypatch.setattr(fast, "PREFILL_TOKENS", 8)  # several passes
     engine, count = decoders(model)[kind], len(prompts)
     rows, continuations = [*range(count), count - 1, 0, 0], [*CONTINUATIONS[:count], [8, 1, 50], [4], [4, 4]]
     losses = engine.weigh(engine.prefill(prompts, 4), rows, continuations)
@@ -217,6 +241,8 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) * (max(lengths[i] for i in b) + 10) <= 400 for b in batches)
     assert all(len(b) == 1 for b in _batches(lengths, new_tokens=10, budget=1))
+    assert max(map(len, _batches(lengths, new_tokens=10, budget=10**9))) == 256
+    assert len(_batches(lengths, new_tokens=10, budget=10**9, most=len(lengths))) == 1
 
 
 def test_holes_are_filled_from_the_end() -> None:
@@ -227,8 +253,8 @@ def test_holes_are_filled_from_the_end() -> None:
 
 @torch.no_grad()
 def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalModel) -> None:
-    attention = model.module.base_model.layers[0].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    first = model.module.base_model.layers[0].self_attn
+    layers = [first.q_proj, first.k_proj, first.v_proj]
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
     torch.testing.assert_close(Projection(layers, merge=True)(x), expected, atol=1e-5, rtol=1e-5)
@@ -237,11 +263,71 @@ def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalMode
     half.module.to(torch.bfloat16)
     for layer in half.adapter.layers.values():  # type: ignore[union-attr]
         layer.B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.index))
-    attention = half.module.base_model.layers[0].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    first = half.module.base_model.layers[0].self_attn
+    layers = [first.q_proj, first.k_proj, first.v_proj]
     expected = torch.cat([layer(x.bfloat16()) for layer in layers], dim=-1)
     assert Projection(layers, merge=True).parts[0].low_rank is not None
     torch.testing.assert_close(Projection(layers, merge=True)(x.bfloat16()), expected, atol=0.05, rtol=0.05)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bucketed", [False, True])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_give_the_logits_of_the_module_with_the_adapter_on_and_off(kind: str, bucketed: bool) -> None:
+    model, found = packed(kind), []
+    assert model.adapter is not None
+    for side in (nullcontext(), model.adapter.disabled()):
+        with side:
+            one, other = ReferenceDecoder(model), FastDecoder(model, merge=True, bucketed=bucketed)
+            expected = one.prefill(PROMPTS, 3)
+            logits = other.prefill(PROMPTS, 3)
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+            rows, rests = [0, 4, 4], [[3, 8], [8, 1, 50], [4]]
+            weighed = other.weigh(logits, rows, rests)
+            assert weighed == pytest.approx(one.weigh(expected, rows, rests), rel=1e-5)
+            ids = torch.arange(7, 7 + len(PROMPTS))
+            torch.testing.assert_close(other.step(ids), one.step(ids), atol=2e-5, rtol=1e-5)
+            assert answers(other, PROMPTS, GREEDY, NO_STOPS) == answers(one, PROMPTS, GREEDY, NO_STOPS)
+            found.append(expected)
+    assert not torch.allclose(*found, atol=0.1)
+
+
+@torch.inference_mode()
+def test_bucketed_steps_work_on_tensors_that_stay_where_they_are(model: CausalModel) -> None:
+    decoder = FastDecoder(model, merge=False, bucketed=True)
+    decoder.prefill(PROMPTS, 200)
+
+    def places() -> list[int]:
+        state = [decoder.ids, decoder.starts, decoder.bias, decoder.column, *decoder.keys, *decoder.values]
+        return [tensor.data_ptr() for tensor in state]
+
+    before = places()
+    for count in (5, 5, 3, 1):
+        decoder.keep(torch.arange(count))
+        decoder.step(torch.arange(count))
+        assert places() == before
+    assert list(decoder.recorder.times) == [(8, 128), (4, 128), (1, 128)]
+
+
+@torch.inference_mode()
+def test_bucketed_steps_go_on_past_the_columns_of_their_first_bucket(model: CausalModel) -> None:
+    ahead = [(7 * i) % tiny.VOCAB for i in range(60)]
+    one, other = FastDecoder(model, merge=False), FastDecoder(model, merge=False, bucketed=True)
+    prompts = [[3] * 100, [5, 8, 1, 60]]
+    for decoder in (one, other):
+        decoder.prefill(prompts, len(ahead))
+    for token in ahead:
+        ids = torch.tensor([token, token])
+        torch.testing.assert_close(other.step(ids), one.step(ids), atol=2e-5, rtol=1e-5)
+    assert list(other.recorder.times) == [(2, 128), (2, 256)]
+
+
+def test_packed_layers_take_the_fast_way_on_a_gpu_alone() -> None:
+    model = packed("int8")
+    assert not decode.is_fast(model)
+    model.module.to("meta")
+    with planned_for((9, 0)):
+        assert decode.is_fast(model)
 
 
 def test_only_llama_shaped_models_take_the_fast_way(model: CausalModel) -> None:

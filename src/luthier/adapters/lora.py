@@ -106,12 +106,15 @@ class Lora:
         return max((layer.dropout for layer in self.layers.values()), default=0.0)
 
     @property
+    def plain(self) -> bool:
+        """Whether it is low-rank updates beside linear layers, and nothing else."""
+        layers = self.layers.values()
+        return self.whole is None and all(type(layer) is LoraLinear and layer.start_A is None for layer in layers)
+
+    @property
     def foldable(self) -> bool:
         """Whether our decoder block can compute it: plain low-rank updates of layers that multiply, nothing else."""
-        return self.whole is None and all(
-            type(layer) is LoraLinear and multiplies(layer.base) and layer.start_A is None
-            for layer in self.layers.values()
-        )
+        return self.plain and all(multiplies(layer.base) for layer in self.layers.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters under the names PEFT writes."""

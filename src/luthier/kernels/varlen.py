@@ -30,15 +30,24 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edges: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None = None,
+    *,
+    keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, causal inside each segment.
 
     Args:
-        q: [T, Hq, D]; k and v: [T, Hk, D], with Hq a multiple of Hk; see `takes`.
+        q: [T, Hq, D]; k and v: [T, Hk, D], or [S, Hk, D] with `keys`, with Hq a multiple of Hk; see `takes`.
         edges: int32 [n + 1], the segment boundaries from 0 to T, on the same device.
         longest: tokens of the longest segment.
         window: how many tokens a token sees, itself among them; None: all before it.
+        keys: `edges` and `longest` of k and v where segments have more keys than queries, which are then the last ones.
 
     Returns [T, Hq, D]. Differentiable once.
     """
@@ -49,7 +58,8 @@ def varlen_attention(
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     shared: dict[str, Any] = {"enable_gqa": True} if _shares_keys() else {}
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(left, 0), **shared)
+    key_edges, most = keys or (edges, longest)
+    out = varlen_attn(q, k, v, edges, key_edges, longest, most, scale=scale, window_size=(left, 0), **shared)
     assert isinstance(out, Tensor)
     return out
 

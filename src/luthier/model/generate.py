@@ -17,11 +17,13 @@ from torch import Tensor
 from luthier.errors import ModelError
 from luthier.machine import machine
 from luthier.model.decode import Decoder, decoder
+from luthier.model.fast import COLUMNS, free_memory
 
 if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
 
 MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits of large vocabularies fill memory
+LOGIT_BYTES = 32  # of each of a row's logits while a token is chosen: in float32, in float64 and sorted
 MERGE_UP_TO = 2 << 30  # bytes of weights that may be copied to be merged; larger models run as they are
 
 
@@ -65,7 +67,8 @@ def generate(
         continuations: of each prompt, any number of texts that might follow it, at least a token each; their
             likelihoods come with the answer, and the prompt is read once for all. With `max_new_tokens` 0 nothing else
             is made.
-        max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory.
+        max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory, on a
+            GPU half of it.
         progress: is told (answers done, answers in all).
 
     Raises:
@@ -75,11 +78,12 @@ def generate(
         raise ModelError("a prompt has no tokens", fix="choose a template that writes something before the answer")
     if not prompts:
         return []
-    budget = max_tokens_in_flight or _budget(model)
     answers: dict[int, Generation] = {}
     size = sum(p.numel() * p.itemsize for p in model.module.parameters())
     engine = decoder(model, merge=size <= MERGE_UP_TO)
-    for rows in _batches([len(p) for p in prompts], sampling.max_new_tokens, budget, equal=engine.equal):
+    budget, lengths = max_tokens_in_flight or _budget(model), [len(p) for p in prompts]
+    extra, most = (_row_tokens(model), len(prompts)) if model.device.type == "cuda" else (0, MAX_ROWS)
+    for rows in _batches(lengths, sampling.max_new_tokens + extra, budget, most, equal=engine.equal):
         weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
         for row, answer in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
             answers[rows[row]] = answer
@@ -117,23 +121,33 @@ def _answer(
     logits = engine.prefill(prompts, sampling.max_new_tokens)
     losses = _weigh(engine, logits, continuations)
     pick = _Picker(prompts, sampling, logits.device)
-    for _ in range(sampling.max_new_tokens):
+    unseen: list[Tensor] = []  # tokens that were chosen and not looked at
+    for count in range(1, sampling.max_new_tokens + 1):
         ids = pick(logits)
-        for row, token in zip(rows, ids.tolist(), strict=True):
-            if row in made and token in stop_ids:
-                yield row, Generation(made.pop(row), True, losses[row])
-            elif row in made:
-                made[row].append(token)
-        if not made or len(next(iter(made.values()))) == sampling.max_new_tokens:
-            break
-        if len(rows) - len(made) >= len(rows) / 8:
-            kept = _without_holes([row in made for row in rows])
-            rows, index = [rows[i] for i in kept], torch.tensor(kept, device=ids.device)
-            ids = ids[index]
-            pick.keep(index)
-            engine.keep(index)
+        unseen.append(ids)
+        if count == sampling.max_new_tokens or count % engine.look_every == 0:
+            for row, token in _pairs(rows, unseen):
+                if row in made and token in stop_ids:
+                    yield row, Generation(made.pop(row), True, losses[row])
+                elif row in made:
+                    made[row].append(token)
+            unseen = []
+            if not made or count == sampling.max_new_tokens:
+                break
+            if len(rows) - len(made) >= len(rows) / 8:
+                kept = _without_holes([row in made for row in rows])
+                rows, index = [rows[i] for i in kept], torch.tensor(kept, device=ids.device)
+                ids = ids[index]
+                pick.keep(index)
+                engine.keep(index)
         logits = engine.step(ids)
     yield from ((row, Generation(tokens, False, losses[row])) for row, tokens in made.items())
+
+
+def _pairs(rows: Sequence[int], steps: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Rows with their tokens, step after step."""
+    for ids in torch.stack(list(steps)).tolist():
+        yield from zip(rows, ids, strict=True)
 
 
 def _weigh(
@@ -214,24 +228,34 @@ def _uniform(prompt: Sequence[int], sampling: Sampling) -> Tensor:
     return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, budget: int, *, equal: bool = False) -> list[list[int]]:
+def _batches(
+    lengths: Sequence[int], new_tokens: int, budget: int, most: int = MAX_ROWS, *, equal: bool = False
+) -> list[list[int]]:
     """Rows of similar length (of one length, if `equal`) together, longest first, so that memory is largest at once; a
-    batch of n rows holds n * (its longest prompt + new_tokens) tokens, within `budget` unless one row alone is longer.
+    batch of n rows, at most `most`, holds n * (its longest prompt + new_tokens) tokens, within `budget` unless one row
+    alone is longer.
     """
     batches: list[list[int]] = []
     room = 0
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or len(batches[-1]) >= room or (equal and lengths[row] < lengths[batches[-1][0]]):
             batches.append([])
-            room = min(MAX_ROWS, budget // (lengths[row] + new_tokens))
+            room = min(most, budget // (lengths[row] + new_tokens))
         batches[-1].append(row)
     return batches
 
 
 def _budget(model: CausalModel) -> int:
-    """Tokens whose keys and values fill a quarter of the free memory."""
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else machine().available
-    return max(1, free // 4 // _bytes_per_token(model))
+    """Tokens whose keys and values fill a quarter of the free memory, on a GPU half of it."""
+    room = free_memory(model.device) // 2 if model.device.type == "cuda" else machine().available // 4
+    return max(1, room // _bytes_per_token(model))
+
+
+def _row_tokens(model: CausalModel) -> int:
+    """How many tokens' keys and values take the memory that a row takes beside its own: its logits, and the columns to
+    which a GPU's cache is rounded up."""
+    vocabulary: int = model.module.config.get_text_config().vocab_size
+    return COLUMNS + LOGIT_BYTES * vocabulary // _bytes_per_token(model)
 
 
 def _bytes_per_token(model: CausalModel) -> int:
