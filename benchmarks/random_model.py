@@ -76,6 +76,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
     },
+    "phi-3-mini": {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "sliding_window": 2047,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+}
+BITSANDBYTES = {  # of `four_bits`, in transformers' words
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
 }
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -89,19 +123,33 @@ def words() -> list[str]:
     return ["".join(rng.choices("etaoinshrdlucm", k=rng.randint(2, 7))) for _ in range(20_000)]
 
 
-def write_model(folder: Path, shape: str, *, layers: int | None = None, shard: int = SHARD) -> Path:
-    """A folder that loads like a published one: weights normal with deviation 0.02, norms one."""
+def write_model(
+    folder: Path,
+    shape: str,
+    *,
+    layers: int | None = None,
+    shard: int = SHARD,
+    nf4: bool = False,
+    changes: dict[str, Any] | None = None,
+) -> Path:
+    """A folder that loads like a published one: weights normal with deviation 0.02, norms one. `nf4`: linear layers in
+    4 bits with double quantisation, as bitsandbytes stores them. `changes` to the config come last."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from luthier.model.quantize import packable_names
+
     folder.mkdir(parents=True, exist_ok=True)
-    tree = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    tree = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}) | (changes or {})
     config = AutoConfig.for_model(**tree)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        module: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     config.architectures, config.dtype = [type(module).__name__], torch.bfloat16
+    if nf4:
+        config.quantization_config = BITSANDBYTES
     config.save_pretrained(folder)
+    packed = {f"{name}.weight" for name in packable_names(module)} if nf4 else set()
     place = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(place).manual_seed(0)
     pending: dict[str, Any] = {}
@@ -118,18 +166,40 @@ def write_model(folder: Path, shape: str, *, layers: int | None = None, shard: i
         tensor = torch.ones(parameter.shape, dtype=torch.bfloat16)
         if parameter.ndim > 1:
             made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=place)
-            tensor = made.normal_(std=0.02, generator=generator).cpu()
+            tensor = made.normal_(std=0.02, generator=generator)
         elif name.endswith("bias"):
             tensor.zero_()
         if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard:
             flush()
-        pending[name] = tensor
+        parts = four_bits(name, tensor) if name in packed else {name: tensor}
+        pending.update({part: value.cpu() for part, value in parts.items()})
     flush()
     total = sum(p.numel() * 2 for p in module.parameters())
     tree = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(tree))
     write_tokenizer(folder)
     return folder
+
+
+def four_bits(name: str, weight: Any) -> dict[str, Any]:
+    """The tensors that bitsandbytes stores of `weight` as NF4 with double quantisation, by our quantiser, which is
+    bitsandbytes' to the bit."""
+    import torch
+
+    from luthier.kernels import quantize
+
+    packed, absmax = quantize.quantize_4bit(weight, "nf4")
+    scales = quantize.quantize_scales(absmax)
+    state = {"quant_type": "nf4", "blocksize": quantize.BLOCK, "dtype": "bfloat16", "shape": list(weight.shape)}
+    state |= {"nested_blocksize": quantize.NESTED, "nested_dtype": "float32", "nested_offset": scales.offset.item()}
+    return {
+        name: packed,
+        f"{name}.absmax": scales.absmax,
+        f"{name}.quant_map": quantize.levels("nf4").clone(),
+        f"{name}.nested_absmax": scales.nested,
+        f"{name}.nested_quant_map": scales.code.clone(),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
 
 
 def _own_words() -> set[str]:

@@ -1,0 +1,94 @@
+"""luthier's side: the Trainer that `luthier train` uses, as it plans and proves its run, on the benchmark's steps."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from peers.bounds import RANK
+from peers.clock import Clock
+from peers.models import config
+from peers.workloads import Step, Workload
+
+from luthier.data.conversation import Example, Origin
+from luthier.data.store import TokenStore
+from luthier.data.stream import Sample, Stream
+from luthier.machine import machine
+from luthier.recipe import Recipe
+from luthier.train.decide import Decisions, Rows, decide
+from luthier.train.engines.local import Local
+from luthier.train.loop import Trainer
+from luthier.train.rehearse import rehearse
+from luthier.train.reproducible import reproducible
+from luthier.train.worker import model_of
+
+LEARNED: dict[str, Any] = {
+    "adapter": {"rank": RANK, "alpha": RANK, "dropout": 0.0},
+    "train": {"lr": 2e-4, "schedule": "constant", "warmup": 0, "weight_decay": 0.0, "max_norm": 1.0, "seed": 3407},
+}
+
+
+def train(
+    folder: Path, workload: Workload, steps: list[Step], clock: Clock, *, memory: str, overrides: list[str]
+) -> dict[str, Any]:
+    """Runs the steps; returns the first loss and what was decided. `overrides` as on luthier's command line."""
+    recipe = recipe_of(folder, workload, memory, overrides)
+    mean = sum(len(s.ids) for step in steps for row in step for s in row) / sum(len(r) for step in steps for r in step)
+    rows = Rows(workload.mix.longest, mean, len(steps))
+    decisions = decide(recipe, config(folder), machine(), rows)
+    with tempfile.TemporaryDirectory() as place, reproducible(decisions.place):
+        trainer = _trainer(recipe, decisions, model_of(recipe, decisions, folder), steps, Path(place))
+        clock.begin()
+        rehearse(trainer)
+        losses = []
+        for _ in range(clock.total):
+            losses.append(trainer.step().loss)
+            clock.tick()
+    chosen = {key: value for key, value in decisions.as_dict().items() if key != "why"}
+    used = {"micro_tokens": trainer.progress.micro_tokens, "predicted_gib": decisions.predicted_peak_bytes / 2**30}
+    return {"losses": [losses[0], losses[-1]], "decisions": chosen | used}
+
+
+def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str]) -> Recipe:
+    # Packed rows are so many tokens, not samples: to the plan they are as many samples of the greatest length.
+    samples = workload.micro * workload.accumulate * max(1, workload.packed // workload.mix.longest)
+    tree = {
+        "model": {"base": str(folder), "quantize": {"kind": "nf4"} if workload.nf4 else None},
+        "adapter": LEARNED["adapter"],
+        "data": {"train": [{"path": "made up"}], "length": workload.mix.longest},
+        "train": LEARNED["train"] | {"samples_per_step": samples},
+        "run": {"memory": "auto" if memory == "free" else memory},
+    }
+    return Recipe.parse(json.dumps(tree), *overrides)
+
+
+def _trainer(recipe: Recipe, decisions: Decisions, model: Any, steps: list[Step], folder: Path) -> Trainer:
+    rows = (_example(*sample) for step in steps for row in step for sample in row)
+    store, none = TokenStore.write(folder / "rows", rows), TokenStore.write(folder / "none", [])
+    return Trainer(
+        recipe,
+        model,
+        InOrder(store, steps),
+        none,
+        engine=Local(),
+        folder=folder,
+        micro_tokens=decisions.micro_tokens,
+    )
+
+
+def _example(ids: list[int], learned: int) -> Example:
+    return Example(ids, [0] * (len(ids) - learned) + [1] * learned, 1, Origin("made up", 1))
+
+
+class InOrder(Stream):
+    """The benchmark's steps as they are; the rows of `store` are their samples, one after the other."""
+
+    def __init__(self, store: TokenStore, steps: list[Step]) -> None:
+        super().__init__(store, None, 0, 1, max_steps=len(steps))
+        self.ends = list(accumulate(sum(len(row) for row in step) for step in steps))
+
+    def step(self, number: int) -> list[Sample]:
+        return [Sample(row, row, 0) for row in range(self.ends[number - 1] if number else 0, self.ends[number])]

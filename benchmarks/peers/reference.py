@@ -1,0 +1,28 @@
+"""What the first loss must be: transformers' own module in fp32, one sample at a time, without adapters, which start as
+nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.workloads import Step, Workload
+
+from luthier.model.load import load_causal
+from luthier.recipe import Model
+
+
+@torch.no_grad()
+def first_loss(folder: Path, workload: Workload, step: Step) -> float:
+    """The mean over the supervised tokens of a step."""
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Model.model_validate({"base": str(folder), "quantize": {"kind": "nf4"} if workload.nf4 else None})
+    module: Any = load_causal(folder, settings, device=place, dtype=torch.float32, attention="sdpa")
+    found, targets = 0.0, 0
+    for sample in (sample for row in step for sample in row):
+        ids = torch.tensor([sample.ids], device=place)
+        logits = module(input_ids=ids, use_cache=False).logits[0, -sample.targets - 1 : -1]
+        found += float(torch.nn.functional.cross_entropy(logits, ids[0, -sample.targets :], reduction="sum"))
+        targets += sample.targets
+    return found / targets
