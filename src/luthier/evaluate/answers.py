@@ -21,7 +21,6 @@ from luthier.data.packing import micro_batches
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.subject import SIDES, Side, Subject
 from luthier.evaluate.suite import answerable, answered, digest
-from luthier.machine import machine
 from luthier.runs import Run
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ Advance = Callable[[str, int], None]
 
 CHUNK = 128
 """Prompts generated together before their answers are kept."""
+CHUNK_ON_GPU = 1024
 PACK = 1024
 """Tokens of the rows whose likelihoods are taken in one pass: enough to keep a processor busy."""
 
@@ -137,14 +137,14 @@ def work(
 
     Args:
         in_flight: the most tokens that have their keys and values held together, and no more memory is taken; None: as
-            many as a part of the free memory holds, and beside them packed weights as `_unpacked` has it.
+            many as a part of the free memory holds, and beside them packed weights as `unpacked_where_free` has it.
         processes: how many do such work at the same time, and share the memory.
     """
     missing = {task.key: task for task in tasks if task.key not in memo}
     ordered = sorted(missing.values(), key=lambda task: -task.length)
     for side in dict.fromkeys(task.side for task in ordered):
         mine = [task for task in ordered if task.side == side]
-        with subject.side(side), nullcontext() if in_flight else _unpacked(subject.model, processes):
+        with subject.side(side), nullcontext() if in_flight else unpacked_where_free(subject.model, processes):
             riders, nothing = _riders(mine), replace(sampling, max_new_tokens=0)
             read = partial(_read, subject, riders=riders, memo=memo, advance=advance, in_flight=in_flight)
             read([task for task in mine if task.kind == "answers"], sampling)
@@ -152,11 +152,12 @@ def work(
             _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
 
 
-def _unpacked(model: CausalModel, processes: int) -> AbstractContextManager[None]:
-    """On a CPU half of the free memory, shared by the `processes`, is for what products read of packed weights."""
+def unpacked_where_free(model: CausalModel, processes: int = 1) -> AbstractContextManager[None]:
+    """Half of the free memory, shared by the `processes`, is for what products read of packed weights."""
+    from luthier.model.place import free_memory
     from luthier.model.quantize import unpacked
 
-    return unpacked(model.module, machine().available // 2 // processes if model.device.type == "cpu" else 0)
+    return unpacked(model.module, free_memory(model.device) // 2 // processes)
 
 
 def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:
@@ -328,8 +329,9 @@ def _read(
     from luthier.model.generate import generate
 
     encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
-    for start in range(0, len(tasks), CHUNK):
-        chunk = tasks[start : start + CHUNK]
+    size = CHUNK_ON_GPU if subject.model.device.type == "cuda" else CHUNK
+    for start in range(0, len(tasks), size):
+        chunk = tasks[start : start + size]
         riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
         prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)

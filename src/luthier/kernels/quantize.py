@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.kernels.place import on_gpu
@@ -210,8 +211,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     On a GPU cuBLAS multiplies integers where its shapes allow. Elsewhere fp32 products of 1,024 columns at a time are
     exact too, since 1024 · 127² < 2²⁴.
     """
-    if on_gpu(a) and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
-        return torch._int_mm(a, b.T)
+    if on_gpu(a) and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+        missing = max(0, 17 - len(a))  # cuBLAS takes no fewer rows
+        return torch._int_mm(F.pad(a, (0, 0, 0, missing)) if missing else a, b.T)[: len(a)]
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     for left, right in zip(torch.split(a, 1024, 1), torch.split(b, 1024, 1), strict=True):
         total += (left.float() @ right.float().T).int()

@@ -24,6 +24,7 @@ from luthier.adapters.lora import LoraLinear
 from luthier.kernels.loss import token_losses
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
+from luthier.model.place import free_memory
 from luthier.model.quantize import PackedLinear
 
 if TYPE_CHECKING:
@@ -493,9 +494,3 @@ def _passes(weights: Sequence[int], most: int) -> list[range]:
 
 def _rounds_inputs(blocks: nn.Module) -> bool:
     return any(getattr(layer, "rounds_inputs", False) for layer in blocks.modules())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that are free, or that torch holds without using them."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held

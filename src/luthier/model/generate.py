@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ModelError
-from luthier.machine import machine
 from luthier.model.decode import Decoder, decoder
-from luthier.model.fast import COLUMNS, free_memory
+from luthier.model.fast import COLUMNS
+from luthier.model.place import free_memory
 
 if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
@@ -247,8 +247,8 @@ def _batches(
 
 def _budget(model: CausalModel) -> int:
     """Tokens whose keys and values fill a quarter of the free memory, on a GPU half of it."""
-    room = free_memory(model.device) // 2 if model.device.type == "cuda" else machine().available // 4
-    return max(1, room // _bytes_per_token(model))
+    share = 2 if model.device.type == "cuda" else 4
+    return max(1, free_memory(model.device) // share // _bytes_per_token(model))
 
 
 def _row_tokens(model: CausalModel) -> int:

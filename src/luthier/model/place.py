@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
+from luthier.machine import machine
+
+if TYPE_CHECKING:
+    import torch
 
 _PICK = "pick the build for this machine at https://pytorch.org/get-started, or set run.place to cpu"
 
@@ -65,6 +70,16 @@ def _runs(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
         ):
             return True
     return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take: of a GPU, those that torch holds without using them among them."""
+    import torch
+
+    if device.type != "cuda":
+        return machine().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def installed() -> Build:

@@ -222,11 +222,11 @@ class Int8Linear(PackedLinear):
 
     @property
     def kept_bytes(self) -> int:
-        return self.out_features * self.in_features * torch.float32.itemsize
+        return 0 if on_gpu(self.weight) else self.out_features * self.in_features * torch.float32.itemsize
 
     def keep(self) -> None:
-        """The integers in float32, in which a CPU multiplies them."""
-        self.kept = self.weight.float()
+        """The integers in float32, in which a CPU multiplies them; a GPU does as they are."""
+        self.kept = None if on_gpu(self.weight) else self.weight.float()
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
@@ -247,7 +247,7 @@ class Int8Linear(PackedLinear):
 @contextmanager
 def unpacked(module: nn.Module, room: int) -> Iterator[None]:
     """Inside, packed layers keep what products read of their weights, as many of them as `room` bytes hold, and compute
-    the same to the bit. To unpack a weight costs a CPU more than to multiply it by a few rows."""
+    the same to the bit. To unpack a weight costs more than to multiply it by a few rows."""
     layers = []
     for layer in module.modules():
         if isinstance(layer, PackedLinear) and layer.kept_bytes <= room:
