@@ -26,13 +26,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peers import trainers
 from peers.workloads import MEMORY, WORKLOADS, Workload, counts, dry, steps
 
 LOSS_GATE = 1e-3  # relative; peers in bfloat16 differ by 3e-4 between them, a wrong mask by 4e-3
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger-kernel", "unsloth")
+CUDA_12 = ("cuda12", "nvidia/cuda_runtime/lib")  # beside the packages: peers/pack.sh, and nvidia's own wheel
 HERE = Path(__file__).resolve()
 
 
@@ -80,6 +83,8 @@ def work(task: Task) -> dict[str, Any]:
     """The answer of one process."""
     if task.cell.peer == "prepare":
         return prepare(task)
+    if not task.cell.ours:
+        trainers.first(task.cell.peer)
     from peers.bounds import flops_per_token
     from peers.clock import Clock
     from peers.models import config
@@ -93,7 +98,7 @@ def work(task: Task) -> dict[str, Any]:
         options: Any = {"memory": task.cell.memory, "overrides": list(task.cell.overrides)}
         found = ours.train(task.folder, task.workload, chosen, clock, **options)
     else:
-        raise NotImplementedError(task.cell.peer)
+        found = trainers.train(task.cell.peer, task.folder, task.workload, chosen, clock)
     timed = counts(chosen[task.workload.warm : task.workload.warm + task.workload.timed])
     return clock.row(chosen) | found | {"gflop_token": flops_per_token(task.folder, timed) / 1e9}
 
@@ -120,12 +125,11 @@ def limit_memory(memory: str) -> None:
     """Lets torch reserve so much of the GPU and no more."""
     import torch
 
-    from luthier.plan import parse_bytes
-
     if memory != "free" and torch.cuda.is_available():
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for all peers: fewer holes
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # Unsloth has set it
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for all: fewer holes
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(parse_bytes(memory) / total)
+        torch.cuda.set_per_process_memory_fraction(float(memory.removesuffix("GiB")) * 2**30 / total)
 
 
 # ------------------------------------------------------------------------------------------------ parent process
@@ -167,7 +171,10 @@ class Bench:
         prepared = self.prepare(cell)
         row = {"benchmark": "gpu_step", "run_id": self.run_id, **asdict(cell), "round": number, **self.device}
         row |= {"setting": setting(cell), "versions": versions(), "commit": self.commit, "dry": self.options.dry}
-        found = prepared if "failed" in prepared else self.process(cell)
+        lacking = missing(cell)
+        if "failed" in prepared or lacking:
+            return row | {"failed": lacking or prepared["failed"]}
+        found = self.process(cell)
         if "failed" not in found:
             found |= judged(found, prepared)
         return row | found
@@ -184,7 +191,7 @@ class Bench:
             profile = self.options.profile and str(self.options.profile / f"{cell.name.replace('/', '-')}.txt")
             task = Task(cell, str(self.models), self.options.dry, str(answer), profile, time.time())
             command = [sys.executable, str(HERE), "--work", json.dumps(asdict(task))]
-            code = finish(command, log, self.options.limit)
+            code = finish(command, log, self.options.limit, environment(cell))
             if self.options.logs:
                 self.options.logs.mkdir(parents=True, exist_ok=True)
                 (self.options.logs / f"{cell.name.replace('/', '-')}.log").write_bytes(log.read_bytes())
@@ -205,7 +212,8 @@ def cells(variants: dict[str, tuple[str, ...]]) -> Iterator[list[Cell]]:
     for workload in WORKLOADS:
         for memory in MEMORY.get(workload, ("free",)):
             ours = [Cell(workload, memory, f"luthier:{name}", overrides) for name, overrides in variants.items()]
-            yield [Cell(workload, memory, "luthier"), *ours]
+            peers = [Cell(workload, memory, name) for name in trainers.peers_of(WORKLOADS[workload], memory)]
+            yield [Cell(workload, memory, "luthier"), *ours, *peers]
 
 
 def rounds(groups: Iterator[list[Cell]], count: int) -> Iterator[tuple[int, Cell]]:
@@ -238,10 +246,30 @@ def judged(found: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def finish(command: list[str], log: Path, limit: float) -> str:
+def missing(cell: Cell) -> str:
+    """Which modules a peer lacks here, or nothing."""
+    needs = () if cell.ours else trainers.PEERS[cell.peer].module(WORKLOADS[cell.workload].nf4)
+    lacking = [name for name in needs if find_spec(name) is None]
+    return f"{', '.join(lacking)} not installed" if lacking else ""
+
+
+def environment(cell: Cell) -> dict[str, str]:
+    """Of a cell's process. xformers' wheel, which gives Unsloth its best attention, is built for CUDA 12: beside a
+    torch for CUDA 13 it finds that runtime where LD_LIBRARY_PATH says."""
+    found = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    found |= {"TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONUNBUFFERED": "1"}
+    runtimes = [Path(place, folder) for place in sys.path for folder in CUDA_12]
+    runtime = next((folder for folder in runtimes if (folder / "libcudart.so.12").exists()), None)
+    if cell.peer.startswith("unsloth") and runtime:
+        found["LD_LIBRARY_PATH"] = f"{runtime}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    return found
+
+
+def finish(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
     """Runs a process, and all that it starts, to its end or to the limit in seconds; says how it ended."""
+    options: Any = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, **options)
         try:
             return f"exit code {process.wait(timeout=limit)}"
         except subprocess.TimeoutExpired:
