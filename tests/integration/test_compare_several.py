@@ -16,6 +16,7 @@ import torch
 import tiny
 from luthier import api
 from luthier.errors import AdapterError, RecipeError, RunError, UsageError
+from luthier.evaluate import tables
 from luthier.evaluate.answers import Memo, collect, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.neighbours import trainings
@@ -24,6 +25,7 @@ from luthier.evaluate.seat import Seat
 from luthier.evaluate.several import _pinned, compare_several
 from luthier.evaluate.sides import by_base, entries, open_sides, with_bases
 from luthier.evaluate.slices import LENGTH
+from luthier.evaluate.statistics.paired import figure
 from luthier.evaluate.suite import suite
 from luthier.evaluate.workers import Job, fill, needed, turns
 from luthier.runs import Run, read_json
@@ -220,6 +222,11 @@ def test_runs_of_one_recipe_under_several_seeds_are_one_side_of_the_verdict(runs
     scores = [found.sides[place]["metrics"]["rougeL"]["score"] for place in recipe["sides"]]
     assert recipe["metrics"]["rougeL"]["scores"] == pytest.approx(scores)
     assert found.metrics["rougeL"].method == "seeds"
+    noise = recipe["metrics"]["rougeL"]
+    assert noise["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    (line,) = tables.spread(found)
+    assert line.startswith(f"{recipe['name']}: ROUGE-L {figure(scores[0])}, {figure(scores[1])}; mean ")
+    assert line.endswith(f"standard deviation {figure(noise['spread'])} from seed to seed")
     assert any("differ in their seed alone" in warning for warning in found.warnings)
 
 

@@ -1,5 +1,6 @@
 """lm-eval's tasks over a trained tiny run, from a local task file, beside lm-eval's own model on the same weights."""
 
+import io
 import json
 from math import exp
 from pathlib import Path
@@ -12,7 +13,10 @@ from luthier.errors import RecipeError
 from luthier.evaluate.answers import Memo
 from luthier.evaluate.compare import compare
 from luthier.evaluate.harness import model_of, scores
+from luthier.evaluate.several import compare_several
+from luthier.evaluate.statistics.paired import figure
 from luthier.evaluate.subject import Subject
+from luthier.evaluate.terminal import render
 from luthier.runs import Run
 from luthier.train.launch import train
 
@@ -66,6 +70,14 @@ def task(folder: Path, text: str) -> str:
     path = folder / f"{text.split()[1]}.yaml"
     path.write_text(text.format(data=data))
     return str(path)
+
+
+def printed(shown: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, quiet=False, file=io.StringIO())
+    console.print(shown)
+    return console.export_text()
 
 
 def request(*args: Any) -> Any:
@@ -135,6 +147,30 @@ def test_the_sides_differ_by_the_adapter_and_a_task_s_figure_is_lm_eval_s(run: R
     assert exp(sums[0] / sums[1]) == pytest.approx(theirs["word_perplexity,none"], rel=1e-4)
     assert base["statistics"] != tuned["statistics"]
     assert len(scores(subject, "base", [path], 5, memo)["read/word_perplexity"]["statistics"]) == 5
+
+
+def test_every_side_of_several_does_the_tasks_once(tmp_path: Path) -> None:
+    overrides = ("data.test=[{path: sums.jsonl}]", "data.leaks=keep", f"evaluate.harness=[{task(tmp_path, CHOOSE)}]")
+    for name, epochs in (("short", 1), ("long", 4)):
+        train(tiny.run(tmp_path, *overrides, f"run.dir={tmp_path / name}", f"train.epochs={epochs}"))
+    alone = {name: compare(Run.open(tmp_path / name)) for name in ("short", "long")}
+    found = compare_several([tmp_path / "short", tmp_path / "long"])
+    by_side = {side["name"]: side["metrics"]["choose/acc_norm"]["score"] for side in found.sides}
+    of_alone = {name: one.metrics["choose/acc_norm"] for name, one in alone.items()}
+    assert of_alone["short"].base == of_alone["long"].base != of_alone["long"].tuned
+    assert by_side == {"base": of_alone["short"].base, **{name: one.tuned for name, one in of_alone.items()}}
+    for pair in found.pairs:
+        one = pair["metrics"]["choose/acc_norm"]
+        assert (one["base"], one["tuned"], one["n"]) == (by_side[pair["first"]], by_side[pair["second"]], len(ASKED))
+    assert found.metrics["choose/acc_norm"].difference == pytest.approx(by_side["long"] - by_side["short"])
+    assert found.metrics["choose/acc_norm"].difference != 0.0
+    assert (tmp_path / "short" / "results" / "compare-long" / "harness.jsonl").read_bytes() == b""
+    shown = printed(render(found))
+    told = [line.split()[:2] for line in shown[shown.rindex("choose/acc_norm") :].splitlines()[1:4]]
+    assert told == [[name, figure(score)] for name, score in by_side.items()]
+    page = Path(found.settings["report"]).read_text()
+    cells = "".join(f"<td>{figure(score)}</td>" for score in by_side.values())
+    assert f'<th scope="row">choose/acc_norm</th>{cells}' in page
 
 
 def test_a_task_that_is_not_known_is_told_by_its_name(run: Run, tmp_path: Path) -> None:

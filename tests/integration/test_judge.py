@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from zlib import crc32
 
 import pytest
 
+import tiny
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError, RunError, UsageError
 from luthier.evaluate.answers import Memo
 from luthier.evaluate.comparison import judge as compare_answers
 from luthier.evaluate.judge import preferred, with_opinions
 from luthier.evaluate.metrics import Answer, resolved
+from luthier.evaluate.several import compare_several
 from luthier.recipe import Judge
+from luthier.train.launch import train
 
+SIDES = ("base", "tuned")
 Rule = Callable[[str, str], Any]
 """What the judge replies to answers A and B: text, or (status, text) for a failing server."""
 
@@ -99,17 +105,19 @@ def test_both_orders_are_asked_and_points_are_the_second_side_s(tmp_path: Path) 
 
 def test_a_judge_that_goes_by_the_order_ties_every_pair_and_is_told_on(tmp_path: Path) -> None:
     with serving(lambda a, b: "A") as bench:
-        sides, said = with_opinions([written(bench.url)], asked(3), [answers(*"abc"), answers(*"def")], tmp_path)
+        sides, said = with_opinions([written(bench.url)], asked(3), [answers(*"abc"), answers(*"def")], SIDES, tmp_path)
     assert [a.preferences for side in sides for a in side] == [{"judge": 50.0}] * 6
-    assert said == ["judge: 3 of 3 pairs went by the order of the answers; they count as ties"]
+    assert said == ["judge, base against tuned: 3 of 3 pairs went by the order of the answers; they count as ties"]
 
 
 @pytest.mark.parametrize("reply", ["Both are fine.", "", None, "VERDICT: C", "AB"])
 def test_a_reply_that_cannot_be_read_leaves_its_question_out_and_is_counted(reply: str | None, tmp_path: Path) -> None:
     with serving(lambda a, b: reply if "x" in (a, b) else longer(a, b)) as bench:
-        sides, said = with_opinions([written(bench.url)], asked(2), [answers("x", "a"), answers("y", "bb")], tmp_path)
+        sides, said = with_opinions(
+            [written(bench.url)], asked(2), [answers("x", "a"), answers("y", "bb")], SIDES, tmp_path
+        )
     assert [a.preferences for a in sides[1]] == [None, {"judge": 100.0}]
-    assert said == ["judge: replies to 1 of 2 pairs could not be read; they are left out"]
+    assert said == ["judge, base against tuned: replies to 1 of 2 pairs could not be read; they are left out"]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +134,46 @@ def test_a_judge_s_verdict_comes_with_an_interval_like_any_other(tmp_path: Path)
     with serving(longer) as bench:
         entry = written(bench.url)
         sides, _ = with_opinions(
-            [entry], asked(40), [answers(*["a"] * 40), answers(*["bb"] * 30, *["a"] * 10)], tmp_path
+            [entry], asked(40), [answers(*["a"] * 40), answers(*["bb"] * 30, *["a"] * 10)], SIDES, tmp_path
         )
     found = compare_answers(asked(40), *sides, [entry])
     assert found.verdict == "better"
     assert (found.metrics["judge"].base, found.metrics["judge"].tuned) == (50.0, 87.5)
+
+
+def test_of_several_sides_each_is_judged_against_the_base_and_against_each_other_by_that(tmp_path: Path) -> None:
+    def taste(text: str) -> int:
+        return crc32(text.encode()) % 3
+
+    def rule(a: str, b: str) -> Any:
+        return "B" if taste(b) > taste(a) else "A"  # of equals the one that it reads first
+
+    with serving(rule) as bench:
+        metric = f"[{{kind: judge, url: '{bench.url}', model: m, criterion: Taste.}}]"
+        for name, epochs in (("short", 1), ("long", 4)):
+            overrides = ("data.test=[{path: sums.jsonl}]", "data.leaks=keep", f"evaluate.metrics={metric}")
+            train(tiny.run(tmp_path, *overrides, f"run.dir={tmp_path / name}", f"train.epochs={epochs}"))
+        found = compare_several([tmp_path / "short", tmp_path / "long"])
+        asked = len(bench.seen)
+        again = compare_several([tmp_path / "short", tmp_path / "long"])
+        assert len(bench.seen) == asked > 0
+
+    def points(row: dict[str, Any], name: str) -> float:
+        gain = taste(row["answers"][name]) - taste(row["answers"]["base"])
+        return 100.0 if gain > 0 else 50.0 if gain == 0 else 0.0
+
+    wanted = {name: [points(row, name) for row in found.rows] for name in ("base", "short", "long")}
+    scores = {side["name"]: side["metrics"]["judge"]["score"] for side in found.sides}
+    assert scores == pytest.approx({name: fmean(won) for name, won in wanted.items()})
+    assert scores["short"] != scores["long"]
+    pairs = {(pair["first"], pair["second"]): pair["metrics"]["judge"]["difference"] for pair in found.pairs}
+    assert pairs["short", "long"] == pytest.approx(scores["long"] - scores["short"])
+    assert found.metrics["judge"].difference == pytest.approx(scores["long"] - scores["short"])
+    drawn = {name: won for name, won in wanted.items() if name != "base" and 50.0 in won}
+    assert drawn
+    told = {said.partition(" pairs")[0] for said in found.warnings if "went by the order" in said}
+    assert told == {f"judge, base against {n}: {won.count(50.0)} of 24" for n, won in drawn.items()}
+    assert again.metrics == found.metrics
 
 
 def test_what_was_judged_is_not_asked_again_and_an_outage_loses_nothing(tmp_path: Path) -> None:
@@ -185,7 +228,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
             resolved([entry])
         monkeypatch.setenv("MY_JUDGE_KEY", "secret-123")
         resolved([entry])
-        with_opinions([entry], asked(1), [answers("a"), answers("bb")], tmp_path)
+        with_opinions([entry], asked(1), [answers("a"), answers("bb")], SIDES, tmp_path)
     assert {headers["Authorization"] for headers in bench.headers} == {"Bearer secret-123"}
     assert all(b"secret-123" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 

@@ -202,8 +202,11 @@ def test_seeds_of_one_recipe_stand_together_in_the_matrix(tmp_path: Path) -> Non
     for row in found.rows:
         row["answers"] = dict.fromkeys(("base", "rank 4", "rank 8"), "x")
     of_recipe = more["pairs"][0] | {"second": "rank (2 seeds)"}
-    text = Page(render(run_with(tmp_path, found, **more, seeds={"pairs": [of_recipe]}))).text
-    assert "rank (2 seeds) no evidence +0.2, p = 1 –" in " ".join(text.split())
+    noise = {"rougeL": {"scores": [12.5, 13.5], "mean": 13.0, "spread": 0.707}}
+    seeds = {"pairs": [of_recipe], "recipes": [{"name": "rank (2 seeds)", "sides": [1, 2], "metrics": noise}]}
+    text = " ".join(Page(render(run_with(tmp_path, found, **more, seeds=seeds))).text.split())
+    assert "rank (2 seeds) no evidence +0.2, p = 1 –" in text
+    assert "rank (2 seeds): rank 4 12.5, rank 8 13.5; mean 13.0, standard deviation 0.71." in text
 
 
 def test_what_was_forgotten_stands_with_the_scores(tmp_path: Path) -> None:

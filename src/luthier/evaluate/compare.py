@@ -12,7 +12,7 @@ from luthier.evaluate.answers import collect, sampling_of
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
 from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.forgetting import forgetting, general_answers
-from luthier.evaluate.harness import check_installed, with_tasks
+from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.ranking import Pair, described
 from luthier.evaluate.report import write_report
@@ -77,14 +77,16 @@ def _judged(
     answers: Sequence[Sequence[Answer]],
     folder: Path,
 ) -> Comparison:
-    judged, said = with_opinions(run.recipe.evaluate.metrics, questions, answers, folder)
+    names, tasks = [side.name for side in sides], tasks_of(run, sides, folder)
+    judged, said = with_opinions(run.recipe.evaluate.metrics, questions, answers, names, folder)
     scored = score(questions, judged, run.recipe.evaluate.metrics)
     found = with_contamination(contrast(questions, scored), scored, questions, [run])
-    found = with_tasks(found, run, sides, folder)
+    found = with_tasks(found, tasks)
     found.warnings.extend(said)
+    everything = replace(scored, table=scored.table | tasks)
     return replace(
         cut(found, scored, questions, run.recipe.evaluate.slices),
-        sides=[{**side.about, **described(scored, place)} for place, side in enumerate(sides)],
+        sides=[{**side.about, **described(everything, place)} for place, side in enumerate(sides)],
         pairs=[Pair("base", "tuned", found.metrics).as_dict(found.first)],
     )
 

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RunError
 from luthier.evaluate.answers import Memo
+from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Metric, Statistics, exp_ratio, ratio
-from luthier.evaluate.statistics.paired import paired
+from luthier.evaluate.neighbours import trainings
+from luthier.evaluate.sides import Opened, by_base
 from luthier.evaluate.subject import Side, Subject
 from luthier.evaluate.suite import digest
 
@@ -26,10 +28,9 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
     from luthier.evaluate.comparison import Comparison
-    from luthier.evaluate.sides import Opened
     from luthier.runs import Run
 
-Scores = dict[str, dict[str, Any]]
+Found = dict[str, dict[str, Any]]
 """By `task/metric`: `statistics`, one a question, `finish` ("mean" or "perplexity"), and `higher`."""
 
 
@@ -39,31 +40,55 @@ def check_installed(tasks: Sequence[str]) -> None:
         raise RecipeError("needs lm-eval", where="evaluate.harness", fix="pip install 'luthier[harness]'")
 
 
-def scores(subject: Subject, side: Side, tasks: Sequence[str], rows: int | None, memo: Memo) -> Scores:
+def scores(subject: Subject, side: Side, tasks: Sequence[str], rows: int | None, memo: Memo) -> Found:
     """What lm-eval's tasks give one side, on the first `rows` questions of each; kept in `memo`. Metrics that are no
     mean and no perplexity (F1 over all questions, say) have no score per question, and are left out.
 
-    Raises RecipeError for a task that is not known, or whose data cannot be had.
+    Raises RecipeError for a task that is not known, or whose data cannot be had; RunError where scores are missing and
+    a run trains on this machine, since lm-eval would compete with it.
     """
-    found: Scores = {}
+    found: Found = {}
     for task in tasks:
         key = digest(["harness", version("lm_eval"), subject.identity(side), task, rows])
         if key not in memo:
+            _check_nothing_trains(subject.run)
             memo.add({key: {"scores": _evaluated(subject, side, task, rows)}})
         found |= memo[key]["scores"]
     return found
 
 
-def with_tasks(found: Comparison, run: Run, sides: Sequence[Opened], folder: Path) -> Comparison:
-    """With the tasks of `run`'s recipe for the two sides, as metrics that decide nothing. Raises as `scores` does."""
+def _check_nothing_trains(run: Run) -> None:
+    if near := trainings([run]):
+        names = ", ".join(f"{training.folder} (process {training.process})" for training in near)
+        fix = "wait until it has ended, and the same command goes on; or leave evaluate.harness out"
+        raise RunError(f"lm-eval's tasks are not run beside a run that trains: {names}", fix=fix)
+
+
+def tasks_of(run: Run, sides: Sequence[Opened], folder: Path) -> dict[str, Scores]:
+    """By `task/metric`, what the tasks of `run`'s recipe give each of the `sides`. Scores are kept in `folder`, and
+    those that any comparison of these runs has kept are not made again. Raises as `scores` does."""
     wanted = run.recipe.evaluate
     if not wanted.harness:
-        return found
-    memo = Memo(folder / "harness.jsonl")
-    base, tuned = (scores(side.subject, side.side, wanted.harness, wanted.rows, memo) for side in sides)
-    known = {name: metric_of(name, scored) for name, scored in base.items()}
-    pairs = {n: paired(m, base[n]["statistics"], tuned[n]["statistics"]) for n, m in known.items()}
-    return replace(found, metrics=found.metrics | pairs, known=found.known | known)
+        return {}
+    kept = {path for side in sides for path in side.subject.stored.run.results.glob("*/harness.jsonl")}
+    memo = Memo(folder / "harness.jsonl", sorted(kept))
+    found = {s.name: scores(s.subject, s.side, wanted.harness, wanted.rows, memo) for s in by_base(sides)}
+    return {name: _table(name, [found[side.name][name] for side in sides]) for name in found[sides[0].name]}
+
+
+def _table(name: str, sides: Sequence[dict[str, Any]]) -> Scores:
+    """A metric's scores on all sides."""
+    of = [[[tuple(question)] for question in side["statistics"]] for side in sides]
+    return Scores(metric_of(name, sides[0]), list(range(len(of[0]))), of)
+
+
+def with_tasks(found: Comparison, tasks: dict[str, Scores], base: int = 0, tuned: int = 1) -> Comparison:
+    """With the tasks of two sides, by their places, among the metrics. They decide nothing."""
+    return replace(
+        found,
+        metrics=found.metrics | {name: scores.best(base, tuned) for name, scores in tasks.items()},
+        known=found.known | {name: scores.metric for name, scores in tasks.items()},
+    )
 
 
 def metric_of(name: str, scored: dict[str, Any]) -> Metric:
@@ -79,7 +104,7 @@ def metric_of(name: str, scored: dict[str, Any]) -> Metric:
     )
 
 
-def _evaluated(subject: Subject, side: Side, task: str, rows: int | None) -> Scores:
+def _evaluated(subject: Subject, side: Side, task: str, rows: int | None) -> Found:
     from lm_eval.evaluator import simple_evaluate
 
     try:
@@ -110,9 +135,9 @@ def _manager(files: bool) -> Any:
     return TaskManager(include_defaults=not files)
 
 
-def _scored(task: Any, samples: Sequence[dict[str, Any]]) -> Scores:
+def _scored(task: Any, samples: Sequence[dict[str, Any]]) -> Found:
     """By metric, the scores of one task's samples in the order of its questions."""
-    found: Scores = {}
+    found: Found = {}
     for metric, combine in task.aggregation().items():
         shape = _SHAPES.get(combine.__name__)
         for filtered in dict.fromkeys(sample["filter"] for sample in samples) if shape else ():

@@ -91,10 +91,15 @@ def preferred(
 
 
 def with_opinions(
-    entries: Sequence[MetricEntry], questions: Sequence[Conversation], sides: Sequence[Sequence[Answer]], folder: Path
+    entries: Sequence[MetricEntry],
+    questions: Sequence[Conversation],
+    sides: Sequence[Sequence[Answer]],
+    names: Sequence[str],
+    folder: Path,
 ) -> tuple[list[Sequence[Answer]], list[str]]:
-    """The sides' answers with the points that the judges among the metrics give them against the first side's, which
-    has 50; and what is to be said of the judges. Replies are kept in `folder`. Raises as `preferred` does."""
+    """The answers of the sides, called `names`, with the points that the judges among the metrics give them against the
+    first side's, which has 50; and what is to be said of the judges. Replies are kept in `folder`. Raises as
+    `preferred` does."""
     judged, said = list(sides), list[str]()
     for judge in [entry for entry in entries if isinstance(entry, Judge)]:
         name, memo = judge.name or "judge", Memo(folder / "judgements.jsonl")
@@ -102,17 +107,17 @@ def with_opinions(
         for place, side in enumerate(sides[1:], 1):
             found = preferred(questions, sides[0], side, judge, memo)
             judged[place] = _with_points(judged[place], name, found.points)
-            said += _remarks(name, found)
+            said += _remarks(f"{name}, {names[0]} against {names[place]}", found)
     return judged, said
 
 
-def _remarks(name: str, found: Judged) -> list[str]:
-    """What a reader must know of the replies."""
+def _remarks(who: str, found: Judged) -> list[str]:
+    """What a reader must know of the replies on a pair of sides."""
     count, said = len(found.points), []
     if found.malformed:
-        said.append(f"{name}: replies to {found.malformed} of {count} pairs could not be read; they are left out")
+        said.append(f"{who}: replies to {found.malformed} of {count} pairs could not be read; they are left out")
     if found.swayed:
-        said.append(f"{name}: {found.swayed} of {count} pairs went by the order of the answers; they count as ties")
+        said.append(f"{who}: {found.swayed} of {count} pairs went by the order of the answers; they count as ties")
     return said
 
 

@@ -18,6 +18,7 @@ from luthier.evaluate.answers import collect, sampling_of
 from luthier.evaluate.compare import keep, note_source, settings, with_forgetting
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
 from luthier.evaluate.contamination import with_contamination
+from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.metrics import Answer, resolved
 from luthier.evaluate.neighbours import is_there
@@ -60,6 +61,7 @@ def compare_several(
     found = entries(paths, asker)
     asked, needs = suite(asker), needed(asker)
     check_decides(asked.questions, asker.recipe.evaluate.metrics[0])
+    check_installed(asker.recipe.evaluate.harness)
     home = next((Run.open(e.run) for e in found if e.kind != "adapter"), asker)
     folder = home.results / _name([entry.name for entry in found], asker if questions else None)
     with _pinned(found, folder) as pinned:
@@ -95,20 +97,23 @@ def judged(
     answers: dict[str, list[Answer]],
     folder: Path,
 ) -> Comparison:
-    """What the answers of the sides say, in the order of `sides`. Judges' replies are kept in `folder`."""
+    """What the answers of the sides say, in the order of `sides`. Judges' replies and
+    the scores of lm-eval's tasks are kept in `folder`."""
     names, bases = [side.name for side in sides], [side.name for side in sides if side.entry.kind == "base"]
     metrics, warnings = _comparable(asker, questions, [answers[name] for name in names])
-    opinions, said = with_opinions(metrics, questions, [answers[name] for name in names], folder)
+    tasks = tasks_of(asker, sides, folder)
+    opinions, said = with_opinions(metrics, questions, [answers[name] for name in names], names, folder)
     scored = score(questions, opinions, metrics)
+    everything = replace(scored, table=scored.table | tasks)
     alone, recipes = [Unit(name, (place,)) for place, name in enumerate(names)], by_recipe(sides)
-    every = pairs(scored, alone, bases)
+    every = pairs(everything, alone, bases)
     units = alone if len(names) - len(bases) < 3 or len(recipes) < 2 else recipes
     repeated = len(recipes) < len(alone)
-    among = pairs(scored, recipes, bases) if repeated and len(recipes) > 1 else []
+    among = pairs(everything, recipes, bases) if repeated and len(recipes) > 1 else []
     between = every if units is alone else among or every
     decision = decide(scored, units, between, bases)
     places = decision.pair[0].sides[0], decision.pair[1].sides[0]
-    found = contrast(questions, scored, *places)
+    found = with_tasks(contrast(questions, scored, *places), tasks, *places)
     asked = [pair for pair in between if (pair.first, pair.second) == tuple(unit.name for unit in decision.pair)]
     found = replace(found, metrics=asked[0].metrics) if asked else found
     found = with_contamination(found, scored, questions, [side.subject.run for side in sides], *places)
@@ -118,9 +123,9 @@ def judged(
     return replace(
         cut(found, scored, questions, asker.recipe.evaluate.slices, places),
         decision=decision,
-        sides=[{**side.about, **described(scored, place)} for place, side in enumerate(sides)],
+        sides=[{**side.about, **described(everything, place)} for place, side in enumerate(sides)],
         pairs=[pair.as_dict(scored.first) for pair in every],
-        seeds={"recipes": noise(scored, recipes), "pairs": [pair.as_dict(scored.first) for pair in among]},
+        seeds={"recipes": noise(everything, recipes), "pairs": [pair.as_dict(scored.first) for pair in among]},
     )
 
 

@@ -34,6 +34,31 @@ def pairs(found: Comparison) -> Table:
     return table
 
 
+def others(found: Comparison) -> Table | None:
+    """Each side's score by the metrics that do not decide; None where there are none."""
+    names = [name for name in found.metrics if name != found.first]
+    table = _table("others", "score", "95 % interval")
+    for name in names:
+        table.add_row(found.known[name].title, style="dim")
+        for side in found.sides:
+            score = side["metrics"][name]
+            table.add_row(f"  {side['name']}", figure(score["score"]), _bounds(score, figure))
+    return table if names else None
+
+
+def spread(found: Comparison) -> list[str]:
+    """A line for each recipe of which there are several seeds: how far chance alone takes the deciding metric."""
+    lines = []
+    for recipe in found.seeds.get("recipes", []):
+        of = recipe["metrics"][found.first]
+        scores = ", ".join(map(figure, of["scores"]))
+        lines.append(
+            f"{recipe['name']}: {found.known[found.first].title} {scores}; "
+            f"mean {figure(of['mean'])}, standard deviation {figure(of['spread'])} from seed to seed"
+        )
+    return lines
+
+
 def slices(found: Comparison, *, every: bool) -> Table | None:
     """The slices by the deciding metric: all, or those that stand out and the whole beside them; None where none do."""
     outstanding = apart(found.slices, found.metrics[found.first], found.first)

@@ -43,7 +43,9 @@ class Shown:
         yield Padding(Text(found.sentence, style="bold"), (1, 0))
         yield _table(found, options.max_width)
         if len(found.sides) > 2:
-            yield from (Padding(table, (1, 0, 0, 0)) for table in (tables.sides(found), tables.pairs(found)))
+            several = (tables.sides(found), tables.pairs(found), tables.others(found))
+            yield from (Padding(table, (1, 0, 0, 0)) for table in several if table)
+            yield from (Text(line, style="dim") for line in tables.spread(found))
         else:
             yield Text(_manner(found), style="dim")
         yield from (Text(line, style="dim") for line in (found.forgetting.lines if found.forgetting else ()))

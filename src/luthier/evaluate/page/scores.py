@@ -195,7 +195,32 @@ def several(found: Json) -> Json | None:
     return {
         "names": known,
         "scores": _alone(found["sides"], metric),
+        "others": [_by_side(found, name) for name in _others(found)],
+        "seeds": [_spread(found, recipe) for recipe in found.get("seeds", {}).get("recipes", [])],
         "rows": [(mine, [cells.get((mine, other)) for other in known]) for mine in known],
+    }
+
+
+def _others(found: Json) -> list[str]:
+    """Metrics that do not decide and that every side has."""
+    shared = set.intersection(*(set(side["metrics"]) for side in found["sides"]))
+    return [name for name in found["metrics"] if name in shared and name != found["metric"]]
+
+
+def _by_side(found: Json, name: str) -> Json:
+    """Each side's score by a metric that does not decide."""
+    scores = [figure(side["metrics"][name]["score"]) for side in found["sides"]]
+    return {"title": _metric(found, name).title, "scores": scores}
+
+
+def _spread(found: Json, recipe: Json) -> Json:
+    """What seeds of one recipe do to the deciding metric."""
+    of, names = recipe["metrics"][found["metric"]], [found["sides"][place]["name"] for place in recipe["sides"]]
+    return {
+        "name": recipe["name"],
+        "scores": ", ".join(f"{name} {figure(score)}" for name, score in zip(names, of["scores"], strict=True)),
+        "mean": figure(of["mean"]),
+        "spread": figure(of["spread"]),
     }
 
 
