@@ -62,7 +62,7 @@ def gradients(made: CausalModel, batch: Micro) -> tuple[float, Tensor]:
     loss = made.loss(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in made.adapter.parameters()]
-    return float(loss), torch.cat([g.flatten().float().cpu() for g in flat])
+    return float(loss.detach()), torch.cat([g.flatten().float().cpu() for g in flat])
 
 
 def wanted(packed: bool) -> tuple[float, Tensor]:
