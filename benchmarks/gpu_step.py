@@ -36,6 +36,7 @@ from peers.workloads import MEMORY, WORKLOADS, Workload, counts, dry, steps
 LOSS_GATE = 1e-3  # relative; peers in bfloat16 differ by 3e-4 between them, a wrong mask by 4e-3
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger-kernel", "unsloth")
 CUDA_12 = ("cuda12", "nvidia/cuda_runtime/lib")  # beside the packages: peers/pack.sh, and nvidia's own wheel
+LACKING = "not installed"  # ends what is said of a peer whose packages are missing: it is tried again
 HERE = Path(__file__).resolve()
 
 
@@ -161,23 +162,21 @@ class Bench:
         path = self.options.out
         kept = map(json.loads, path.read_text().splitlines()) if path and path.exists() else []
         names = ("run_id", "workload", "memory", "peer", "round", "commit")
-        rows = [row for row in kept if row.get("benchmark") == "gpu_step" and "failed" not in row]
+        rows = [row for row in kept if row.get("benchmark") == "gpu_step"]
+        rows = [row for row in rows if not row.get("failed", "").endswith(LACKING)]
         return {tuple(row[name] if ours(row) or name != "commit" else "" for name in names) for row in rows}
 
     def key(self, cell: Cell, number: int) -> tuple[Any, ...]:
         return (self.run_id, cell.workload, cell.memory, cell.peer, number, self.commit if cell.ours else "")
 
     def measure(self, cell: Cell, number: int) -> dict[str, Any]:
-        prepared = self.prepare(cell)
         row = {"benchmark": "gpu_step", "run_id": self.run_id, **asdict(cell), "round": number, **self.device}
         row |= {"setting": setting(cell), "versions": versions(), "commit": self.commit, "dry": self.options.dry}
-        lacking = missing(cell)
-        if "failed" in prepared or lacking:
-            return row | {"failed": lacking or prepared["failed"]}
-        found = self.process(cell)
-        if "failed" not in found:
-            found |= judged(found, prepared)
-        return row | found
+        if lacking := missing(cell):
+            return row | {"failed": lacking}
+        prepared = self.prepare(cell)
+        found = prepared if "failed" in prepared else self.process(cell)
+        return row | found | ({} if "failed" in found else judged(found, prepared))
 
     def prepare(self, cell: Cell) -> dict[str, Any]:
         if cell.workload not in self.prepared:
@@ -250,7 +249,7 @@ def missing(cell: Cell) -> str:
     """Which modules a peer lacks here, or nothing."""
     needs = () if cell.ours else trainers.PEERS[cell.peer].module(WORKLOADS[cell.workload].nf4)
     lacking = [name for name in needs if find_spec(name) is None]
-    return f"{', '.join(lacking)} not installed" if lacking else ""
+    return f"{', '.join(lacking)} {LACKING}" if lacking else ""
 
 
 def environment(cell: Cell) -> dict[str, str]:

@@ -1,0 +1,88 @@
+"""benchmarks/gpu_step.py, tiny and on a CPU: peers take the same steps, and only what ran together is compared."""
+
+import json
+import sys
+import time
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_step  # type: ignore[import-not-found]
+import report  # type: ignore[import-not-found]
+from peers import workloads  # type: ignore[import-not-found]
+
+
+def test_every_machine_makes_the_same_samples() -> None:
+    digests = {}
+    for name in ("W1-8", "W2", "W3"):
+        first = workloads.steps(workloads.WORKLOADS[name], 128256)[0]
+        digests[name] = sha256(json.dumps(first).encode()).hexdigest()[:8]
+    assert digests == {"W1-8": "2e3ee4d2", "W2": "3e500363", "W3": "f9f7ab04"}
+
+
+@given(st.lists(st.integers(1, 50), max_size=60))
+def test_packed_rows_hold_every_sample_once_and_no_row_overflows(lengths: list[int]) -> None:
+    rows = workloads.best_fit(lengths, 50)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
+    assert sum(sum(lengths[i] for i in row) <= 25 for row in rows) <= 1  # two half-empty rows would be one
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own Trainer, on its way to version 6
+def test_luthier_and_a_peer_take_the_steps_whose_first_loss_the_reference_foretells(tmp_path: Path) -> None:
+    def answer(peer: str) -> dict[str, Any]:
+        cell = gpu_step.Cell("S1-8", "free", peer)
+        profile = str(tmp_path / "profiles" / f"{peer}.txt")
+        return gpu_step.work(gpu_step.Task(cell, str(tmp_path), True, "", profile, time.time()))
+
+    prepared, rows = answer("prepare"), [answer("luthier"), answer("transformers")]
+    for row in rows:
+        assert gpu_step.judged(row, prepared)["parity"]
+        assert row["tok_s"] > 0
+        assert row["profile"]["kernels"] > 0
+    assert rows[1]["unlike"] == ""
+    other = rows[0] | {"losses": [1.01 * rows[0]["losses"][0]]}
+    assert not gpu_step.judged(other, prepared)["parity"]
+
+
+@pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
+def test_a_peer_that_is_not_installed_leaves_a_row_that_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert gpu_step.main(["--dry", "--only", "S1-8/free/unsloth", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["peer"] for row in rows] == ["unsloth", "unsloth-off"]
+    assert all("unsloth" in row["failed"] and row["failed"].endswith("not installed") for row in rows)
+
+
+def test_luthier_counts_only_beside_a_peer_of_the_same_run_whose_loss_is_right() -> None:
+    def row(run: str, peer: str, tok_s: float, parity: bool = True) -> dict[str, Any]:
+        said = {
+            "run_id": run,
+            "workload": "W2",
+            "memory": "free",
+            "peer": peer,
+            "round": 0,
+            "commit": "a",
+            "device": "GPU",
+        }
+        rates = {"tok_s": tok_s, "spread": [tok_s, tok_s], "samples_s": 1.0, "bound_share": 0.5, "first_step_s": 9.0}
+        memory = {"peak_gib": 8.0, "peak_allocated_gib": 7.0}
+        return said | rates | memory | {"driver": "", "versions": {}, "losses": [12.6], "parity": parity}
+
+    def best(*rows: dict[str, Any]) -> str | None:
+        found = next(iter(report.groups(list(rows))))
+        assert report.markdown([found], list(rows))
+        return found.best.peer if found.compared else None
+
+    ours, trl = row("monday", "luthier", 18000), row("monday", "trl", 8000)
+    assert best(ours, row("tuesday", "trl", 8000)) is None
+    assert best(ours, trl, row("tuesday", "luthier", 19000)) == "trl"
+    assert best(ours, trl, row("monday", "unsloth", 10000, parity=False)) == "trl"
+    assert best(ours, trl, row("monday", "unsloth", 10000)) == "unsloth"
+    assert best(ours | {"parity": False}, trl) is None
