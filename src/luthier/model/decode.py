@@ -34,8 +34,8 @@ class Decoder(Protocol):
 
     equal: bool
     """Whether the prompts of a batch must be equally long."""
-    look_every: int
-    """After how many steps it pays to look at their tokens: until then the host need not wait for a GPU."""
+    bucketed: bool
+    """Whether it is at its best with as many rows as memory holds, and with a host that runs ahead of a GPU."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
         """Reads prompts, makes room for so many tokens more, and gives the logits after each: fp32 [B, V]."""
@@ -70,7 +70,7 @@ def is_fast(model: CausalModel) -> bool:
         return False
     if head is None or {head.dtype, getattr(base, family.norm).weight.dtype} != {model.dtype}:
         return False
-    return all(_is_plain(block, model.dtype) for block in getattr(base, family.layers))
+    return all(_is_plain(block, model) for block in getattr(base, family.layers))
 
 
 def _is_low_rank(model: CausalModel) -> bool:
@@ -79,14 +79,17 @@ def _is_low_rank(model: CausalModel) -> bool:
     return adapter is None or adapter.foldable or (isinstance(adapter, Lora) and adapter.plain)
 
 
-def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
+def _is_plain(block: nn.Module, model: CausalModel) -> bool:
+    """Whether all its products are of layers that lie where the model is: others come and go."""
     holders = (
         m for m in block.modules() if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.dim() > 1
     )
-    return all(type(m) is nn.Linear or _is_packed_on_gpu(m, dtype) for m in holders)
+    return all(
+        m.weight.device == model.device and (type(m) is nn.Linear or _is_packed_on_gpu(m, model.dtype)) for m in holders
+    )
 
 
-def _is_packed_on_gpu(layer: nn.Module, dtype: torch.dtype) -> bool:
+def _is_packed_on_gpu(layer: Any, dtype: torch.dtype) -> bool:
     return isinstance(layer, PackedLinear) and on_gpu(layer.weight) and layer.compute_dtype == dtype
 
 
@@ -143,7 +146,7 @@ class ReferenceDecoder:
         equal: the module cannot be padded, and is only given prompts of one length.
     """
 
-    look_every = 1
+    bucketed = False
 
     def __init__(self, model: CausalModel, *, equal: bool = False) -> None:
         self.module, self.device, self.equal = model.module, model.device, equal
@@ -189,7 +192,7 @@ class ReferenceDecoder:
 class WholeDecoder:
     """The transformers module without a cache: each text is read from its first token on, one by one."""
 
-    equal, look_every = False, 1
+    equal = bucketed = False
 
     def __init__(self, model: CausalModel) -> None:
         self.module, self.device = model.module, model.device

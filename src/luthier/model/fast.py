@@ -36,7 +36,6 @@ SHARED_FROM = 8  # a common beginning shorter than this is not worth a pass of i
 COLUMNS = 128  # attention of a bucketed step reads so many columns of the cache, or a multiple
 RECORD_ROWS = 256  # with more rows the GPU takes longer for a step than the CPU takes to launch it
 RECORD_AFTER = 4  # steps of one kind: short answers are done before a recording pays
-LOOK_EVERY = 4  # steps of a GPU that are launched before the host waits for their tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [T, Hq, D], key [T, Hk, D], value [T, Hk, D]) to [T, Hq, D]."""
@@ -68,7 +67,6 @@ class FastDecoder:
         self.layers = [_Layer(block, family, merge) for block in blocks]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.look_every = LOOK_EVERY if bucketed else 1
         # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded.
         self.records = bucketed and self.device.type == "cuda" and not _rounds_inputs(blocks)
         self.pass_tokens = self._pass_tokens(config.hidden_size, config.intermediate_size)
@@ -92,8 +90,8 @@ class FastDecoder:
 
     def weigh(self, logits: Tensor, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         firsts = torch.tensor([c[0] for c in continuations], device=self.device)
-        owned = logits[torch.tensor(rows, device=self.device)]
-        losses = owned.logsumexp(-1) - owned.gather(1, firsts[:, None])[:, 0]
+        owned = torch.tensor(rows, device=self.device)
+        losses = logits.logsumexp(-1)[owned] - logits[owned, firsts]
         longer = [i for i, continuation in enumerate(continuations) if len(continuation) > 1]
         starts = self.starts.tolist()
         weights = [_weight(len(continuations[i]), self.end - starts[rows[i]]) for i in longer]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
 
 MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits of large vocabularies fill memory
+LOOK_EVERY = 4  # steps of a GPU that are launched before the host waits for their tokens
 LOGIT_BYTES = 32  # of each of a row's logits while a token is chosen: in float32, in float64 and sorted
 MERGE_UP_TO = 2 << 30  # bytes of weights that may be copied to be merged; larger models run as they are
 
@@ -67,8 +68,8 @@ def generate(
         continuations: of each prompt, any number of texts that might follow it, at least a token each; their
             likelihoods come with the answer, and the prompt is read once for all. With `max_new_tokens` 0 nothing else
             is made.
-        max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory, on a
-            GPU half of it.
+        max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory, or
+            half of a GPU's where our own decoder answers.
         progress: is told (answers done, answers in all).
 
     Raises:
@@ -81,9 +82,7 @@ def generate(
     answers: dict[int, Generation] = {}
     size = sum(p.numel() * p.itemsize for p in model.module.parameters())
     engine = decoder(model, merge=size <= MERGE_UP_TO)
-    budget, lengths = max_tokens_in_flight or _budget(model), [len(p) for p in prompts]
-    extra, most = (_row_tokens(model), len(prompts)) if model.device.type == "cuda" else (0, MAX_ROWS)
-    for rows in _batches(lengths, sampling.max_new_tokens + extra, budget, most, equal=engine.equal):
+    for rows in _planned(engine, model, [len(p) for p in prompts], sampling.max_new_tokens, max_tokens_in_flight):
         weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
         for row, answer in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
             answers[rows[row]] = answer
@@ -123,31 +122,35 @@ def _answer(
     pick = _Picker(prompts, sampling, logits.device)
     unseen: list[Tensor] = []  # tokens that were chosen and not looked at
     for count in range(1, sampling.max_new_tokens + 1):
-        ids = pick(logits)
-        unseen.append(ids)
-        if count == sampling.max_new_tokens or count % engine.look_every == 0:
-            for row, token in _pairs(rows, unseen):
-                if row in made and token in stop_ids:
-                    yield row, Generation(made.pop(row), True, losses[row])
-                elif row in made:
-                    made[row].append(token)
-            unseen = []
-            if not made or count == sampling.max_new_tokens:
-                break
-            if len(rows) - len(made) >= len(rows) / 8:
-                kept = _without_holes([row in made for row in rows])
-                rows, index = [rows[i] for i in kept], torch.tensor(kept, device=ids.device)
-                ids = ids[index]
-                pick.keep(index)
-                engine.keep(index)
+        unseen.append(pick(logits))
+        if count < sampling.max_new_tokens and count % (LOOK_EVERY if engine.bucketed else 1):
+            logits = engine.step(unseen[-1])
+            continue
+        for row, tokens in _ended(made, rows, unseen, stop_ids):
+            yield row, Generation(tokens, True, losses[row])
+        if not made or count == sampling.max_new_tokens:
+            break
+        ids, unseen = unseen[-1], []
+        if len(rows) - len(made) >= len(rows) / 8:
+            kept = _without_holes([row in made for row in rows])
+            rows, index = [rows[i] for i in kept], torch.tensor(kept, device=ids.device)
+            ids = ids[index]
+            pick.keep(index)
+            engine.keep(index)
         logits = engine.step(ids)
     yield from ((row, Generation(tokens, False, losses[row])) for row, tokens in made.items())
 
 
-def _pairs(rows: Sequence[int], steps: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    """Rows with their tokens, step after step."""
+def _ended(
+    made: dict[int, list[int]], rows: Sequence[int], steps: Sequence[Tensor], stop_ids: frozenset[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Adds the tokens of some steps to those that were made; takes out the rows that a stop token ends."""
     for ids in torch.stack(list(steps)).tolist():
-        yield from zip(rows, ids, strict=True)
+        for row, token in zip(rows, ids, strict=True):
+            if row in made and token in stop_ids:
+                yield row, made.pop(row)
+            elif row in made:
+                made[row].append(token)
 
 
 def _weigh(
@@ -228,6 +231,16 @@ def _uniform(prompt: Sequence[int], sampling: Sampling) -> Tensor:
     return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def _planned(
+    engine: Decoder, model: CausalModel, lengths: Sequence[int], new_tokens: int, in_flight: int | None
+) -> list[list[int]]:
+    """Batches for which there is memory."""
+    if engine.bucketed:
+        budget = in_flight or _budget(model, 2)
+        return _batches(lengths, new_tokens + _row_tokens(model), budget, len(lengths), equal=engine.equal)
+    return _batches(lengths, new_tokens, in_flight or _budget(model, 4), equal=engine.equal)
+
+
 def _batches(
     lengths: Sequence[int], new_tokens: int, budget: int, most: int = MAX_ROWS, *, equal: bool = False
 ) -> list[list[int]]:
@@ -245,10 +258,9 @@ def _batches(
     return batches
 
 
-def _budget(model: CausalModel) -> int:
-    """Tokens whose keys and values fill a quarter of the free memory, on a GPU half of it."""
-    share = 2 if model.device.type == "cuda" else 4
-    return max(1, free_memory(model.device) // share // _bytes_per_token(model))
+def _budget(model: CausalModel, part: int) -> int:
+    """Tokens whose keys and values fill that part of the free memory: 4 is a quarter."""
+    return max(1, free_memory(model.device) // part // _bytes_per_token(model))
 
 
 def _row_tokens(model: CausalModel) -> int:
