@@ -66,6 +66,21 @@ def test_packed_attention_is_its_twin(
         assert error(one, other) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+def test_queries_are_the_last_of_more_keys(heads: tuple[int, int]) -> None:
+    q, k, v, _ = tensors(*heads, 64, torch.bfloat16)
+    counts = (1, 3, 100, 64, 1, 17)  # queries of each segment
+    bounds, key_bounds = (0, *accumulate(counts)), (0, *accumulate(LENGTHS))
+    q = q[: bounds[-1]]
+    edges, key_edges = (torch.tensor(b, dtype=torch.int32, device="cuda") for b in (bounds, key_bounds))
+    made = varlen_attention(q, k, v, edges, max(counts), 0.1, keys=(key_edges, max(LENGTHS)))
+    for (a, b), (c, d) in zip(pairwise(bounds), pairwise(key_bounds), strict=True):
+        parts = (x.float().transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool, device="cuda").tril(d - c - (b - a))
+        wanted = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=0.1, enable_gqa=True)
+        assert error(made[a:b], wanted[0].transpose(0, 1)) <= TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "phi", "qwen2_moe", "falcon", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_family_on_a_gpu_is_as_near_to_fp32_on_the_processor_as_its_dtype_allows(
