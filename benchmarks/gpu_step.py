@@ -138,7 +138,7 @@ class Bench:
     """The parent's state: where rows go, which are there, and what was prepared."""
 
     def __init__(self, options: argparse.Namespace, models: Path) -> None:
-        self.options, self.models = options, models
+        self.options, self.models = options, models.absolute()
         self.device = device()
         self.commit = options.commit or commit()
         self.run_id = options.run or f"{time.strftime('%Y%m%d')}-{self.device['id']}"
@@ -185,15 +185,16 @@ class Bench:
 
     def process(self, cell: Cell) -> dict[str, Any]:
         """What a process of its own answers, or why it did not."""
+        name = cell.name.replace("/", "-")
         with tempfile.TemporaryDirectory() as place:
             answer, log = Path(place) / "answer.json", Path(place) / "log"
-            profile = self.options.profile and str(self.options.profile / f"{cell.name.replace('/', '-')}.txt")
+            profile = self.options.profile and str(self.options.profile.absolute() / f"{name}.txt")
             task = Task(cell, str(self.models), self.options.dry, str(answer), profile, time.time())
             command = [sys.executable, str(HERE), "--work", json.dumps(asdict(task))]
-            code = finish(command, log, self.options.limit, environment(cell))
+            code = finish(command, log, self.options.limit, environment(cell), self.models)
             if self.options.logs:
                 self.options.logs.mkdir(parents=True, exist_ok=True)
-                (self.options.logs / f"{cell.name.replace('/', '-')}.log").write_bytes(log.read_bytes())
+                (self.options.logs / f"{name}.log").write_bytes(log.read_bytes())
             if answer.exists():
                 return dict(json.loads(answer.read_text()))
             return {"failed": f"{code}: {log.read_text(errors='replace')[-1500:]}"}
@@ -231,7 +232,10 @@ def setting(cell: Cell) -> str:
     """`default`, as it comes; `tuned`, in good faith; `equal`, under the same cap of memory."""
     if cell.memory != "free":
         return "equal"
-    return "default" if cell.peer == "luthier" else "tuned"
+    comes = cell.peer in ("luthier", "transformers", "trl") or (
+        cell.peer == "unsloth" and not WORKLOADS[cell.workload].packed
+    )
+    return "default" if comes else "tuned"
 
 
 def judged(found: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +261,8 @@ def environment(cell: Cell) -> dict[str, str]:
     torch for CUDA 13 it finds that runtime where LD_LIBRARY_PATH says."""
     found = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     found |= {"TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONUNBUFFERED": "1"}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths if path)
     runtimes = [Path(place, folder) for place in sys.path for folder in CUDA_12]
     runtime = next((folder for folder in runtimes if (folder / "libcudart.so.12").exists()), None)
     if cell.peer.startswith("unsloth") and runtime:
@@ -264,9 +270,11 @@ def environment(cell: Cell) -> dict[str, str]:
     return found
 
 
-def finish(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
-    """Runs a process, and all that it starts, to its end or to the limit in seconds; says how it ended."""
-    options: Any = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
+def finish(command: list[str], log: Path, limit: float, environment: dict[str, str], folder: Path) -> str:
+    """Runs a process, and all that it starts, to its end or to the limit in seconds; says how it ended. In `folder` it
+    leaves what it compiles, as Unsloth does, for the next."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options: Any = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": folder}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, **options)
         try:

@@ -38,6 +38,7 @@ class Clock:
     def begin(self) -> None:
         self.found["begin_s"] = time.time() - self.started
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what reading the model left
             torch.cuda.reset_peak_memory_stats()
 
     def tick(self) -> None:

@@ -25,6 +25,7 @@ from luthier.train.rehearse import rehearse
 from luthier.train.reproducible import reproducible
 from luthier.train.worker import model_of
 
+CONTEXT = 0.75  # GiB of CUDA's own: a recipe's memory is all that the GPU holds, a cap is what torch reserves
 LEARNED: dict[str, Any] = {
     "adapter": {"rank": RANK, "alpha": RANK, "dropout": 0.0},
     "train": {"lr": 2e-4, "schedule": "constant", "warmup": 0, "weight_decay": 0.0, "max_norm": 1.0, "seed": 3407},
@@ -60,7 +61,7 @@ def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str
         "adapter": LEARNED["adapter"],
         "data": {"train": [{"path": "made up"}], "length": workload.mix.longest},
         "train": LEARNED["train"] | {"samples_per_step": samples},
-        "run": {"memory": "auto" if memory == "free" else memory},
+        "run": {"memory": "auto" if memory == "free" else f"{float(memory.removesuffix('GiB')) + CONTEXT}GiB"},
     }
     return Recipe.parse(json.dumps(tree), *overrides)
 

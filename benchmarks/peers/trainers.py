@@ -248,7 +248,8 @@ def _rows_as(columns: list[str], steps: list[Step]) -> Any:
             "seq_lengths": [len(sample.ids) for sample in row],
         }
 
-    return Dataset.from_list([{name: values(row)[name] for name in columns} for step in steps for row in step])
+    rows = [values(row) for step in steps for row in step]
+    return Dataset.from_list([{name: found for name, found in row.items() if name in columns} for row in rows])
 
 
 class Seen:
