@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from math import exp
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from luthier.data.conversation import Conversation, Example, Message, Origin, to_json
 from luthier.errors import DataError, RecipeError, RunError, UsageError
-from luthier.evaluate.answers import Memo, _rest, plan, sampling_of, work
+from luthier.evaluate.answers import Memo, Task, _rest, chunks, plan, sampling_of, work
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
 from luthier.evaluate.sides import pair_of
@@ -245,6 +246,38 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
     kept.write_bytes(b"".join(torn))
     assert compare(run).rows == whole.rows
     assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted([b"spoilt\n", *lines])
+
+
+def test_answers_to_long_prompts_are_kept_in_small_parts_on_a_cpu() -> None:
+    lengths = [20_000, 5000, 5000, 5000, *[600] * 30, *[20] * 200]
+    tasks = [Task("base", i, str(i), prompt=[1] * length) for i, length in enumerate(lengths)]
+    parts = [[len(task.prompt or []) for task in chunk] for chunk in chunks(tasks, 10, "cpu")]
+    assert parts == [[20_000], [5000] * 3, [600] * 26, [600] * 4 + [20] * 22, [20] * 128, [20] * 50]
+    assert [len(part) for part in chunks(tasks, 10, "cuda")] == [234]
+
+
+# Starts the command: what a process has kept when it is killed is seen from outside alone.
+def test_a_killed_comparison_has_kept_its_answers_and_goes_on_from_them(run: Run) -> None:
+    lines = (run.data / "test.jsonl").read_text().splitlines(keepends=True)
+    asked = [json.loads(line) for line in lines * 16]
+    for number, question in enumerate(asked):
+        question["messages"][0]["content"] += " more" * (10 * (number // len(lines)) // 3)
+    (run.data / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
+    command = [sys.executable, "-m", "luthier", "compare", str(run.folder), "--json"]
+    kept = results(run) / "answers.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (kept.exists() and kept.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+    before = kept.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    compare(run)
+    after = kept.read_bytes()
+    keys = [json.loads(line)["key"] for line in after.splitlines()]
+    assert after.startswith(before)
+    assert 0 < before.count(b"\n") < len(keys) / 2  # of one side some, and not yet all
+    assert len(keys) == len(set(keys))
 
 
 def test_answers_are_not_made_twice_and_need_no_model_then(run: Run) -> None:

@@ -35,9 +35,10 @@ Result = dict[str, Any]
 Advance = Callable[[str, int], None]
 """Told of a label (`base answers`) and how many more of its tasks are done."""
 
-CHUNK = 128
-"""Prompts generated together before their answers are kept."""
-CHUNK_ON_GPU = 1024
+CHUNK, CHUNK_ON_GPU = 128, 1024
+"""The most prompts that are answered together before their answers are kept."""
+CHUNK_TOKENS = 1 << 14
+"""The most tokens of theirs on a CPU, which takes no longer for two halves (docs/log.md): little is lost by a kill."""
 PACK = 1024
 """Tokens of the rows whose likelihoods are taken in one pass: enough to keep a processor busy."""
 
@@ -329,9 +330,7 @@ def _read(
     from luthier.model.generate import generate
 
     encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
-    size = CHUNK_ON_GPU if subject.model.device.type == "cuda" else CHUNK
-    for start in range(0, len(tasks), size):
-        chunk = tasks[start : start + size]
+    for chunk in chunks(tasks, sampling.max_new_tokens, subject.model.device.type):
         riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
         prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
@@ -353,6 +352,15 @@ def _read(
         memo.add(results)
         for key in results.keys() - {task.key for task in chunk}:
             advance(labels[key], 1)
+
+
+def chunks(tasks: Sequence[Task], new_tokens: int, place: str) -> Iterator[Sequence[Task]]:
+    """The tasks, longest first, in parts that are done and kept together."""
+    start = 0
+    while start < len(tasks):
+        size = CHUNK_ON_GPU if place == "cuda" else min(CHUNK, CHUNK_TOKENS // (tasks[start].length + new_tokens))
+        yield tasks[start : start + max(1, size)]
+        start += max(1, size)
 
 
 def _weighed(task: Task, rests: list[list[int]], losses: Iterator[float]) -> Result:
