@@ -4,8 +4,8 @@
 
 Only what was measured together is compared: of each workload and memory the newest run in which both luthier and a peer
 passed the gate of the first loss. Figures are medians over rounds, with the least and the greatest; of a single round
-the spread is that of its steps (10 % to 90 %). The first step is the earliest of the rounds: later ones have files and kernels at hand. Of luthier the
-newest commit counts.
+the spread is that of its steps (10 % to 90 %). The first step is the earliest of the rounds: later ones have files and
+kernels at hand. Of luthier the newest commit counts.
 """
 
 from __future__ import annotations
