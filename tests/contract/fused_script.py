@@ -47,6 +47,9 @@ def compare_all(width: int) -> None:
         fused.swiglu_backward(dh.clone(), gate_up.clone()),
         pointwise.swiglu_backward(dh.clone(), gate_up.clone()),
     )
+    # 4,096 columns are read at a time, and a GPU's logits are 16-bit numbers of all sizes.
+    logits = torch.cat([8 * made(5, 5000), made(5, width)], 1)
+    compare("exponentials", fused.exponentials(logits.clone()), pointwise.exponentials(logits.clone()))
     size = 2 * (width // 2)
     whole, cos, sin = made(5, 4 * size), made(5, size // 2), made(5, size // 2)
     for back in (False, True):

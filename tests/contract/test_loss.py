@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from luthier.kernels import reference
-from luthier.kernels.loss import CHUNK, Head, linear_cross_entropy, token_losses
+from luthier.kernels.loss import Head, linear_cross_entropy, token_losses
+from luthier.kernels.pointwise import EAGER
 
 # Relative to the norm of the whole tensor; bf16 rounds logits, probabilities and products once each.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
 WORDS, WIDTH = 53, 24
+ROWS = 2 * EAGER.logit_rows + 5
 HEADS = {
     "bias": {"bias": True},
     "scale": {"scale": 0.25},
@@ -25,7 +27,7 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made(kind: str, dtype: torch.dtype, trained: bool, rows: int = 2 * CHUNK + 5) -> tuple[Tensor, Head, Tensor]:
+def made(kind: str, dtype: torch.dtype, trained: bool, rows: int = ROWS) -> tuple[Tensor, Head, Tensor]:
     options = dict(HEADS[kind])
     bias = random(WORDS, seed=3).to(dtype).requires_grad_(trained) if options.pop("bias", False) else None
     weight = random(WORDS, WIDTH, seed=1).to(dtype).requires_grad_(trained)

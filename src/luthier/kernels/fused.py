@@ -24,6 +24,8 @@ def parts() -> Pointwise:
         turn=turn,
         swiglu=swiglu,
         swiglu_backward=swiglu_backward,
+        exponentials=exponentials,
+        logit_rows=1024,  # a GPU's products want more rows, and there is no copy in fp32
     )
 
 
@@ -70,6 +72,13 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     block = _power_of_2(half)
     options = {"SIZE": size, "HALF": half, "BACK": back, "BLOCK": block, "num_warps": 1}
     launch("turn", (tokens, heads), x, cos, sin, x.stride(0), **options)
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(x - max) of each row of [S, V], in the place of `logits`; that maximum and the sum, both fp32 [S, 1]."""
+    largest, mass = logits.new_empty(2, len(logits), 1, dtype=torch.float32)
+    launch("exponentials", (len(logits),), logits, largest, mass, WIDTH=logits.shape[1], BLOCK=4096, num_warps=8)
+    return logits, largest, mass
 
 
 def _rows(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:

@@ -69,6 +69,24 @@ def swiglu_backward(dh, gate_up, width, BLOCK: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def exponentials(logits, largest, mass, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    start = logits + row * WIDTH
+    top, total = tl.full([BLOCK], -3e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        value = tl.load(start + first + at, first + at < WIDTH, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, value)
+        total = total * tl.exp(top - higher) + tl.exp(value - higher)
+        top = higher
+    highest = tl.max(top)
+    tl.store(largest + row, highest)
+    tl.store(mass + row, tl.sum(total * tl.exp(top - highest)))
+    for first in range(0, WIDTH, BLOCK):
+        value = tl.load(start + first + at, first + at < WIDTH, float("-inf")).to(tl.float32)
+        tl.store(start + first + at, tl.exp(value - highest), first + at < WIDTH)
+
+
+@triton.jit
 def turn(x, cos, sin, stride, SIZE: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)

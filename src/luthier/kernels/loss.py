@@ -13,9 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.pointwise import EAGER, Pointwise
 
-# Rows of logits held at once. The head is read twice a chunk, so fewer rows cost reads; more rows leave the cache.
-CHUNK = 256
-
 
 @dataclass(frozen=True)
 class Head:
@@ -51,9 +48,9 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, parts: Poi
         targets: int64 [S].
         parts: eager or native.
 
-    All gradients are made in the forward pass, a chunk of rows at a time, so that at most `CHUNK` x V logits exist at
-    once and they are computed once. A frozen head costs 2 products with it, where recomputing the logits would take 3;
-    a trained one 3 and a gradient of its own size in fp32.
+    All gradients are made in the forward pass, a chunk of rows at a time, so that at most `parts.logit_rows` x V logits
+    exist at once and they are computed once. A frozen head costs 2 products with it, where recomputing the logits would
+    take 3; a trained one 3 and a gradient of its own size in fp32.
     """
     if head.weight is None:
         return F.cross_entropy(hidden.float(), targets, reduction="sum")
@@ -64,7 +61,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, parts: Poi
 def token_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """fp32 [S]: -log softmax(head.logits(hidden))[target] of each row, without gradients; shapes as above."""
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-    for rows in _chunks(hidden):
+    for rows in _chunks(hidden, EAGER.logit_rows):
         logits = head.logits(hidden[rows]).float()
         losses[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
     return losses
@@ -78,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         frozen = Head(weight.to(hidden.dtype), bias, head.scale, head.softcap)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows in _chunks(hidden):
+        for rows in _chunks(hidden, parts.logit_rows):
             logits = frozen.logits(hidden[rows])
             picked = logits.gather(1, targets[rows, None]).float()
             # The cap's slope is read from its output: 1 - (z / cap)².
@@ -129,5 +126,5 @@ class _Gradients:
             self.weight += torch.mm(dz.t(), self.rows[rows])
 
 
-def _chunks(hidden: Tensor) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK))
+def _chunks(hidden: Tensor, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, len(hidden), size))

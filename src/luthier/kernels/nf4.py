@@ -20,6 +20,13 @@ def dequantize_4bit(
 ) -> Tensor:
     """`quantize.dequantize_4bit`, to the bit."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
+    write_4bit(packed, absmax, kind, out)
+    return out
+
+
+def write_4bit(packed: Tensor, absmax: Tensor | NestedScales, kind: str, out: Tensor) -> None:
+    """`dequantize_4bit` into a tensor that lies in one piece."""
+    assert out.is_contiguous()
     double = isinstance(absmax, NestedScales)
     scales = absmax if isinstance(absmax, NestedScales) else (absmax,) * 4  # those not read stand for themselves
     grid = (-(-out.numel() // (_BLOCKS * BLOCK)),)
@@ -27,4 +34,3 @@ def dequantize_4bit(
     options = {"DOUBLE": double, "BLOCKS": _BLOCKS, "BLOCK": BLOCK, "NESTED": NESTED}
     where = (*scales, levels(kind, packed.device), out, out.numel())
     launch("dequantize", grid, packed, *where, **options, num_warps=8, enable_fp_fusion=False)
-    return out

@@ -116,6 +116,8 @@ class Pointwise:
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax
     softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
     exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials
+    logit_rows: int = 256
+    """Rows of logits held at once. The head is read twice a chunk: fewer rows cost reads, more of them memory."""
 
 
 EAGER = Pointwise()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from luthier.kernels.place import capability, on_gpu
 
@@ -49,24 +48,44 @@ def varlen_attention(
         window: how many tokens a token sees, itself among them; None: all before it.
         keys: `edges` and `longest` of k and v where segments have more keys than queries, which are then the last ones.
 
-    Returns [T, Hq, D]. Differentiable once.
+    Returns [T, Hq, D]. Differentiable once, and not with `keys`.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1 and not _shares_keys():
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    shared: dict[str, Any] = {"enable_gqa": True} if _shares_keys() else {}
-    left = -1 if window is None else window - 1
-    key_edges, most = keys or (edges, longest)
-    out = varlen_attn(q, k, v, edges, key_edges, longest, most, scale=scale, window_size=(left, 0), **shared)
-    assert isinstance(out, Tensor)
-    return out
+    if keys is not None:
+        key_edges, most = keys
+        ends = (edges, key_edges, longest, most)
+        return torch.ops.aten._flash_attention_forward(  # type: ignore[no-any-return]
+            q, k, v, *ends, 0.0, True, False, scale=scale, **_window(window)
+        )[0]
+    return _Varlen.apply(q, k, v, edges, longest, scale, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@cache
-def _shares_keys() -> bool:
-    """Whether this torch lets several query heads share a key head; before 2.13 they must be as many."""
-    from torch.nn.attention.varlen import varlen_attn
+class _Varlen(torch.autograd.Function):
+    """Torch's operators themselves: before torch 2.13, `torch.nn.attention.varlen` wants as many key heads as query
+    heads, and keys that are repeated for that are copied, kept and summed."""
 
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
+    ) -> Tensor:
+        options = {"scale": scale, **_window(window)}
+        causal = window is None
+        o, sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, edges, edges, longest, longest, 0.0, causal, False, **options
+        )
+        ctx.save_for_backward(q, k, v, edges, o, sums, seed, offset)
+        ctx.longest, ctx.causal, ctx.options = longest, causal, options
+        return o  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, edges, o, sums, seed, offset = ctx.saved_tensors
+        longest, ends = ctx.longest, (edges, edges)
+        found = torch.ops.aten._flash_attention_backward(
+            do, q, k, v, o, sums, *ends, longest, longest, 0.0, ctx.causal, seed, offset, **ctx.options
+        )
+        return *found, None, None, None, None
+
+
+def _window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -59,6 +59,7 @@ class Decoder:
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
+        _leave_file(module, self.blocks)
 
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
@@ -68,8 +69,7 @@ class Decoder:
         if self.window and int(micro.positions.max()) >= self.window:
             fix = f"lower data.length to the model's attention window of {self.window} tokens"
             raise ModelError("a row is longer than the model sees", fix=fix)
-        for block in self.blocks:
-            block.refresh()
+        self._refresh()
         x: Tensor = self.embed(micro.ids)
         cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
         pack = Pack(Segments(cos, sin, micro.bounds, prefix), noise)
@@ -78,6 +78,24 @@ class Decoder:
             pack = last if block is self.blocks[-1] else pack
             x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _refresh(self) -> None:
+        """Takes the adapters' present values, those of all layers in a few launches."""
+        copies = [copy for block in self.blocks for linear in block.linears for copy in linear.refresh()]
+        if not copies:
+            return
+        sources, scales, places = (list(column) for column in zip(*copies, strict=True))
+        if any(scale != 1 for scale in scales):
+            sources = torch._foreach_mul(sources, scales)  # type: ignore[assignment]
+        torch._foreach_copy_(places, sources)
+
+
+def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
+    """Copies what was not merged, mostly the embedding, so that nothing holds the weights' file in memory any more."""
+    merged = {id(p) for block in blocks for linear in block.linears for base in linear.bases for p in base.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in merged and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 class Kept(NamedTuple):
@@ -111,10 +129,6 @@ class Block:
         self.parameters = [p for linear in self.linears for p in linear.parameters()]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.attention = attention_on(self.attention_norm, heads, groups, pointwise)
-
-    def refresh(self) -> None:
-        for linear in self.linears:
-            linear.refresh()
 
     def forward(self, x: Tensor, pack: Pack) -> tuple[Tensor, Kept, Tensor | None]:
         """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed."""
@@ -221,8 +235,13 @@ class MergedLinear:
         """[N, K] in the dtype of the products."""
         if self.dense is not None:
             return self.dense
-        parts = [dense_weight(base) for base in self.bases]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(self.bases) == 1:
+            return dense_weight(self.bases[0])
+        size = self.columns[-1].stop, self.features
+        merged = torch.empty(size, dtype=self.dtype, device=self.bases[0].weight.device)
+        for base, rows in zip(self.bases, self.columns, strict=True):
+            _write(base, merged[rows])
+        return merged
 
     def parameters(self) -> Iterator[Tensor]:
         for layer in self.layers:
@@ -231,18 +250,33 @@ class MergedLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.bases[0].compute_dtype if self.dense is None else self.dense.dtype
+        packed = next((base for base in self.bases if is_quantized(base)), None)
+        return self.bases[0].weight.dtype if packed is None else packed.compute_dtype  # type: ignore[no-any-return]
 
-    def refresh(self) -> None:
-        """Takes the adapters' present values, in the dtype of the products."""
-        dtype = self.dtype
+    def refresh(self) -> Iterator[tuple[Tensor, float, Tensor]]:
+        """What has to be copied for the adapters' present values to be here, in the dtype of the products: (source,
+        factor, place). Places are kept from one time to the next."""
         live = [
             (x, c) for x, c in zip(self.layers, self.columns, strict=True) if isinstance(x, LoraLinear) and x.enabled
         ]
-        inner = _slices([layer.rank for layer, _ in live])
-        self.updates = [Update(x, c, i, x.B.detach().to(dtype)) for (x, c), i in zip(live, inner, strict=True)]
-        if live:
-            self.A = torch.cat([layer.A.detach() * layer.scale for layer, _ in live]).to(dtype)  # [P, K]
+        if not self._has_places([layer for layer, _ in live]):
+            self._make_places(live)
+        for update in self.updates:
+            yield update.layer.A.detach(), update.layer.scale, self.A[update.inner]
+            yield update.layer.B.detach(), 1.0, update.B
+
+    def _has_places(self, live: Sequence[LoraLinear]) -> bool:
+        """Whether there are places for these layers. Those made in inference mode can be written to only there."""
+        ranks = [(update.layer, len(self.A[update.inner])) for update in self.updates]
+        inference = not self.updates or self.A.is_inference() == torch.is_inference_mode_enabled()
+        return inference and ranks == [(layer, layer.rank) for layer in live]
+
+    def _make_places(self, live: Sequence[tuple[LoraLinear, slice]]) -> None:
+        inner, like = _slices([layer.rank for layer, _ in live]), self.bases[0].weight
+        make = partial(torch.empty, dtype=self.dtype, device=like.device)
+        places = [make(layer.B.shape) for layer, _ in live]
+        self.updates = [Update(x, c, i, B) for (x, c), i, B in zip(live, inner, places, strict=True)]
+        self.A = make(inner[-1].stop if inner else 0, self.features)  # [P, K]
 
     def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
         """x [T, K] to y [T, N], and the updates' inner values scale · x Aᵀ [T, P]."""
@@ -301,6 +335,14 @@ class MergedLinear:
 def _slices(sizes: list[int]) -> list[slice]:
     """Consecutive slices of these sizes."""
     return [slice(a, b) for a, b in pairwise(accumulate([0, *sizes]))]
+
+
+def _write(base: Any, out: Tensor) -> None:
+    """Puts the weight of a linear layer into `out` [out, in]."""
+    if is_quantized(base):
+        base.write(out)
+    else:
+        out.copy_(base.weight)
 
 
 def _merge(parts: list[Tensor]) -> Tensor:

@@ -71,14 +71,14 @@ class CausalModel:
     def hidden(self, micro: Micro) -> Tensor:
         """[S, H]: what reaches the head at `micro.rows`, differentiable in the adapter; the logits themselves, [S, V],
         where they are more than our loss computes (see `head.find`)."""
-        micro = _moved(micro, self.device)
         if self.decoder is not None:
-            micro = trim(micro)
+            micro = _moved(trim(micro), self.device)  # in this order: a GPU would have to be waited for
             noise = self._set_noise(micro)
             # Dropout tells the rows' prefixes apart: each has masks of its own. Attention of whole rows cannot share.
             apart = self._drops or on_gpu(micro.ids)
             micro, prefix = (micro, 0) if apart else share_prefix(micro)
             return self.decoder.hidden(micro, noise, prefix)
+        micro = _moved(micro, self.device)
         return self._packed(micro) if self.layout == "packed" else self._padded(trim(micro))
 
     def loss(self, micro: Micro) -> Tensor:
@@ -138,8 +138,12 @@ def _parts(kernels: Kernels, weight: Tensor) -> pointwise.Pointwise:
 
 
 def _moved(micro: Micro, device: torch.device) -> Micro:
+    def moved(x: Tensor) -> Tensor:
+        # Out of pinned memory a copy waits for nothing.
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
     tensors: dict[str, Any] = {
-        f.name: x.to(device) for f in fields(micro) if isinstance(x := getattr(micro, f.name), Tensor)
+        f.name: moved(x) for f in fields(micro) if isinstance(x := getattr(micro, f.name), Tensor)
     }
     return replace(micro, **tensors)
 
@@ -181,7 +185,7 @@ def build(
     if offload and kernels != "reference":
         fix = "set run.kernels to auto or reference, or run.offload=0"
         raise ModelError("our decoder block does not stream its weights from host memory", fix=fix)
-    (return_freed_memory if kernels == "reference" else keep_freed_memory)()
+    return_freed_memory()  # a heap that keeps what it had would keep the weights that loading merges and packs, too
     if loaded is not None:
         module = shell(loaded)
     else:
@@ -192,7 +196,10 @@ def build(
             for parameter in attached.parameters() if attached is not None else ():
                 parameter.data = parameter.data.to(device)
             stream(module, offload, device)
-        return CausalModel(module, attached, kernels=kernels, recompute=recompute)
+        built = CausalModel(module, attached, kernels=kernels, recompute=recompute)
+    if kernels != "reference":
+        keep_freed_memory()
+    return built
 
 
 def shell(module: nn.Module) -> nn.Module:

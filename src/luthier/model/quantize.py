@@ -72,6 +72,10 @@ class PackedLinear(nn.Module, ABC):
     def _unpack(self) -> Tensor:
         """A new tensor [out, in] in the compute dtype."""
 
+    def write(self, out: Tensor) -> None:
+        """Puts what `dequantize` gives into `out` [out, in]."""
+        out.copy_(self.dequantize())
+
     @property
     def kept_bytes(self) -> int:
         """Bytes of what `keep` keeps."""
@@ -160,7 +164,14 @@ class FourBitLinear(PackedLinear):
 
     def _unpack(self) -> Tensor:
         shape = (self.out_features, self.in_features)
-        return _unpacker(self.weight)(self.weight, self._scales(), self.settings.kind, shape, self.compute_dtype)
+        unpack = _kernels().dequantize_4bit if _has_kernels(self.weight) else plain.dequantize_4bit
+        return unpack(self.weight, self._scales(), self.settings.kind, shape, self.compute_dtype)
+
+    def write(self, out: Tensor) -> None:
+        if self.kept is None and _has_kernels(self.weight):
+            _kernels().write_4bit(self.weight, self._scales(), self.settings.kind, out)
+        else:
+            super().write(out)
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
@@ -178,12 +189,14 @@ class FourBitLinear(PackedLinear):
         return plain.NestedScales(self.absmax, self.nested, self.offset, self.code)
 
 
-def _unpacker(packed: Tensor) -> Callable[..., Tensor]:
-    """What turns 4-bit indices into values. On a GPU our kernel: it needs no other library, and undoes double
-    quantisation in the same pass."""
-    if on_gpu(packed) and (packed.is_meta or find_spec("triton")):
-        return import_module("luthier.kernels.nf4").dequantize_4bit  # type: ignore[no-any-return]
-    return plain.dequantize_4bit
+def _has_kernels(packed: Tensor) -> bool:
+    """Whether our kernel turns these 4-bit indices into values, as it does on a GPU: it needs no other library, and
+    undoes double quantisation in the same pass."""
+    return on_gpu(packed) and (packed.is_meta or find_spec("triton") is not None)
+
+
+def _kernels() -> Any:
+    return import_module("luthier.kernels.nf4")
 
 
 def _four_bit_counts(values: int) -> tuple[int, int, int]:

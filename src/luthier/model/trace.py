@@ -361,7 +361,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         new = [self.see(self.phase, tensor) for tensor in tensors]
         if any(new) or op._schema.is_mutable:
             self._count(op, args, kwargs, result, tensors)
-        if op.name() == _FLASH + "_backward":
+        if op.name().startswith(_FLASH + "_backward"):
             self._pass("workspace", _flash_backward(*args))
         return result
 
@@ -504,7 +504,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 
 # FlashAttention 2 on packed rows: what it takes for itself while it runs, and its arithmetic.
 
-_FLASH = "torch_attn::_varlen_attn"
+_FLASH = "aten::_flash_attention"
 
 
 def _flash_backward(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
@@ -520,6 +520,6 @@ def _flash_backward(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
 
 def _flash_flops(name: str, args: Any) -> float:
     """Two products of the causal half forward, five backward, all segments as long as the longest."""
-    q, longest, products = (args[0], args[5], 2) if name == _FLASH else (args[1], args[8], 5)
+    q, longest, products = (args[1], args[8], 5) if "_backward" in name else (args[0], args[5], 2)
     tokens, heads, size = q.shape
     return float(products * tokens * longest * heads * size)
