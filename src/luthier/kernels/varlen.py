@@ -48,14 +48,12 @@ def varlen_attention(
         window: how many tokens a token sees, itself among them; None: all before it.
         keys: `edges` and `longest` of k and v where segments have more keys than queries, which are then the last ones.
 
-    Returns [T, Hq, D]. Differentiable once, and not with `keys`.
+    Returns [T, Hq, D]. Differentiable once; with `keys` not at all, and for no `window`.
     """
     if keys is not None:
-        key_edges, most = keys
-        ends = (edges, key_edges, longest, most)
-        return torch.ops.aten._flash_attention_forward(  # type: ignore[no-any-return]
-            q, k, v, *ends, 0.0, True, False, scale=scale, **_window(window)
-        )[0]
+        ends = (edges, keys[0], longest, keys[1])
+        found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, True, False, scale=scale)
+        return found[0]  # type: ignore[no-any-return]
     return _Varlen.apply(q, k, v, edges, longest, scale, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
