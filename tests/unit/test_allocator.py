@@ -3,8 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+import tiny
+from luthier import recipe
+from luthier.model.causal import Kernels, build
 
 STEPS = """
 import json, resource, threading
@@ -41,3 +47,14 @@ def test_a_later_step_asks_the_system_for_no_memory() -> None:
     faults = json.loads(run.stdout)
     assert faults[0] > 30_000  # 126 MiB in pages of 4 KiB: the measure itself works
     assert sorted(faults[3:])[2] < 1000, "without the setting it is about 20,000"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is mapped")
+@pytest.mark.parametrize(("kernels", "mapped"), [("eager", False), ("reference", True)])
+def test_our_block_merges_the_weights_and_lets_go_of_their_file(kernels: Kernels, mapped: bool, tmp_path: Path) -> None:
+    folder = tiny.base(tmp_path / "base")
+    settings = recipe.Model(base=str(folder))
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    model = build(settings, None, folder=folder, kernels=kernels, recompute=False, seed=0, **place)
+    assert (model.decoder is None) is mapped
+    assert ("model.safetensors" in Path("/proc/self/maps").read_text(encoding="utf-8")) is mapped

@@ -94,7 +94,7 @@ def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
     """Copies what was not merged, mostly the embedding, so that nothing holds the weights' file in memory any more."""
     merged = {id(p) for block in blocks for linear in block.linears for base in linear.bases for p in base.parameters()}
     for parameter in module.parameters():
-        if id(parameter) not in merged and parameter.device.type == "cpu":
+        if id(parameter) not in merged and not parameter.requires_grad and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
