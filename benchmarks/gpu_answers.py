@@ -4,7 +4,7 @@ transformers' own `generate`.
     python benchmarks/gpu_answers.py --out benchmarks/results/h200.jsonl
     python benchmarks/gpu_answers.py --layers 1 --prompts 6 --length 20 --new 3 --rounds 1     # tries it on a CPU
 
-Weights are random and made in place. Prompts are of ~`--length` tokens, a quarter of them the same at the beginning;
+Weights are random and made in place. Prompts are of ~`--length` tokens, of which all begin with the same `--shared`;
 nothing stops an answer before `--new` tokens. `fast` is what `luthier compare` does; `packed` the same with no weights
 unpacked beforehand; `reference` the transformers module step by step, as families without a block of ours are answered;
 `transformers` is `module.generate` on left-padded batches of `--batch` sorted prompts, with attention by torch and the
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--length", type=int, default=250, help="mean tokens of a prompt")
+    parser.add_argument("--shared", type=int, default=0, help="tokens with which all prompts begin")
     parser.add_argument("--new", type=lambda text: [int(n) for n in text.split(",")], default=[5, 64])
     parser.add_argument("--only", default="fast,packed,reference,transformers")
     parser.add_argument("--batch", type=int, default=128, help="rows of `transformers`")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="rows are appended here")
     arguments = parser.parse_args()
-    model, prompts = build(arguments.shape, arguments.layers), made_prompts(arguments.prompts, arguments.length)
+    model = build(arguments.shape, arguments.layers)
+    prompts = made_prompts(arguments.prompts, arguments.length, arguments.shared)
     for new in arguments.new:
         for row in measured(model, prompts, new, arguments):
             text = json.dumps(row)
@@ -96,11 +99,10 @@ def fill(part: nn.Module, place: torch.device) -> None:
         parameter.data.fill_(1) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
 
 
-def made_prompts(count: int, length: int) -> Prompts:
+def made_prompts(count: int, length: int, shared: int) -> Prompts:
     rng = random.Random(0)
-    beginning = [rng.randrange(1000, 30000) for _ in range(length // 4)]
-    rest = length - len(beginning)
-    lengths = [max(2, round(rng.lognormvariate(0, 0.4) / 1.083 * rest)) for _ in range(count)]
+    beginning = [rng.randrange(1000, 30000) for _ in range(shared)]
+    lengths = [max(2, round(rng.lognormvariate(-0.08, 0.4) * (length - shared))) for _ in range(count)]
     return [beginning + [rng.randrange(1000, 30000) for _ in range(n)] for n in lengths]
 
 
@@ -114,7 +116,8 @@ def measured(model: CausalModel, prompts: Prompts, new: int, arguments: argparse
             room = 0 if name in ("packed", "reference") else free_memory(model.device) // 2
             with unpacked(model.module, room) if room else nullcontext(), torch.inference_mode():
                 run(name, model, prompts[: len(prompts) // 4], min(new, 8), arguments.batch)
-                seconds[name].append(timed(lambda: run(name, model, prompts, new, arguments.batch), model.device))  # noqa: B023
+                work = partial(run, name, model, prompts, new, arguments.batch)
+                seconds[name].append(timed(work, model.device))
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else 0.0
     return [
         {
@@ -124,6 +127,7 @@ def measured(model: CausalModel, prompts: Prompts, new: int, arguments: argparse
             "layers": arguments.layers,
             "prompts": len(prompts),
             "prompt_tokens": sum(map(len, prompts)),
+            "shared_tokens": arguments.shared,
             "new_tokens": new,
             "batch": arguments.batch if name == "transformers" else None,
             "answers_per_minute": round(60 * len(prompts) / statistics.median(took)),
