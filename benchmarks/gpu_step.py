@@ -86,7 +86,6 @@ def work(task: Task) -> dict[str, Any]:
         return prepare(task)
     if not task.cell.ours:
         trainers.first(task.cell.peer)
-    from peers.bounds import flops_per_token
     from peers.clock import Clock
     from peers.models import config
 
@@ -100,26 +99,31 @@ def work(task: Task) -> dict[str, Any]:
         found = ours.train(task.folder, task.workload, chosen, clock, **options)
     else:
         found = trainers.train(task.cell.peer, task.folder, task.workload, chosen, clock)
-    timed = counts(chosen[task.workload.warm : task.workload.warm + task.workload.timed])
-    return clock.row(chosen) | found | {"gflop_token": flops_per_token(task.folder, timed) / 1e9}
+    return clock.row(chosen) | found
 
 
 def prepare(task: Task) -> dict[str, Any]:
-    """Writes the model unless it is there; the rate of this GPU, and what the workload's first loss must be."""
-    from peers.bounds import matmul_rate
+    """Writes the model unless it is there; what the workload's first loss must be, its arithmetic, and the rate at
+    which this GPU does it."""
+    from peers.bounds import flops_per_token, matmul_rate
     from peers.models import config
     from peers.models import prepare as write
 
     workload, started = task.workload, time.perf_counter()
     folder = write(task.folder, workload.shape, nf4=workload.nf4, dry=task.dry)
     written, kept = time.perf_counter() - started, folder / f"reference-{task.cell.workload}.json"
+    chosen = steps(workload, config(folder)["vocab_size"])
     if not kept.exists():
         from peers.reference import first_loss
 
-        first = steps(workload, config(folder)["vocab_size"])[0]
-        kept.write_text(json.dumps(first_loss(folder, workload, first)))
-    rate = matmul_rate(64, 2) if task.dry else matmul_rate()
-    return {"rate_tflops": rate, "reference_loss": json.loads(kept.read_text()), "written_s": written}
+        kept.write_text(json.dumps(first_loss(folder, workload, chosen[0])))
+    timed = counts(chosen[workload.warm : workload.warm + workload.timed])
+    return {
+        "rate_tflops": matmul_rate(64, 2) if task.dry else matmul_rate(),
+        "reference_loss": json.loads(kept.read_text()),
+        "gflop_token": flops_per_token(folder, timed) / 1e9,
+        "written_s": written,
+    }
 
 
 def limit_memory(memory: str) -> None:
@@ -232,21 +236,16 @@ def setting(cell: Cell) -> str:
     """`default`, as it comes; `tuned`, in good faith; `equal`, under the same cap of memory."""
     if cell.memory != "free":
         return "equal"
-    comes = cell.peer in ("luthier", "transformers", "trl") or (
-        cell.peer == "unsloth" and not WORKLOADS[cell.workload].packed
-    )
-    return "default" if comes else "tuned"
+    packs = cell.peer == "unsloth" and WORKLOADS[cell.workload].packed > 0
+    return "default" if cell.peer in ("luthier", "transformers", "trl", "unsloth") and not packs else "tuned"
 
 
 def judged(found: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
     """The gate of the first loss, and the share of the arithmetic bound, where nothing is recomputed."""
-    rate, reference = prepared["rate_tflops"], prepared["reference_loss"]
-    error = abs(found["losses"][0] - reference) / reference
-    share = found["tok_s"] * found["gflop_token"] / rate / 1e3
+    error = abs(found["losses"][0] / prepared["reference_loss"] - 1)
+    share = found["tok_s"] * prepared["gflop_token"] / prepared["rate_tflops"] / 1e3
     passed = error <= LOSS_GATE and not found.get("unlike")
-    return {
-        "parity": passed, "loss_error": error, "reference_loss": reference, "bound_share": share, "rate_tflops": rate
-    }  # fmt: skip
+    return prepared | {"parity": passed, "loss_error": error, "bound_share": share}
 
 
 def missing(cell: Cell) -> str:

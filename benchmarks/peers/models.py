@@ -29,6 +29,7 @@ def prepare(folder: Path, shape: str, *, nf4: bool, dry: bool) -> Path:
         vocabulary = (published | small)["vocab_size"]
         ids = {"bos_token_id": vocabulary - 3, "eos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
         write_model(folder, shape, nf4=nf4, changes={**small, **ids})
+        (folder / "generation_config.json").write_text(json.dumps(ids))
         write_tokenizer(folder, vocabulary)
     return folder
 

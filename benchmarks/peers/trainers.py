@@ -62,11 +62,12 @@ PEERS = {
 
 def peers_of(workload: Workload, memory: str) -> Iterator[str]:
     """Those that can do a workload. As they come, neither transformers nor TRL pack; Falcon has an attention of its
-    own, which keeps no packed rows apart."""
+    own, which keeps no packed rows apart. Without checkpointing none fits into 8 GiB."""
     for name, peer in PEERS.items():
         packs = peer.library == "unsloth" or peer.liger
         falcon = workload.shape == "falcon-7b" and peer.liger
-        if (packs or not workload.packed) and not falcon and (memory != "free" or not peer.half):
+        fits = {"free": not peer.half, "8GiB": peer.checkpointing}.get(memory, True)
+        if (packs or not workload.packed) and not falcon and fits:
             yield name
 
 

@@ -57,7 +57,7 @@ class Workload:
     accumulate: int = 1
     packed: int = 0
     nf4: bool = True
-    warm: int = 3  # steps before those that are timed
+    warm: int = 3  # steps before those that are timed: shapes that were not seen cost more the first time
     timed: int = 10
     profiled: int = 2
 
@@ -71,12 +71,12 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload("llama-3.1-8b", CHAT, 2, packed=4096, warm=4, timed=12),
-    "W1-8": Workload("llama-3.1-8b", CHAT, 8, warm=6, timed=20),
+    "W1": Workload("llama-3.1-8b", CHAT, 2, packed=4096, warm=6, timed=16),
+    "W1-8": Workload("llama-3.1-8b", CHAT, 8, warm=12, timed=24),
     "W2": Workload("llama-3.1-8b", FULL, 4, timed=11),
     "W3": Workload("llama-3.1-8b", NOTEBOOK, 2, 4, warm=4, timed=16),
-    "S1": Workload("smollm2-135m", CHAT, 2, packed=4096, nf4=False, warm=6, timed=18),
-    "S1-8": Workload("smollm2-135m", CHAT, 8, nf4=False, warm=12, timed=60),
+    "S1": Workload("smollm2-135m", CHAT, 2, packed=4096, nf4=False, warm=8, timed=18),
+    "S1-8": Workload("smollm2-135m", CHAT, 8, nf4=False, warm=24, timed=60),
     "W3-phi-3": Workload("phi-3-mini", NOTEBOOK, 2, 4, warm=4, timed=12),
     # transformers leaves Falcon's linear layers, which are of a class of their own, unquantised.
     "W3-falcon-7b": Workload("falcon-7b", NOTEBOOK, 2, 4, nf4=False, warm=4, timed=12),
