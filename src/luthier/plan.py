@@ -83,6 +83,8 @@ class Plan:
     """The part of the peak that a process can measure: on a GPU what torch's allocator reserves, not the context."""
     offload: int = 0
     """Decoder blocks whose weights stay in host memory."""
+    unpacked: int = 0
+    """Decoder blocks of whose packed weights the values are kept beside."""
     kernels: Kernels = "reference"
     advice: tuple[str, ...] = ()
     dtype: str = ""
@@ -168,6 +170,7 @@ def plan(
     streams = recipe.run.offload if recipe.run.offload != "auto" else not found.fits
     if setting.place == "cuda" and setting.kernels == "reference" and streams:
         found = _streamed(recipe, config, estimate, setting, longest, mean, allowed)
+    found = _unpacked(recipe, config, setting, found)
     if found.peak_bytes > allowed:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else f"{setting.processes * setting.threads} core(s)"
@@ -238,7 +241,7 @@ def _streamed(
     """With as many blocks in host memory as the recipe says, else as few as let one longest row fit. Streamed blocks
     are recomputed, and two of them are on the GPU at a time. Each comes to it twice a micro-batch (about 50 GB/s)."""
     changed = Recipe.model_validate(_merged(recipe.model_dump(), {"run": {"recompute": True}}))
-    count, size = _blocks(
+    count, size, _ = _blocks(
         recipe.model_dump_json(include={"model", "adapter", "data"}), json.dumps(config), setting.dtype
     )
     wanted: int
@@ -267,9 +270,30 @@ def _streamed(
     )
 
 
+def _unpacked(recipe: Recipe, config: dict[str, Any], setting: Setting, found: Plan) -> Plan:
+    """With the values of packed weights kept, of as many blocks as the recipe says; `auto` leaves half of the room that
+    there is to what no plan knows: sampled answers, and other programs."""
+    asked = recipe.run.unpacked
+    if setting.kernels == "reference" or recipe.model.quantize is None or (asked == "auto" and setting.place != "cuda"):
+        return found
+    settings = recipe.model_dump_json(include={"model", "adapter", "data"})
+    count, _, size = _blocks(settings, json.dumps(config), setting.dtype)
+    room = max(0, found.budget_bytes - found.peak_bytes) // 2
+    wanted = min(count, room // (size * setting.processes) if asked == "auto" else asked)
+    more = wanted * size * setting.processes
+    return replace(
+        found,
+        parts={**found.parts, "unpacked": more},
+        peak_bytes=found.peak_bytes + more,
+        measurable_bytes=found.measurable_bytes + more,
+        fits=found.peak_bytes + more <= found.budget_bytes,
+        unpacked=wanted,
+    )
+
+
 @lru_cache(maxsize=8)
-def _blocks(settings: str, config: str, dtype: str) -> tuple[int, int]:
-    """How many decoder blocks a model has, and the bytes of a block's frozen tensors."""
+def _blocks(settings: str, config: str, dtype: str) -> tuple[int, int, int]:
+    """How many decoder blocks a model has, and a block's bytes: of frozen tensors, and of packed weights' values."""
     import torch
 
     from luthier.model.offload import blocks_name
@@ -278,7 +302,8 @@ def _blocks(settings: str, config: str, dtype: str) -> tuple[int, int]:
     recipe = Recipe.model_validate_json(settings)
     model = outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), recompute=False)
     blocks: Any = model.module.get_submodule(blocks_name(model.module))
-    return len(blocks), sum(p.nbytes for p in blocks[0].parameters() if not p.requires_grad)
+    frozen = sum(p.nbytes for p in blocks[0].parameters() if not p.requires_grad)
+    return len(blocks), frozen, sum(getattr(layer, "kept_bytes", 0) for layer in blocks[0].modules())
 
 
 def _rows(tokens: int, longest: int) -> tuple[int, ...]:

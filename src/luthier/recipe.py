@@ -479,6 +479,9 @@ class Run(Section):
     """Recompute each block's activations in the backward pass instead of keeping them."""
     offload: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """How many of the model's blocks stay in host memory and stream to the GPU as they are needed."""
+    unpacked: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Of how many of the model's 4-bit blocks the values are kept beside, not unpacked each time, where our own block
+    runs; `auto`: as many as half of the room that is left holds on a GPU, none on a CPU."""
     kernels: Literal["auto", "reference", "eager", "compiled"] = "auto"
     """`reference`: the transformers module; `eager`: our block; `compiled`: our block with a C++ compiler's help."""
     log_every: int = Field(1, ge=1)

@@ -20,6 +20,7 @@ from luthier.kernels import native
 from luthier.model import attention, families
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.pack import share_prefix, trim
+from luthier.model.quantize import quantize_module
 
 VOCAB = 97
 ALL = recipe.Lora(rank=4, alpha=8)
@@ -58,12 +59,15 @@ def module(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
 
 def model(family: str, kernels: Kernels, adapter: recipe.Lora = ALL, **options: Any) -> CausalModel:
     recompute, dtype = options.pop("recompute", False), options.pop("dtype", torch.float32)
+    packed, unpacked = options.pop("packed", False), options.pop("unpacked", 0)
     base = module(family, dtype, **options)
+    if packed:
+        quantize_module(base, recipe.FourBit(kind="nf4"), dtype)
     lora = attach(base, adapter, seed=3)
     generator = torch.Generator().manual_seed(1)
     for layer in lora.layers.values():
         layer.B.data.normal_(0, 0.05, generator=generator)
-    return CausalModel(base, lora, kernels=kernels, recompute=recompute)
+    return CausalModel(base, lora, kernels=kernels, recompute=recompute, unpacked=unpacked)
 
 
 def micro(lengths: tuple[int, ...] = (7, 2, 150, 12), supervised: tuple[int, ...] | None = None) -> Micro:
@@ -205,6 +209,22 @@ def rows(batch: Micro) -> list[Micro]:
 )
 def test_what_is_left_out_for_unsupervised_rows_changes_nothing(supervised: tuple[int, ...], kernels: Kernels) -> None:
     alike(model("llama", kernels), model("llama", "reference"), micro(supervised=supervised))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_values_that_are_kept_beside_packed_weights_change_no_bit(recompute: bool, kernels: Kernels) -> None:
+    found = [
+        gradients(model("llama", kernels, packed=True, unpacked=count, recompute=recompute), micro())
+        for count in (0, 1, 3)
+    ]
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(other, found[0], strict=True))
+
+
+def test_values_are_kept_of_as_many_blocks_as_was_said() -> None:
+    made = model("llama", "eager", packed=True, unpacked=2).decoder
+    assert made is not None
+    assert [all(linear.dense is not None for linear in block.linears) for block in made.blocks] == [True, True, False]
 
 
 def test_tokens_after_the_last_supervised_one_are_left_out() -> None:

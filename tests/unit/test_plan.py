@@ -159,6 +159,27 @@ def test_our_block_keeps_less_than_the_module_on_a_gpu(quantize: str) -> None:
     assert ours.kernels == "compiled"
 
 
+def test_values_of_packed_blocks_are_kept_where_half_of_the_room_holds_them() -> None:
+    changes = ["model.quantize={kind: nf4}", "run.micro_tokens=512", "run.recompute=false"]
+
+    def made(*more: str, kernels: Kernels = "compiled") -> Plan:
+        return traced(*changes, *more, config=LLAMA, kernels=kernels)
+
+    block, none = 2 * (4 * 64 * 64 + 3 * 64 * 128), made("run.unpacked=0")
+    assert none.unpacked == none.parts["unpacked"] == 0
+    roomy = made()
+    assert (roomy.unpacked, roomy.parts["unpacked"]) == (8, 8 * block)
+    assert sum(roomy.parts.values()) == roomy.peak_bytes == none.peak_bytes + 8 * block
+    assert roomy.measurable_bytes == none.measurable_bytes + 8 * block
+    assert made(f"run.memory='{none.peak_bytes + 7 * block}'").unpacked == 3
+    assert made(f"run.memory='{none.peak_bytes}'").unpacked == 0
+    assert made(f"run.memory='{none.peak_bytes + block}'", "run.unpacked=1").fits
+    assert not made(f"run.memory='{none.peak_bytes + block}'", "run.unpacked=2").fits
+    assert made("run.unpacked=99").unpacked == 8
+    assert made(kernels="reference").unpacked == 0
+    assert traced(*changes[1:], config=LLAMA, kernels="compiled").parts.get("unpacked", 0) == 0
+
+
 def test_our_block_is_planned_where_flash_attention_does_not_run() -> None:
     changes = ["run.micro_tokens=1024", "run.recompute=false"]
     assert traced(*changes, config=LLAMA | {"head_dim": 20}, kernels="compiled").parts["activations"] > 0
@@ -254,7 +275,7 @@ def test_what_is_free_at_the_segments_end_is_taken_last() -> None:
     assert followed.tops[False] == (40 + 2 + 30) << 20
 
 
-@pytest.mark.parametrize(("kernels", "share"), [("reference", 0.06), ("compiled", 0.025)])
+@pytest.mark.parametrize(("kernels", "share"), [("reference", 0.035), ("compiled", 0.025)])
 def test_a_gpu_is_given_room_for_what_no_trace_follows(kernels: Kernels, share: float) -> None:
     parts = traced("run.recompute=false", config=LLAMA, kernels=kernels).parts
     followed = sum(parts.values()) - parts["context"]

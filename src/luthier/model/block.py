@@ -47,7 +47,9 @@ class Decoder:
     The module keeps working: its linear layers become views of the blocks' merged weights.
     """
 
-    def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool) -> None:
+    def __init__(
+        self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool, unpacked: int = 0
+    ) -> None:
         base = module.base_model
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
         if (
@@ -60,6 +62,9 @@ class Decoder:
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
         _leave_file(module, self.blocks)
+        for block in self.blocks[:unpacked]:
+            for linear in block.linears:
+                linear.keep()
 
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
@@ -229,6 +234,10 @@ class MergedLinear:
         self.columns = _slices([base.out_features for base in self.bases])
         self.features = self.bases[0].in_features
         self.updates: list[Update] = []
+
+    def keep(self) -> None:
+        """Keeps the values of packed weights, which else are unpacked for each product."""
+        self.dense = self.weight
 
     @property
     def weight(self) -> Tensor:

@@ -38,12 +38,20 @@ class CausalModel:
 
     `module` is complete in itself: generation calls it directly, adapter included.
 
+    Of the first `unpacked` blocks our own decoder keeps the values of packed weights.
+
     Raises ModelError for an adapter or a family that the block of `kernels` does not compute, and for a module that is
     not causal.
     """
 
     def __init__(
-        self, module: Any, adapter: Adapter | None, *, kernels: Kernels = "reference", recompute: bool = False
+        self,
+        module: Any,
+        adapter: Adapter | None,
+        *,
+        kernels: Kernels = "reference",
+        recompute: bool = False,
+        unpacked: int = 0,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
         if getattr(module.config, "multi_query", False):
@@ -57,7 +65,7 @@ class CausalModel:
         self.decoder: Decoder | None = None
         self.layout: layout.Layout = "packed"
         if kernels != "reference":
-            self.decoder = _decoder(module, adapter, self.parts, recompute=recompute)
+            self.decoder = _decoder(module, adapter, self.parts, recompute=recompute, unpacked=unpacked)
             return
         self.layout = layout.find(module, self._run, len(embed.weight), self.device)
         if recompute:
@@ -148,13 +156,15 @@ def _moved(micro: Micro, device: torch.device) -> Micro:
     return replace(micro, **tensors)
 
 
-def _decoder(module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, *, recompute: bool) -> Decoder:
+def _decoder(
+    module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, *, recompute: bool, unpacked: int
+) -> Decoder:
     family, fix = families.find(module.config), "set run.kernels to auto or reference"
     if family is None:
         raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
     if adapter is not None and not adapter.foldable:
         raise ModelError("our decoder block does not compute this adapter, or these packed weights", fix=fix)
-    return Decoder(module, family, parts, recompute=recompute)
+    return Decoder(module, family, parts, recompute=recompute, unpacked=unpacked)
 
 
 def build(
@@ -168,14 +178,16 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     offload: int = 0,
+    unpacked: int = 0,
     loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
 
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
     block, for the families in `families.py`. `recompute` trades activations for a second forward pass. With `offload`,
-    so many of the first decoder blocks stay in host memory and stream to `device`. `loaded`: the base, read before by
-    `load_causal` with the same settings; it stays as it is, and its weights are shared (see `shell`).
+    so many of the first decoder blocks stay in host memory and stream to `device`. `unpacked`: as in `CausalModel`.
+    `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
+    shared (see `shell`).
 
     Raises ModelError for a folder that cannot be loaded and for blocks of ours to be streamed, AdapterError for targets
     that match nothing.
@@ -196,7 +208,7 @@ def build(
             for parameter in attached.parameters() if attached is not None else ():
                 parameter.data = parameter.data.to(device)
             stream(module, offload, device)
-        built = CausalModel(module, attached, kernels=kernels, recompute=recompute)
+        built = CausalModel(module, attached, kernels=kernels, recompute=recompute, unpacked=unpacked)
     if kernels != "reference":
         keep_freed_memory()
     return built

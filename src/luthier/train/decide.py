@@ -41,6 +41,7 @@ class Decisions:
     predicted_peak_bytes: int
     why: dict[str, str]
     offload: int = 0
+    unpacked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +98,7 @@ def decide(
         kernels=kernels,
         predicted_peak_bytes=planned.measurable_bytes,
         offload=planned.offload,
+        unpacked=planned.unpacked,
         why={
             "place": place_why,
             "dtype": dtype_why,

@@ -282,6 +282,7 @@ def _recipe_of(recipe: Recipe, over: str | None, at: Any, seed: int, folder: Pat
         f"run.recompute={json.dumps(decisions.recompute)}",
         f"run.kernels={decisions.kernels}",
         f"run.offload={decisions.offload}",
+        f"run.unpacked={decisions.unpacked}",
     ]
     return Recipe.parse(recipe.dump(), *changes)
 
