@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, RunError
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.answers import Memo, unpacked_where_free
 from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Metric, Statistics, exp_ratio, ratio
 from luthier.evaluate.neighbours import trainings
@@ -114,7 +114,7 @@ def _evaluated(subject: Subject, side: Side, task: str, rows: int | None) -> Fou
     except Exception as error:  # lm-eval, datasets and the hub each have their own
         fix = "name a task of lm-eval, or the path of a task file; its data may have to be fetched once"
         raise RecipeError(f"'{task}' cannot be had ({error})", where="evaluate.harness", fix=fix) from error
-    with _quiet(), subject.side(side):
+    with _quiet(), subject.side(side), unpacked_where_free(subject.model):
         done = simple_evaluate(
             model=model_of(subject),
             tasks=list(known.values()),
