@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.adapters.lora import Lora
-from luthier.kernels.place import on_gpu
 from luthier.model import families
 from luthier.model.fast import FastDecoder
 from luthier.model.quantize import PackedLinear, unrounded
@@ -61,7 +60,7 @@ def decoder(model: CausalModel, *, merge: bool) -> Decoder:
 
 def is_fast(model: CausalModel) -> bool:
     """Whether the module is of a family we run: linear layers and norms of one dtype, no window, no rope that changes
-    with length. Layers may be packed on a GPU."""
+    with length. Layers may be packed."""
     config, base, head = model.module.config, model.module.base_model, model.head.weight
     family = families.find(config)
     if family is None or families.window(config) or config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -85,12 +84,12 @@ def _is_plain(block: nn.Module, model: CausalModel) -> bool:
         m for m in block.modules() if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.dim() > 1
     )
     return all(
-        m.weight.device == model.device and (type(m) is nn.Linear or _is_packed_on_gpu(m, model.dtype)) for m in holders
+        m.weight.device == model.device and (type(m) is nn.Linear or _is_packed(m, model.dtype)) for m in holders
     )
 
 
-def _is_packed_on_gpu(layer: Any, dtype: torch.dtype) -> bool:
-    return isinstance(layer, PackedLinear) and on_gpu(layer.weight) and layer.compute_dtype == dtype
+def _is_packed(layer: Any, dtype: torch.dtype) -> bool:
+    return isinstance(layer, PackedLinear) and layer.compute_dtype == dtype
 
 
 _PROBED: WeakKeyDictionary[nn.Module, Batches] = WeakKeyDictionary()
