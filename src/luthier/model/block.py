@@ -22,6 +22,7 @@ from luthier.adapters.linears import dense_weight, is_quantized
 from luthier.adapters.lora import LoraLinear
 from luthier.adapters.method import Noise
 from luthier.errors import ModelError
+from luthier.kernels.place import on_gpu
 from luthier.kernels.pointwise import Pointwise
 from luthier.model.families import Family, window
 from luthier.model.heads import Saved, Segments, attention_on
@@ -65,6 +66,7 @@ class Decoder:
         for block in self.blocks[:unpacked]:
             for linear in block.linears:
                 linear.keep()
+        self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
 
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
@@ -93,6 +95,18 @@ class Decoder:
         if any(scale != 1 for scale in scales):
             sources = torch._foreach_mul(sources, scales)  # type: ignore[assignment]
         torch._foreach_copy_(places, sources)
+
+
+def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
+    """One piece of memory, which the linears are given to unpack their weights into. Pieces that come and go would
+    leave holes of their sizes between what the layers keep."""
+    if not packed:
+        return None
+    values, like = max(linear.columns[-1].stop * linear.features for linear in packed), packed[0]
+    scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
+    for linear in packed:
+        linear.scratch = scratch
+    return scratch
 
 
 def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
@@ -222,8 +236,11 @@ class MergedLinear:
     """Linear layers that read the same input, as one product, and their LoRA updates beside it.
 
     The merged weight [N, K] becomes the storage of the layers it was made from; packed weights stay packed, and are
-    unpacked side by side each time. Shape suffix: P ranks of all updates.
+    unpacked side by side each time, into memory that all linears of a model share. Shape suffix: P, the ranks of all
+    updates.
     """
+
+    scratch: Tensor | None = None
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
@@ -241,15 +258,16 @@ class MergedLinear:
 
     @property
     def weight(self) -> Tensor:
-        """[N, K] in the dtype of the products."""
+        """[N, K] in the dtype of the products; where it was packed, only until the next of these is asked for."""
         if self.dense is not None:
             return self.dense
-        if len(self.bases) == 1:
-            return dense_weight(self.bases[0])
-        size = self.columns[-1].stop, self.features
-        merged = torch.empty(size, dtype=self.dtype, device=self.bases[0].weight.device)
-        for base, rows in zip(self.bases, self.columns, strict=True):
-            _write(base, merged[rows])
+        first, rows = self.bases[0], self.columns[-1].stop
+        if self.scratch is None or (len(self.bases) == 1 and not on_gpu(first.weight)):
+            parts = [dense_weight(base) for base in self.bases]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        merged = self.scratch[: rows * self.features].view(rows, self.features)
+        for base, part in zip(self.bases, self.columns, strict=True):
+            _write(base, merged[part])
         return merged
 
     def parameters(self) -> Iterator[Tensor]:

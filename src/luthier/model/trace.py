@@ -296,6 +296,8 @@ def _fixed(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
             if tensor is not None:
                 part = "adapter" if id(tensor) in trained else _part(module, name)
                 yield part, tensor
+    if model.decoder is not None and model.decoder.scratch is not None:
+        yield "workspace", model.decoder.scratch
 
 
 def _part(module: nn.Module, name: str) -> str:
