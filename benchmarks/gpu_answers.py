@@ -2,7 +2,7 @@
 transformers' own `generate`.
 
     python benchmarks/gpu_answers.py --out benchmarks/results/h200.jsonl
-    python benchmarks/gpu_answers.py --layers 1 --prompts 6 --length 20 --new 3 --rounds 1     # tries it on a CPU
+    python benchmarks/gpu_answers.py --shape smollm2-135m --layers 1 --prompts 6 --length 20 --new 3     # on a CPU
 
 Weights are random and made in place. Prompts are of ~`--length` tokens, of which all begin with the same `--shared`;
 nothing stops an answer before `--new` tokens. `fast` is what `luthier compare` does; `packed` the same with no weights
@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -118,6 +119,7 @@ def measured(model: CausalModel, prompts: Prompts, new: int, arguments: argparse
                 run(name, model, prompts[: len(prompts) // 4], min(new, 8), arguments.batch)
                 work = partial(run, name, model, prompts, new, arguments.batch)
                 seconds[name].append(timed(work, model.device))
+                print(f"{name}, {new} new tokens: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else 0.0
     return [
         {
