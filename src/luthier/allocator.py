@@ -35,6 +35,13 @@ def return_freed_memory() -> None:
     _tell_malloc((_TRIM_THRESHOLD, _TENSOR), (_MMAP_THRESHOLD, _TENSOR))
 
 
+def give_back() -> None:
+    """Returns what is free in the heap to the system: steps of other lengths leave holes that the next does not fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _tell_malloc(*options: tuple[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

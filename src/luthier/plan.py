@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from luthier.model.trace import Trace
 
 _MIB = 1024**2
-_PROCESS = 420 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
+_PROCESS = 450 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
 _MODULE = 60 * _MIB  # and besides, where the transformers module runs: its family's code, autograd's records
+# In 16 bits oneDNN makes code for each size of product and keeps it: so much, for so many sizes anew in a step of other
+# rows, until there are as many as `group.py` lets it keep (docs/log.md).
+_CODE, _SIZES = 0.7 * _MIB, 32
+_KEPT_SIZES = 512
+_HOLES = 0.1  # of the activations, which unpacked weights that come and go leave between them in our block on a CPU
 _SHARE = 0.8  # of the free memory that `memory: auto` takes: the rest is for the page cache and for other programs
 _GPU_SHARE = 0.96  # of a GPU's free memory: what the plan may be wrong by
 _LOGIT_ROWS = 256  # rows of the head computed at once (kernels/loss.py)
@@ -105,6 +110,26 @@ class Setting:
     """As the recipe's `run.kernels`: `reference` is the transformers module, the others our own decoder block."""
     processes: int = 1
     threads: int = 1
+    steps: int | None = None
+    """Of the run, where its data is known."""
+    step_tokens: int | None = None
+    """The most that a step can have, where the data is known."""
+
+    def most(self, samples: int, longest: int) -> int:
+        """Tokens of a step of `samples` rows that can come to one process. Rows go to the least loaded (`share`), so
+        that none has more than its part and one row."""
+        most = math.ceil(samples / self.processes) * longest
+        if self.step_tokens is None:
+            return most
+        return min(most, self.step_tokens if self.processes == 1 else self.step_tokens // self.processes + longest)
+
+    @property
+    def code(self) -> int:
+        """Bytes that products in 16 bits keep of their code on a CPU."""
+        if self.place != "cpu" or self.dtype == "float32":
+            return 0
+        sizes = _KEPT_SIZES if self.steps is None else min(_KEPT_SIZES, _SIZES * (self.steps + 1))
+        return int(sizes * _CODE)
 
 
 class _Cost(NamedTuple):
@@ -180,7 +205,7 @@ def plan(
 def _best(recipe: Recipe, estimate: _Estimate, allowed: int, setting: Setting, longest: int, mean: float) -> Plan:
     """The fastest of the choices of `recompute` that fit, else the smallest."""
     asked, plans = recipe.run.recompute, []
-    most = math.ceil(recipe.train.samples_per_step / setting.processes) * longest
+    most = setting.most(recipe.train.samples_per_step, longest)
     for recompute in (False, True) if asked == "auto" else (asked,):
         tokens, cost = _largest(recipe, estimate, allowed / setting.processes, longest, most, setting, recompute)
         parts = {name: amount * setting.processes for name, amount in cost.parts.items()}
@@ -214,8 +239,8 @@ def _largest(
     Memory is linear in whole rows, and convex within one, so that a line through one and two rows is never too low.
     """
     if recipe.run.micro_tokens != "auto":
-        tokens = max(longest, recipe.run.micro_tokens)
-        return recipe.run.micro_tokens, estimate(_rows(tokens, longest), recompute)
+        tokens = min(most, recipe.run.micro_tokens)
+        return tokens, estimate(_rows(max(longest, tokens), longest), recompute)
     one = estimate((longest,), recompute)
     useful = max(longest, min(most, _LONGEST_USEFUL[setting.place]))
     if sum(one.parts.values()) >= allowed or useful == longest:
@@ -334,11 +359,14 @@ def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Ma
         "adapter": adapter * (4 + size),
         "gradients": adapter * 4,
         "optimizer": adapter * 8,
-        "logits": _LOGIT_ROWS * model.vocab * (4 + size),
+        "logits": _LOGIT_ROWS * model.vocab * 8,  # in 16 bits beside their fp32 and exponentials
+        "code": setting.code,
     }
+    # Loading holds the weights' file, of 16 bits, beside what is merged from it.
+    loading = model.weights * 2 - sum(fixed[name] for name in ("gradients", "optimizer", "logits", "code"))
 
     def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
-        activations = sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute)
+        activations = max(loading, sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute))
         again = 4 / 3 if recompute else 1
         return _Cost({**fixed, "activations": activations}, 0, lambda tokens: tokens * flops * again / rate)
 
@@ -365,7 +393,10 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
         found = _trace(settings, json.dumps(config), setting.dtype, setting.kernels, recompute, capability, lengths)
         seconds = _seconds(found, setting, facts)
         if not on_gpu:
-            return _Cost({"process": _PROCESS + _MODULE, **found.peak}, 0, seconds)
+            ours = setting.kernels != "reference"
+            holes = int(_HOLES * found.peak.get("activations", 0)) if ours else 0
+            fixed = {"process": _PROCESS + _MODULE, "code": setting.code, "fragmentation": holes}
+            return _Cost({**fixed, **found.peak}, 0, seconds)
         context = _CONTEXT[min(9, max(7, _gpu(facts).capability[0]))]
         followed = sum(found.peak.values()) + found.holes
         holes = found.holes + math.ceil(share * followed)

@@ -190,3 +190,25 @@ def test_halving_ends_at_the_longest_row() -> None:
     assert smaller.micro_tokens == 256
     with pytest.raises(MemoryPlanError, match="a row of 256 tokens"):
         halved(smaller, longest=256)
+
+
+def test_a_micro_batch_is_planned_for_no_more_tokens_than_a_step_can_have() -> None:
+    short = replace(ROWS, step_tokens=900)
+    alone = ["run.engine=local", "train.samples_per_step=16"]
+    assert decided(*alone).micro_tokens == 16 * 256
+    made = decided(*alone, rows=short)
+    assert made.micro_tokens == 900
+    assert made.predicted_peak_bytes < decided(*alone).predicted_peak_bytes
+    asked = decided(*alone, "run.micro_tokens=100000", rows=short)
+    assert (asked.micro_tokens, asked.predicted_peak_bytes) == (900, made.predicted_peak_bytes)
+
+
+def test_products_in_16_bits_keep_code_that_grows_with_the_run_to_an_end() -> None:
+    bfloat = replace(IDLE, flags=("avx512_bf16",))
+    alone = ["run.engine=local", "run.micro_tokens=512"]
+    peaks = [
+        decided(*alone, facts=bfloat, rows=replace(ROWS, steps=steps)).predicted_peak_bytes for steps in (1, 4, 60, 900)
+    ]
+    assert peaks[0] < peaks[1] < peaks[2] == peaks[3]
+    plain = ["model.compute=float32", *alone]
+    assert decided(*plain).predicted_peak_bytes == decided(*plain, rows=replace(ROWS, steps=1)).predicted_peak_bytes

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 import tiny
 from luthier.data.conversation import Example, Origin
+from luthier.data.packing import share
 from luthier.data.store import TokenStore
 from luthier.data.stream import Sample, Stream, collate
 from luthier.errors import DataError
+from luthier.plan import Setting
+from luthier.train.launch import largest_step
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,32 @@ def test_a_part_keeps_the_weights_of_its_rows(store: TokenStore) -> None:
 def test_more_rows_than_there_are_is_refused(store: TokenStore) -> None:
     with pytest.raises(DataError, match="11 rows are asked for and 10 are left to learn from"):
         Stream(store, None, 3, 4, rows=11)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    samples=st.integers(1, 24),
+    epochs=st.floats(0.2, 3.0),
+    weight=st.sampled_from([0.4, 1.0, 1.5, 3.0]),
+    processes=st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_step_of_any_seed_and_no_share_of_it_has_more_tokens_than_are_planned(
+    store: TokenStore, seed: int, samples: int, epochs: float, weight: float, processes: int
+) -> None:
+    weights = np.where(np.arange(len(store)) % 3 == 0, weight, 1.0)
+    largest = largest_step(store.lengths, weights, samples)
+    planned = Setting("cpu", "float32", processes=processes, step_tokens=largest)
+    stream = Stream(store, weights, seed, samples, epochs=epochs)
+    for number in range(stream.steps):
+        lengths = [int(store.lengths[sample.row]) for sample in stream.step(number)]
+        assert largest is None or sum(lengths) <= largest
+        loads = [sum(lengths[i] for i in part) for part in share(lengths, processes)]
+        assert max(loads) <= planned.most(samples, int(store.lengths.max()))
+
+
+def test_the_largest_step_is_that_of_the_longest_rows_twice() -> None:
+    lengths = np.array([5, 90, 10, 40])
+    assert largest_step(lengths, None, 3) == 90 + 90 + 40
+    assert largest_step(lengths, np.array([1.0, 0.5, 1.0, 0.0]), 2) == 90 + 90
+    assert largest_step(lengths, None, 5) is None

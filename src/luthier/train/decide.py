@@ -49,11 +49,13 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the decisions need to know of the data: tokens of the longest and of the mean row, steps of the run."""
+    """What the decisions need to know of the data: tokens of the longest and of the mean row, steps of the run, and the
+    most tokens that one of them can have, whatever the seed."""
 
     longest: int
     mean: float
     steps: int
+    step_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def arrange(
     kernels, why = _path(recipe, config, place, dtype)
     for layout in _layouts(recipe, facts, place):
         setting = Setting(place, dtype, kernels, layout.processes, layout.threads)
+        if rows:
+            setting = replace(setting, steps=rows.steps, step_tokens=rows.step_tokens)
         longest, mean = (rows.longest, rows.mean) if rows else (None, None)
         planned = plan(recipe, config, setting, facts, longest=longest, mean_length=mean)
         if not planned.fits and _may_stream(recipe, setting):

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RunError
 from luthier.machine import Machine, machine
@@ -150,7 +153,24 @@ def _rows(recipe: Recipe, prepared: Prepared) -> Rows:
     lengths, train = prepared.train.lengths, recipe.train
     count = recipe.data.rows or len(lengths)
     steps = train.max_steps or max(1, round(train.epochs * count / train.samples_per_step))
-    return Rows(longest=int(lengths.max(initial=1)), mean=float(lengths.mean()) if len(lengths) else 1.0, steps=steps)
+    whole = train.samples_per_step <= count  # else a step holds epochs
+    return Rows(
+        longest=int(lengths.max(initial=1)),
+        mean=float(lengths.mean()) if len(lengths) else 1.0,
+        steps=steps,
+        step_tokens=largest_step(lengths, prepared.weights, train.samples_per_step) if whole else None,
+    )
+
+
+def largest_step(lengths: NDArray[np.int64], weights: NDArray[np.float64] | None, samples: int) -> int | None:
+    """Tokens of the longest rows that can meet in a step of so many, by any seed: a row comes as often as its weight
+    says, and as often again where an epoch ends and another begins. None where a step holds whole epochs."""
+    times = 2 * np.ceil(np.ones(len(lengths)) if weights is None else weights).astype(np.int64)
+    if samples > times.sum() // 2:
+        return None
+    order = np.argsort(-lengths, kind="stable")
+    before = np.cumsum(times[order]) - times[order]
+    return int((lengths[order] * np.clip(samples - before, 0, times[order])).sum())
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from luthier.allocator import give_back
+
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 
@@ -30,5 +32,6 @@ def host_peak_bytes() -> int:
 
 def release() -> None:
     """Gives cached blocks back, so that smaller tensors are not kept out by larger holes."""
+    give_back()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
