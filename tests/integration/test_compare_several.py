@@ -186,9 +186,19 @@ def test_an_adapter_made_elsewhere_takes_template_and_decisions_of_the_first_run
         compare_several([runs / "a", foreign])
 
 
+def test_sides_of_one_name_are_called_by_their_folders_and_none_is_called_base(runs: Path) -> None:
+    for name in ("more/a", "more/base"):
+        shutil.copytree(runs / "a", runs / name)
+    same, other, base = (runs / name for name in ("a", "more/a", "more/base"))
+    assert [entry.name for entry in entries([same, other, base], None)] == [str(same), str(other), str(base)]
+    assert [entry.name for entry in entries([same, runs / "wide"], None)] == ["a", "wide"]
+
+
 def test_what_is_no_side_is_told_before_anything_is_loaded(runs: Path) -> None:
     with pytest.raises(UsageError, match="is no run, checkpoint or adapter"):
         compare_several([runs / "a", runs / "base"])
+    with pytest.raises(UsageError, match=r"is no run, .*; name one or several of the runs in it: .*/a, .*/wide$"):
+        compare_several([runs / "a", runs])
     with pytest.raises(RunError, match="is not a run folder"):
         compare_several([runs / "a", runs / "nothing"])
     with pytest.raises(UsageError, match="is given twice"):

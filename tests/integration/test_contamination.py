@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -40,7 +42,7 @@ def trained(folder: Path, *overrides: str) -> Run:
 
 
 def test_what_was_kept_is_told_with_the_score_without_it(tmp_path: Path) -> None:
-    run = trained(tmp_path, "data.leaks=keep")
+    run = trained(tmp_path, "data.leaks=keep", "evaluate.metrics=[perplexity]")
     given = given_away(run)
     assert {key.rpartition("/")[2]: kind != "near" for key, kind in given.items()}.items() >= {
         "test.jsonl:5": True,
@@ -52,8 +54,9 @@ def test_what_was_kept_is_told_with_the_score_without_it(tmp_path: Path) -> None
     assert (told["questions"], told["exact"]) == (len(given), sum(kind != "near" for kind in given.values()))
     assert set(told["rows"]) >= {4, 5, 6}
     clean = [row for i, row in enumerate(found.rows) if i not in told["rows"]]
-    mean = sum(row["scores"]["rougeL"]["tuned"] for row in clean) / len(clean)
-    assert told["without"]["rougeL"]["tuned"] == pytest.approx(mean, abs=1e-3)
+    wanted = exp(fmean(log(row["scores"]["perplexity"]["tuned"]) for row in clean))  # of answers of one length
+    assert told["without"]["perplexity"]["tuned"] == pytest.approx(wanted, rel=1e-5)
+    assert found.metrics["perplexity"].tuned != pytest.approx(wanted, rel=1e-3)
     assert found.warnings[0].startswith(f"{len(given)} of 7 questions (")
     near = f"{len(given) - told['exact']} of them nearly"
     assert f"are in the training data, {near} (data.leaks: keep); without them " in found.warnings[0]

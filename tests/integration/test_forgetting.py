@@ -18,8 +18,10 @@ from luthier.evaluate.compare import compare
 from luthier.evaluate.forgetting import FEW_PASSAGES, FEW_QUESTIONS, Forgetting, general
 from luthier.evaluate.metrics.text import PERPLEXITY
 from luthier.evaluate.several import compare_several
+from luthier.evaluate.sides import pair_of
 from luthier.evaluate.statistics.paired import paired
 from luthier.evaluate.subject import Subject
+from luthier.evaluate.workers import Job, fill
 from luthier.runs import Run
 from luthier.train.launch import train
 
@@ -106,8 +108,11 @@ def test_without_the_leg_nothing_general_is_asked(run: Run) -> None:
 
 def test_several_processes_ask_the_general_questions_too(run: Run) -> None:
     alone = compare(run, name="alone").forgetting
-    run.update_manifest(decisions=run.manifest["decisions"] | {"processes": 2})
+    done = Job(str(run.folder), str(run.results / "together"), tuple(pair_of(run)), general=True)
+    fill(done, 2, lambda label, count: None)  # without the parent, which does what its workers leave undone
+    kept = done.memo().keys()
     together = compare(run, name="together").forgetting
+    assert kept == Job(str(run.folder), str(run.results / "alone"), ()).memo().keys()
     assert alone is not None
     assert together is not None
     assert together.found["perplexity"].tuned == pytest.approx(alone.found["perplexity"].tuned, rel=1e-5)

@@ -163,6 +163,8 @@ def _entry_kind(folder: Path) -> Kind:
     if not folder.exists():
         Run.open(folder)  # raises, and says which runs there are
     fix = "give a run folder, a checkpoint in one (RUN/checkpoints/step-00000050), or a PEFT adapter's folder"
+    if inside := sorted(str(recipe.parent) for recipe in folder.glob("*/recipe.yaml")):
+        fix = f"name one or several of the runs in it: {', '.join(inside)}"
     raise UsageError("is no run, checkpoint or adapter", where=str(folder), fix=fix)
 
 

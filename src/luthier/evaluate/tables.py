@@ -37,12 +37,11 @@ def pairs(found: Comparison) -> Table:
 def others(found: Comparison) -> Table | None:
     """Each side's score by the metrics that do not decide; None where there are none."""
     names = [name for name in found.metrics if name != found.first]
-    table = _table("others", "score", "95 % interval")
+    table = _table("score by")
+    for side in found.sides:
+        table.add_column(side["name"], justify="right", overflow="fold", min_width=6)
     for name in names:
-        table.add_row(found.known[name].title, style="dim")
-        for side in found.sides:
-            score = side["metrics"][name]
-            table.add_row(f"  {side['name']}", figure(score["score"]), _bounds(score, figure))
+        table.add_row(found.known[name].title, *(figure(side["metrics"][name]["score"]) for side in found.sides))
     return table if names else None
 
 
