@@ -14,6 +14,7 @@ from luthier import recipe
 from luthier.adapters.lora import attach
 from luthier.data.stream import Stream, collate
 from luthier.errors import ModelError
+from luthier.kernels.place import planned_for
 from luthier.model import attention, decode, fast
 from luthier.model.causal import CausalModel
 from luthier.model.decode import Decoder, ReferenceDecoder, WholeDecoder
@@ -46,13 +47,13 @@ def speaking(made: CausalModel) -> CausalModel:
     return made
 
 
-def packed(kind: str) -> CausalModel:
+def packed(settings: Any) -> CausalModel:
     """The same, its linear layers packed before the adapter came."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
     module = LlamaForCausalLM._from_config(tiny.config(), attn_implementation=attention.NAME).eval()
-    quantize_module(module, PACKED[kind], torch.float32)
+    quantize_module(module, settings, torch.float32)
     return speaking(CausalModel(module, attach(module, recipe.Lora(rank=4, alpha=8), seed=3)))
 
 
@@ -273,7 +274,7 @@ def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalMode
 @pytest.mark.parametrize("bucketed", [False, True])
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_weights_give_the_logits_of_the_module_with_the_adapter_on_and_off(kind: str, bucketed: bool) -> None:
-    model, found = packed(kind), []
+    model, found = packed(PACKED[kind]), []
     assert model.adapter is not None
     for side in (nullcontext(), model.adapter.disabled()):
         with side:
@@ -321,9 +322,23 @@ def test_bucketed_steps_go_on_past_the_columns_of_their_first_bucket(model: Caus
     assert list(other.recorder.times) == [(2, 128), (2, 256)]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [PACKED["nf4"], PACKED["fp8"], recipe.EightBit(kind="int8")])
+def test_a_bucketed_step_asks_nothing_of_the_host_unless_inputs_are_rounded(settings: Any) -> None:
+    model = packed(settings)
+    model.module.to("meta")  # tensors without data have no answers
+    model.device = torch.device("meta")
+    with planned_for((9, 0)):
+        decoder = FastDecoder(model, merge=False, bucketed=True)
+        decoder._make_room([5, 3, 4], 10)
+        ids = torch.empty(3, dtype=torch.int64, device="meta")
+        with pytest.raises(NotImplementedError) if settings.kind == "int8" else nullcontext():
+            assert decoder.step(ids).shape == (3, tiny.VOCAB)
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_layers_take_the_fast_way_where_they_compute_in_the_model_s_dtype(kind: str) -> None:
-    model = packed(kind)
+    model = packed(PACKED[kind])
     assert decode.is_fast(model)
     next(layer for layer in model.module.modules() if isinstance(layer, PackedLinear)).compute_dtype = torch.bfloat16
     assert not decode.is_fast(model)
