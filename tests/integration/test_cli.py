@@ -228,6 +228,18 @@ def test_a_broken_row_is_named_by_file_and_line(desk: Path) -> None:
         assert "broken.jsonl:2" in done.err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as a full disk does")
+def test_a_full_disk_is_said_in_a_line(desk: Path) -> None:
+    tiny.sums(desk / "many.jsonl", 800)
+    (desk / "full.yaml").write_text(f"model: {{base: {BASE}}}\ndata: {{train: [{{path: many.jsonl}}]}}\n")
+    limit = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
+    verb = "from luthier.cli import main\nsys.exit(main(['data', 'full.yaml', 'run.dir=full']))"
+    done = subprocess.run([sys.executable, "-c", limit + verb], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("luthier: the disk takes no more (File too large); make room")
+    assert luthier("data", "full.yaml", "run.dir=full", "--json").code == 0
+
+
 def test_the_installed_command_prints_one_json_object_and_exits_as_it_should(journey: dict[str, Done]) -> None:
     command, quiet = [sys.executable, "-m", "luthier.cli"], {**os.environ, "OMP_NUM_THREADS": "1"}
     plan = subprocess.run([*command, "plan", RECIPE, "--json", *SMALL], capture_output=True, text=True, env=quiet)
