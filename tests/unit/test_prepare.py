@@ -325,6 +325,15 @@ def test_test_rows_are_kept_as_conversations(made):
     assert second.references == ()
 
 
+@pytest.mark.parametrize("spoilt", ["torn", '{"line": 3}', "[]", '{"messages": [3], "file": "", "line": 1}'])
+def test_a_spoilt_file_of_prepared_questions_is_told_by_its_line(made, spoilt):
+    folder = made([chat("a?")], [chat("b?", "So.")]).folder
+    with (folder / "test.jsonl").open("a") as file:
+        file.write(spoilt + "\n")
+    with pytest.raises(DataError, match=r"test\.jsonl:2: is no conversation; restore it; or move .* luthier data "):
+        test_conversations(folder)
+
+
 def test_bad_test_rows_are_refused_too(made):
     with pytest.raises(DataError, match=r"test.jsonl:2: "):
         made([chat("a?")], [chat("b?"), "broken"])

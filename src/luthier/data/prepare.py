@@ -577,8 +577,12 @@ def _write_conversations(path: Path, conversations: Iterable[Conversation]) -> N
 
 def _conversations(path: Path) -> Iterator[Conversation]:
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield from_json(json.loads(line))
+        for number, line in enumerate(lines, 1):
+            try:
+                yield from_json(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                fix = f"restore it; or move {path.parent} away and write it again: luthier data {path.parent.parent}"
+                raise DataError("is no conversation", where=f"{path}:{number}", fix=fix) from error
 
 
 def _sha256(path: Path) -> str:
