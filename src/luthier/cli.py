@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.runs import Run
 
+RESUMING = ("compare", "predict", "study")
+"""Verbs that keep what they have done as it comes. `train` answers a signal itself."""
 _EPILOG = """exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable,
 130/143 stopped by a signal, resumable"""
 
@@ -183,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"luthier: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("luthier: interrupted", file=sys.stderr)
+        kept = "; the same command goes on where it was" if args.verb in RESUMING else ""
+        print(f"luthier: interrupted{kept}", file=sys.stderr)
         return 130
     except OSError as error:
         return _no_room(error, args)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from luthier.cli import main
 from luthier.data.conversation import Conversation, Example, Message, Origin, to_json
 from luthier.errors import DataError, RecipeError, RunError, UsageError
 from luthier.evaluate.answers import Memo, Task, _rest, chunks, plan, sampling_of, work
@@ -278,6 +280,20 @@ def test_a_killed_comparison_has_kept_its_answers_and_goes_on_from_them(run: Run
     assert after.startswith(before)
     assert 0 < before.count(b"\n") < len(keys) / 2  # of one side some, and not yet all
     assert len(keys) == len(set(keys))
+
+
+def test_an_interrupted_comparison_says_that_it_goes_on(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)  # while it loads the model
+    try:
+        assert main(["compare", str(run.folder)]) == 130
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert capsys.readouterr().err.endswith("luthier: interrupted; the same command goes on where it was\n")
 
 
 def test_answers_are_not_made_twice_and_need_no_model_then(run: Run) -> None:
