@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from luthier.model.trace import Trace
 
 _MIB = 1024**2
-_PROCESS = 450 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
+_PROCESS = 470 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
 _MODULE = 60 * _MIB  # and besides, where the transformers module runs: its family's code, autograd's records
 # In 16 bits oneDNN makes code for each size of product and keeps it: so much, for so many sizes anew in a step of other
 # rows, until there are as many as `group.py` lets it keep (docs/log.md).
-_CODE, _SIZES = 0.7 * _MIB, 32
+_CODE, _SIZES = 0.7 * _MIB, 48
 _KEPT_SIZES = 512
-_HOLES = 0.1  # of the activations, which unpacked weights that come and go leave between them in our block on a CPU
+_HOLES = 0.08  # of the activations, between those that our block keeps on a CPU
 _SHARE = 0.8  # of the free memory that `memory: auto` takes: the rest is for the page cache and for other programs
 _GPU_SHARE = 0.96  # of a GPU's free memory: what the plan may be wrong by
 _LOGIT_ROWS = 256  # rows of the head computed at once (kernels/loss.py)
@@ -359,14 +359,16 @@ def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Ma
         "adapter": adapter * (4 + size),
         "gradients": adapter * 4,
         "optimizer": adapter * 8,
-        "logits": _LOGIT_ROWS * model.vocab * 8,  # in 16 bits beside their fp32 and exponentials
+        # Eagerly in fp32 and as exponentials, or in 16 bits beside both.
+        "logits": _LOGIT_ROWS * model.vocab * (4 if setting.kernels == "compiled" and size == 2 else 8),
         "code": setting.code,
     }
     # Loading holds the weights' file, of 16 bits, beside what is merged from it.
     loading = model.weights * 2 - sum(fixed[name] for name in ("gradients", "optimizer", "logits", "code"))
 
     def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
-        activations = max(loading, sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute))
+        kept = sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute)
+        activations = max(loading, math.ceil(kept * (1 + _HOLES)))
         again = 4 / 3 if recompute else 1
         return _Cost({**fixed, "activations": activations}, 0, lambda tokens: tokens * flops * again / rate)
 

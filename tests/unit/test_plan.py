@@ -1,12 +1,14 @@
 from typing import Any
 
 import pytest
+import torch
 
 from luthier.errors import AdapterError, MemoryPlanError, ModelError, RecipeError, UsageError
+from luthier.kernels.attention import attention_forward, causal_tiles
 from luthier.machine import GIB, Machine, named_gpu, read_gpus
 from luthier.model.causal import Kernels
 from luthier.model.segments import Segments, reserved
-from luthier.model.shape import shape
+from luthier.model.shape import kept_keys, shape
 from luthier.plan import Plan, Setting, parse_bytes, plan
 from luthier.recipe import Lora, Recipe
 
@@ -57,6 +59,13 @@ def test_a_plan_that_does_not_fit_says_what_to_change() -> None:
     result = planned("run.memory=1GiB")
     assert not result.fits
     assert any("data.length" in offer for offer in result.advice)
+
+
+@pytest.mark.parametrize("length", [5, 128, 130, 512, 513, 930])
+def test_probabilities_are_counted_as_attention_keeps_them(length: int) -> None:
+    q, k = torch.zeros(1, length, 3, 4), torch.zeros(1, length, 4)
+    _, kept = attention_forward(q, k, k, causal_tiles((0, length)))
+    assert sum(p.numel() for p in kept if p is not None) == pytest.approx(3 * length * kept_keys(length))
 
 
 def test_bfloat16_halves_the_weights() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from luthier.adapters.targets import check_patterns, select, value
 from luthier.errors import ModelError
 from luthier.recipe import Lora
+
+_TILE, _KEPT = 128, 512  # as BLOCK and KEEP of kernels/attention.py, which needs torch
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Shape:
         inner products; with recompute only x. The backward pass of one layer adds about as much again, once.
         """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        probabilities = self.heads * longest
+        probabilities = math.ceil(self.heads * kept_keys(longest))
         layer = size * (2 * self.hidden + 2 * q + 2 * kv + 2 * self.intermediate + 7 * rank + probabilities) + 16
-        backward = size * (4 * self.hidden + 4 * self.intermediate + 2 * probabilities)
+        backward = size * (4 * self.hidden + 4 * self.intermediate + 2 * self.heads * min(longest, _TILE))
         kept = size * self.hidden * self.layers + layer if recompute else layer * self.layers
         return kept + backward
 
@@ -70,6 +73,13 @@ class Shape:
         attention = 3.5 * 2 * self.heads * self.head_dim * mean * self.layers
         head = 4 * self.hidden * self.vocab * supervised
         return 4 * self.linear * self.layers + 6 * adapter + attention + head
+
+
+def kept_keys(longest: int) -> float:
+    """Probabilities a head that a token of so long a row keeps, on average: a tile of rows sees the keys up to its last
+    row, and is computed again where these are many (kernels/attention.py)."""
+    tiles = [(low, min(low + _TILE, longest)) for low in range(0, longest, _TILE)]
+    return sum((end - low) * end for low, end in tiles if end <= _KEPT) / longest
 
 
 def shape(config: dict[str, Any]) -> Shape:
