@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -38,9 +39,10 @@ _HARMLESS = ("position_ids", "cache_position")
 
 
 @contextmanager
-def packed(bounds: tuple[int, ...]) -> Iterator[None]:
-    """Inside, a module under `NAME` takes one row of tokens for segments between `bounds`. Its `attention_mask` has to
-    be ones [1, T]: transformers looks for segments itself where there is none."""
+def packed(bounds: tuple[int, ...] | None) -> Iterator[None]:
+    """Inside, a module under `NAME`, or one that was taken over, takes one row of tokens for segments between `bounds`
+    (None: it does not). Its `attention_mask` has to be ones [1, T]: transformers looks for segments itself where there
+    is none."""
     token = _bounds.set(bounds)
     try:
         yield
@@ -48,22 +50,67 @@ def packed(bounds: tuple[int, ...]) -> Iterator[None]:
         _bounds.reset(token)
 
 
-class _SharedHead(TorchFunctionMode):
-    """Inside, one key head for all query heads is given to torch's attention as many, which takes no memory."""
+def bounds() -> tuple[int, ...] | None:
+    """Of the `packed` that we are in."""
+    return _bounds.get()
+
+
+class _Calls(TorchFunctionMode):
+    """Inside, torch's attention as a module's own code calls it. Where one key head serves all query heads it is given
+    as many, which takes no memory; in a packed row, segments are kept apart."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and args[1].shape[1] == 1 < args[0].shape[1]:
-            query, key, value, *rest = args
-            args = (query, *(x.expand(-1, query.shape[1], -1, -1) for x in (key, value)), *rest)
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key, value, *rest = args
+        ends = bounds()
+        if ends is not None and not rest and query.shape[2] == key.shape[2] == ends[-1]:
+            return _called(query, key, value, ends, kwargs.get("attn_mask"), kwargs.get("scale"))
+        if key.shape[1] == 1 < query.shape[1]:
+            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+        return function(query, key, value, *rest, **kwargs)
 
 
-def share_head(module: nn.Module) -> None:
-    """Gives a family that leaves its one key head to be broadcast (Falcon) the fused kernels, which want as many key
-    heads as query heads; torch's slow path would hold all probabilities."""
-    if not getattr(module, "_shares_head", False):
-        module._shares_head = True  # type: ignore[assignment]
-        within(module, _SharedHead())
+def take_over(module: Any) -> None:
+    """Packs a family whose code calls torch's attention itself (Falcon), where transformers has no place for ours. It
+    is also given the fused kernels for its one key head: torch's slow path would hold all probabilities."""
+    if calls_torch(module) and not getattr(module, "_taken_over", False):
+        module._taken_over = True
+        within(module, _Calls())
+
+
+def calls_torch(module: Any) -> bool:
+    """Whether the module's own code may call torch's attention."""
+    return bool(module.config._attn_implementation == "sdpa")
+
+
+def _called(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """query [1, Hq, T, D], key and value [1, Hk, T, D] to [1, Hq, T, D]. A mask is that of the whole row."""
+    scale = scale or query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if mask is None and takes(q, k, v):
+        longest = max(end - start for start, end in pairwise(bounds))
+        out = varlen_attention(q, k, v, _edges(bounds, q.device), longest, scale)
+    elif mask is None and not on_gpu(q):
+        out = segment_attention(q, k, v, bounds, scale)
+    else:
+        pieces, shared = [], query.shape[1] != key.shape[1]
+        for a, b in pairwise(bounds):
+            q, k, v = (x[:, :, a:b] for x in (query, key, value))
+            seen = None if mask is None else mask[..., a:b, a:b]
+            options = {"is_causal": seen is None, "enable_gqa": shared}
+            pieces.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, **options))
+        return torch.cat(pieces, 2)
+    return out.transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=1)
+def _edges(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """`bounds` as int32 [n + 1]: the same for all layers."""
+    return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def within(module: nn.Module, mode: TorchFunctionMode) -> list[Any]:
@@ -128,14 +175,14 @@ class Segments:
 
 def _mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> Tensor | Segments | None:
     """What transformers hands to the attention of a module under `NAME`."""
-    bounds = _bounds.get()
-    if bounds is None:
+    ends = bounds()
+    if ends is None:
         return sdpa_mask(batch_size, q_length, kv_length, **options)
-    if batch_size != 1 or q_length != kv_length or q_length != bounds[-1]:
+    if batch_size != 1 or q_length != kv_length or q_length != ends[-1]:
         raise ModelError("attends to other tokens than its own, and so cannot be packed")
-    edges = torch.tensor(bounds, dtype=torch.int32, device=options.get("device", "cpu"))
+    edges = torch.tensor(ends, dtype=torch.int32, device=options.get("device", "cpu"))
     function = options.get("mask_function", causal_mask_function)
-    return Segments(bounds, edges, function, options.get("local_size"), options.get("use_vmap", False))
+    return Segments(ends, edges, function, options.get("local_size"), options.get("use_vmap", False))
 
 
 def _attention(

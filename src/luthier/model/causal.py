@@ -54,8 +54,7 @@ class CausalModel:
         unpacked: int = 0,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
-        if getattr(module.config, "multi_query", False):
-            attention.share_head(module)
+        attention.take_over(module)
         embed = module.get_input_embeddings()
         self.device = embed.weight.device
         ids = torch.arange(3, 11, device=self.device)[None] % len(embed.weight)

@@ -119,9 +119,9 @@ def find(module: Any, run: Run, vocabulary: int, device: torch.device) -> Layout
             raise ModelError(what, fix="if it is an encoder, set is_decoder: true in its config.json")
         if ours:
             module.set_attn_implementation(attention.NAME)
-            if _is_isolated(module, run, (one, other, changed), alone, dtype):
-                return "packed"
-            _use_theirs(module)
+        if (ours or attention.calls_torch(module)) and _is_isolated(module, run, (one, other, changed), alone, dtype):
+            return "packed"
+        _use_theirs(module)
     return "padded"
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.method import Noise
+from luthier.model import attention
 
 
 def recomputing(module: nn.Module, noise: Noise | None) -> None:
@@ -42,13 +43,17 @@ def _forward(forward: Callable[..., Any], contexts: Callable[[], Any], *args: An
 
 
 def _contexts(noise: Noise | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For the forward pass, and for its repetition, when the noise may long be that of another one."""
-    return nullcontext(), nullcontext() if noise is None else _as_it_was(noise, replace(noise))
+    """For the forward pass, and for its repetition, when segments and noise may long be those of another one."""
+    return nullcontext(), _as_it_was(attention.bounds(), noise, None if noise is None else replace(noise))
 
 
 @contextmanager
-def _as_it_was(noise: Noise, then: Noise) -> Iterator[None]:
-    now = replace(noise)
-    noise.step, noise.samples, noise.positions = then.step, then.samples, then.positions
-    yield
-    noise.step, noise.samples, noise.positions = now.step, now.samples, now.positions
+def _as_it_was(bounds: tuple[int, ...] | None, noise: Noise | None, then: Noise | None) -> Iterator[None]:
+    with attention.packed(bounds):
+        if noise is None or then is None:
+            yield
+            return
+        now = replace(noise)
+        noise.step, noise.samples, noise.positions = then.step, then.samples, then.positions
+        yield
+        noise.step, noise.samples, noise.positions = now.step, now.samples, now.positions

@@ -250,7 +250,8 @@ def _state(values: int, optimizer: str, capability: tuple[int, int] | None) -> I
 
 def _step(model: CausalModel, micro: Micro, meter: Meter) -> None:
     # A layout is found by trying a model out; without data there is only what its attention says of itself.
-    is_packed = model.decoder is not None or model.module.config._attn_implementation == attention.NAME
+    ours = model.module.config._attn_implementation == attention.NAME
+    is_packed = model.decoder is not None or ours or attention.calls_torch(model.module)
     hidden = model.hidden if is_packed else model._padded
 
     def then_logits(micro: Micro) -> Tensor:
