@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MIB = 1024**2
 _PROCESS = 470 * _MIB  # Python with torch and transformers imported, and the allocator's slack: measured
-_MODULE = 60 * _MIB  # and besides, where the transformers module runs: its family's code, autograd's records
+_MODULE = 90 * _MIB  # and besides, where the transformers module runs or is traced: its code, autograd's records
 # In 16 bits oneDNN makes code for each size of product and keeps it: so much, for so many sizes anew in a step of other
 # rows, until there are as many as `group.py` lets it keep (docs/log.md).
 _CODE, _SIZES = 0.7 * _MIB, 48
