@@ -104,13 +104,13 @@ def test_each_kind_of_request_is_answered_as_lm_eval_s_own_model_does(run: Run) 
         pairs = [(context, f" {text}") for text in (first, greedy, f"{first} {first} is", second, "what is more")]
         pairs += [("", "what is"), ("more", " " + "more " * 3)]
         weighed = mine.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
-        rolled = mine.loglikelihood_rolling([request("what is 3 plus 4 more"), request("more " * 200)])
+        texts = [request("what is 3 plus 4 more"), request(" ".join(tiny.WORDS[i * i % 15] for i in range(300)))]
+        rolled = mine.loglikelihood_rolling(texts)
         cut = mine.generate_until([request(context, {"max_gen_toks": 2, "until": [second]})])
     wanted = theirs.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
     assert [loss for loss, _ in weighed] == pytest.approx([loss for loss, _ in wanted], rel=1e-4)
     assert [is_greedy for _, is_greedy in weighed] == [is_greedy for _, is_greedy in wanted]
     assert [is_greedy for _, is_greedy in weighed[:3]] == [True, True, False]
-    texts = [request("what is 3 plus 4 more"), request("more " * 200)]
     assert rolled == pytest.approx(theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=1e-4)
     peers = theirs.generate_until([request(context, {"max_gen_toks": 2, "until": []})], disable_tqdm=True)
     assert (peers[0].split(), cut[0].split()) == (greedy.split(), [first])
