@@ -206,6 +206,10 @@ def test_seeds_of_one_recipe_stand_together_in_the_matrix(tmp_path: Path) -> Non
     seeds = {"pairs": [of_recipe], "recipes": [{"name": "rank (2 seeds)", "sides": [1, 2], "metrics": noise}]}
     text = " ".join(Page(render(run_with(tmp_path, found, **more, seeds=seeds))).text.split())
     assert "rank (2 seeds) no evidence +0.2, p = 1 –" in text
+    together = replace(found, metrics={name: replace(paired, seeds=(1, 2)) for name, paired in found.metrics.items()})
+    pair = more | {"pair": ["base", "rank 8"]}
+    page = Page(render(run_with(tmp_path / "together", together, **pair, seeds=seeds)))
+    assert "These are base and rank (2 seeds)." in " ".join(page.text.split())
     assert "rank (2 seeds): rank 4 12.5, rank 8 13.5; mean 13.0, standard deviation 0.71." in text
 
 

@@ -72,6 +72,7 @@ def _compared(found: Json, asked: list[Json]) -> Json:
     names, kept = scores.names(found), rows.fitting(asked)
     return {
         "names": names,
+        "judged": scores.judged(found),
         "verdict": scores.verdict(found),
         "scores": figures,
         "asides": asides,

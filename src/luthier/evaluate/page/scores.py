@@ -25,6 +25,17 @@ def names(found: Json) -> list[str]:
     return [*pair, *(side["name"] for side in found.get("sides", []) if side["name"] not in pair)]
 
 
+def judged(found: Json) -> list[str]:
+    """The two whose difference stands for the whole; seeds of one recipe by its name, where they are judged together."""
+    pair = names(found)[:2]
+    if found["metrics"][found["metric"]].get("seeds") is None:
+        return pair
+    for recipe in found["seeds"]["recipes"]:
+        members = [found["sides"][place]["name"] for place in recipe["sides"]]
+        pair = [recipe["name"] if name in members else name for name in pair]
+    return pair
+
+
 def verdict(found: Json) -> Json:
     """What stands at the top: the headline, its sentence, and both sides' figures."""
     first, metric = found["metrics"][found["metric"]], _metric(found, found["metric"])
