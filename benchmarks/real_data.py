@@ -1,4 +1,4 @@
-"""Three of the recipes on real data with the embedded model: only base and data are overridden. Before/after, intervals.
+"""Three of the recipes on real data with the embedded model: base and data are overridden. Before/after, intervals.
 
     python benchmarks/real_data.py DATA [--only dialogsum,exam,faq] [--at-once] [--out ROWS.jsonl]
 

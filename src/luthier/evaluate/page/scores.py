@@ -26,7 +26,7 @@ def names(found: Json) -> list[str]:
 
 
 def judged(found: Json) -> list[str]:
-    """The two whose difference stands for the whole; seeds of one recipe by its name, where they are judged together."""
+    """The two whose difference stands for the whole; seeds that are judged together, by their recipe."""
     pair = names(found)[:2]
     if found["metrics"][found["metric"]].get("seeds") is None:
         return pair
