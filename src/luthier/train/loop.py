@@ -24,7 +24,7 @@ from luthier.train import checkpoint, optim
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
-from luthier.train.memory import out_of_memory, peak_bytes, release
+from luthier.train.memory import out_of_memory, release, settled
 from luthier.train.step import Event, Model, Step
 from luthier.train.trackers import Journal
 
@@ -64,8 +64,7 @@ class Trainer:
         self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
         self.gradient = optim.flat_gradient(list(self.adapter.parameters()))
         self.optimizer = optim.optimizer(self.adapter.named_parameters(), recipe.train, self._say)
-        self.steps, self._peak = stream.steps, 0
-        self.progress = Progress(step=0, micro_tokens=micro_tokens)
+        self.steps, self._peak, self.progress = stream.steps, 0, Progress(step=0, micro_tokens=micro_tokens)
         self.resumed_from = self.saved = self._resume()
 
     def __iter__(self) -> Iterator[Step]:
@@ -174,19 +173,13 @@ class Trainer:
                 short = True
             # Only here, outside the handler, has the traceback let go of the step's tensors.
             if not self.engine.highest(short):
-                self._settle()
+                self._peak = settled(self._peak)
                 self.engine.reduce(self.gradient)
                 self.gradient.div_(targets * self.progress.scale)
-                total, count, peak = self.engine.total(loss, len(cuts), peak_bytes())
+                total, count, peak = self.engine.total(loss, len(cuts), self._peak)
                 return total / targets, int(count), int(peak)
             release()
             self._halve(samples, cuts)
-
-    def _settle(self) -> None:
-        """On a CPU, gives freed memory back where a step took more than any before it."""
-        if not self.gradient.is_cuda and peak_bytes() > self._peak:
-            self._peak = peak_bytes()
-            release()
 
     def _cut(self, store: TokenStore, samples: Sequence[Sample]) -> list[list[Sample]]:
         """This process's share of the samples, as micro-batches of at most `micro_tokens` tokens."""

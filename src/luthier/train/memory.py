@@ -35,3 +35,11 @@ def release() -> None:
     give_back()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+
+
+def settled(before: int) -> int:
+    """The peak now. On a CPU, freed memory is given back where a step took more than any before it, `before` bytes."""
+    peak = peak_bytes()
+    if peak > before and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        release()
+    return max(peak, before)
