@@ -31,9 +31,9 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A library and its settings. `half`: half the rows at a time, twice as often, to fit under a cap of memory."""
+    """A training library, by the name of its trainer, and its settings. `half`: half the rows at a time, twice as often, to fit under a cap of memory."""
 
-    library: str
+    trainer: str
     needs: tuple[str, ...]
     liger: bool = False
     checkpointing: bool = True
@@ -64,7 +64,7 @@ def peers_of(workload: Workload, memory: str) -> Iterator[str]:
     """Those that can do a workload. As they come, neither transformers nor TRL pack; Falcon has an attention of its
     own, which keeps no packed rows apart. Without checkpointing none fits into 8 GiB."""
     for name, peer in PEERS.items():
-        packs = peer.library == "unsloth" or peer.liger
+        packs = peer.trainer == "unsloth" or peer.liger
         falcon = workload.shape == "falcon-7b" and peer.liger
         fits = {"free": not peer.half, "8GiB": peer.checkpointing}.get(memory, True)
         if (packs or not workload.packed) and not falcon and fits:
@@ -85,7 +85,7 @@ def train(name: str, folder: Path, workload: Workload, steps: list[Step], clock:
     peer, make = PEERS[name], {"transformers": _transformers, "trl": _trl, "unsloth": _unsloth}
     with tempfile.TemporaryDirectory() as place:
         options = _options(peer, workload, Path(place), clock.total)
-        trainer = make[PEERS[name].library](peer, folder, workload, steps, options)
+        trainer = make[PEERS[name].trainer](peer, folder, workload, steps, options)
         if workload.packed:
             trainer.train_dataset = _rows_as(trainer.train_dataset.column_names, steps)
         seen = Seen(trainer, config(folder)["pad_token_id"])
@@ -290,5 +290,5 @@ def _attention(peer: Peer) -> dict[str, bool]:
 
 def first(name: str) -> None:
     """Imports what must come before all else."""
-    if PEERS[name].library == "unsloth":
+    if PEERS[name].trainer == "unsloth":
         import_module("unsloth")
