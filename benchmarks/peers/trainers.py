@@ -31,7 +31,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A training library, by the name of its trainer, and its settings. `half`: half the rows at a time, twice as often, to fit under a cap of memory."""
+    """How a peer trains. `half`: half the rows at a time, twice as often, to fit under a cap of memory."""
 
     trainer: str
     needs: tuple[str, ...]
