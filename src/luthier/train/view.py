@@ -6,7 +6,7 @@ Events, as dicts with the key `event`: decisions, start, rehearsal, step, evalua
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,13 +22,27 @@ _GIB = 1024**3
 @contextmanager
 def show(console: Console | None, progress: Emit | None = None) -> Iterator[Emit]:
     """Gives the function that events go to: `progress` if given, else a display on `console`, if any."""
-    if progress is not None or console is None:
-        yield progress or (lambda event: None)
+    if progress is not None:
+        yield progress
+        return
+    with displayed(console, _Bar, _Lines) as emit:
+        yield emit
+
+
+@contextmanager
+def displayed(
+    console: Console | None,
+    bar: Callable[[Console], AbstractContextManager[Emit]],
+    lines: Callable[[Console], Emit],
+) -> Iterator[Emit]:
+    """What events go to: a bar where there is a terminal, else lines, or nothing."""
+    if console is None:
+        yield lambda event: None
     elif console.is_terminal:
-        with _Bar(console) as bar:
-            yield bar
+        with bar(console) as emit:
+            yield emit
     else:
-        yield _Lines(console)
+        yield lines(console)
 
 
 class _Lines:

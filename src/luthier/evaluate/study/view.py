@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.statistics.paired import figure, signed
 from luthier.evaluate.study.findings import Findings
+from luthier.train.view import displayed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -25,13 +26,8 @@ HEIGHT = 10
 @contextmanager
 def watching(console: Console | None) -> Iterator[Callable[[Event], None]]:
     """Gives the function that events go to: a bar where there is a terminal, else a line for each cell."""
-    if console is None:
-        yield lambda event: None
-    elif console.is_terminal:
-        with _Bar(console) as bar:
-            yield bar
-    else:
-        yield _Lines(console)
+    with displayed(console, _Bar, _Lines) as emit:
+        yield emit
 
 
 class _Lines:
