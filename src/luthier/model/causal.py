@@ -20,7 +20,7 @@ from luthier.kernels import fused, native, pointwise
 from luthier.kernels.loss import Head, linear_cross_entropy
 from luthier.kernels.place import on_gpu
 from luthier.model import attention, families, head, layout
-from luthier.model.block import Decoder
+from luthier.model.decoder import Decoder
 from luthier.model.finite import blaming_weights
 from luthier.model.offload import stream
 from luthier.model.original import original

@@ -1,0 +1,122 @@
+"""The fast path: the decoder layers of a transformers module as our own blocks, each one autograd function.
+
+Linear layers that read the same input are one product (q|k|v, gate|up). Tokens that no supervised token can see are
+left out, and no gradient flows below the first adapted layer. What is learned is the same as on the reference path:
+`tests/contract/test_block.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from luthier.adapters.method import Noise
+from luthier.errors import ModelError
+from luthier.kernels.pointwise import Pointwise
+from luthier.model.block import Block, Kept, Pack
+from luthier.model.families import Family, window
+from luthier.model.heads import Segments
+from luthier.model.merged import MergedLinear
+
+if TYPE_CHECKING:
+    from luthier.data.stream import Micro
+
+
+class Decoder:
+    """The layers of a transformers module, run on packed rows of tokens by our own blocks.
+
+    The module keeps working: its linear layers become views of the blocks' merged weights.
+    """
+
+    def __init__(
+        self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool, unpacked: int = 0
+    ) -> None:
+        base = module.base_model
+        self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
+        if (
+            self.norm.weight.dtype
+            != self.embed(torch.zeros(1, dtype=torch.int64, device=self.embed.weight.device)).dtype
+        ):
+            what = "our decoder block does not compute norms that are finer than the products (model.norms=float32)"
+            raise ModelError(what, fix="set run.kernels to auto or reference")
+        self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
+        layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
+        self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
+        _leave_file(module, self.blocks)
+        for block in self.blocks[:unpacked]:
+            for linear in block.linears:
+                linear.keep()
+        self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
+
+    def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
+        """[S, H]: the final-normed hidden states at `micro.rows`.
+
+        With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
+        """
+        if self.window and int(micro.positions.max()) >= self.window:
+            fix = f"lower data.length to the model's attention window of {self.window} tokens"
+            raise ModelError("a row is longer than the model sees", fix=fix)
+        self._refresh()
+        x: Tensor = self.embed(micro.ids)
+        cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
+        pack = Pack(Segments(cos, sin, micro.bounds, prefix), noise)
+        last = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
+        for block in self.blocks:
+            pack = last if block is self.blocks[-1] else pack
+            x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _refresh(self) -> None:
+        """Takes the adapters' present values, those of all layers in a few launches."""
+        copies = [copy for block in self.blocks for linear in block.linears for copy in linear.refresh()]
+        if not copies:
+            return
+        sources, scales, places = (list(column) for column in zip(*copies, strict=True))
+        if any(scale != 1 for scale in scales):
+            sources = torch._foreach_mul(sources, scales)  # type: ignore[assignment]
+        torch._foreach_copy_(places, sources)
+
+
+def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
+    """One piece of memory, which the linears are given to unpack their weights into. Pieces that come and go would
+    leave holes of their sizes between what the layers keep."""
+    if not packed:
+        return None
+    values, like = max(linear.columns[-1].stop * linear.features for linear in packed), packed[0]
+    scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
+    for linear in packed:
+        linear.scratch = scratch
+    return scratch
+
+
+def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
+    """Copies what was not merged, mostly the embedding, so that nothing holds the weights' file in memory any more."""
+    merged = {id(p) for block in blocks for linear in block.linears for base in linear.bases for p in base.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in merged and not parameter.requires_grad and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, *parameters: Tensor) -> Tensor:
+        y, kept, inner = block.forward(x, pack)
+        *tensors, attention = (None,) * len(Kept._fields) if block.recompute else kept
+        ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
+        ctx.block, ctx.pack = block, pack
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        block, pack = ctx.block, ctx.pack
+        x, inner, *rest = ctx.saved_tensors
+        parts = len(Kept._fields) - 1
+        kept = block.until_down(x, pack) if block.recompute else Kept._make([*rest[:parts], rest[parts:]])
+        dx, found = block.backward(dy, x, kept, inner, pack, ctx.needs_input_grad[0])
+        return dx, None, None, *(found.get(p) for p in block.parameters)
