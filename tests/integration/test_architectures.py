@@ -194,9 +194,10 @@ def test_the_check_itself_can_fail(tmp_path: Path) -> None:
         architectures.agree("logits", logits(other, micro()), logits(mine, micro()))
 
 
-def falcon(*, recompute: bool = False) -> CausalModel:
+def falcon(*, recompute: bool = False, **changes: Any) -> CausalModel:
     torch.manual_seed(0)
-    config = FalconConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, multi_query=True)
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "multi_query": True}
+    config = FalconConfig(**{**sizes, **changes})
     module = FalconForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     lora = attach(module, Lora(rank=2, dropout=0.1), 0)
     for layer in lora.layers.values():
@@ -220,14 +221,20 @@ def test_one_key_head_for_all_queries_reaches_attention_as_many() -> None:
     assert seen == [(8, 8)] * 2
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_family_that_calls_torch_s_attention_itself_is_packed(recompute: bool) -> None:
+def two_rows() -> Micro:
     ids, positions = torch.arange(12), torch.cat([torch.arange(5), torch.arange(7)])
     rows = torch.tensor([1, 3, 8, 10])
-    batch = Micro(ids, positions, (0, 5, 12), rows, ids[rows + 1], torch.tensor([0, 1]), step=0)
-    found = []
+    return Micro(ids, positions, (0, 5, 12), rows, ids[rows + 1], torch.tensor([0, 1]), step=0)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "changes"),
+    [(False, {}), (True, {}), (True, {"new_decoder_architecture": True, "num_kv_heads": 2})],
+)
+def test_a_family_that_calls_torch_s_attention_itself_is_packed(recompute: bool, changes: dict[str, Any]) -> None:
+    batch, found = two_rows(), []
     for way in ("packed", "padded"):
-        made = falcon(recompute=recompute)
+        made = falcon(recompute=recompute, **changes)
         assert made.layout == "packed"
         assert made.adapter is not None
         made.layout = way
@@ -236,3 +243,21 @@ def test_a_family_that_calls_torch_s_attention_itself_is_packed(recompute: bool)
         gradients = [p.grad.flatten() for p in made.adapter.parameters() if p.grad is not None]
         found.append(torch.cat([loss.detach()[None], *gradients]))
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("alibi", "masks"), [(False, 0), (True, 4)])
+def test_only_a_mask_that_says_more_than_causal_reaches_torch(alibi: bool, masks: int) -> None:
+    """Falcon always has one made, and with any torch takes its slow path; alibi's says how far away tokens are, too."""
+    seen: list[Any] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is F.scaled_dot_product_attention:
+                seen.append(args[3])
+            return function(*args, **(kwargs or {}))
+
+    made = falcon(alibi=alibi)
+    attention.within(made.module, Watch())
+    with torch.no_grad():
+        made.loss(two_rows())
+    assert [mask is not None for mask in seen] == [True] * masks  # two layers of two rows

@@ -9,6 +9,7 @@ same module generates with a cache and padding masks.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,6 +60,10 @@ class _Calls(TorchFunctionMode):
     """Inside, torch's attention as a module's own code calls it. Where one key head serves all query heads it is given
     as many, which takes no memory; in a packed row, segments are kept apart."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._judged: tuple[weakref.ref[Tensor], tuple[int, ...], bool] | None = None
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
@@ -66,10 +71,26 @@ class _Calls(TorchFunctionMode):
         query, key, value, *rest = args
         ends = bounds()
         if ends is not None and not rest and query.shape[2] == key.shape[2] == ends[-1]:
-            return _called(query, key, value, ends, kwargs.get("attn_mask"), kwargs.get("scale"))
+            mask = kwargs.get("attn_mask")
+            mask = None if mask is not None and self._is_causal(mask, ends) else mask
+            return _called(query, key, value, ends, mask, kwargs.get("scale"))
         if key.shape[1] == 1 < query.shape[1]:
-            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+            key, value = _for_all(query, key, value)
         return function(query, key, value, *rest, **kwargs)
+
+    def _is_causal(self, mask: Tensor, bounds: tuple[int, ...]) -> bool:
+        """Whether a mask says what no mask says, too: Falcon always has one made, and no fused kernel takes any. Layers
+        share it, so it is read once a pass."""
+        if mask.dtype is not torch.bool or mask.shape != (1, 1, bounds[-1], bounds[-1]):
+            return False
+        if mask.is_meta:
+            return True
+        if self._judged is None or self._judged[0]() is not mask or self._judged[1] != bounds:
+            whole = torch.ones(max(b - a for a, b in pairwise(bounds)), dtype=torch.bool, device=mask.device)
+            whole = whole.expand(len(whole), -1).tril()
+            alike = [(mask[0, 0, a:b, a:b] == whole[: b - a, : b - a]).all() for a, b in pairwise(bounds)]
+            self._judged = weakref.ref(mask), bounds, bool(torch.stack(alike).all())
+        return self._judged[2]
 
 
 def take_over(module: Any) -> None:
@@ -97,14 +118,21 @@ def _called(
     elif mask is None and not on_gpu(q):
         out = segment_attention(q, k, v, bounds, scale)
     else:
-        pieces, shared = [], query.shape[1] != key.shape[1]
+        pieces = []
         for a, b in pairwise(bounds):
-            q, k, v = (x[:, :, a:b] for x in (query, key, value))
+            q, k, v = (x[:, :, a:b] for x in (query, *_for_all(query, key, value)))
             seen = None if mask is None else mask[..., a:b, a:b]
-            options = {"is_causal": seen is None, "enable_gqa": shared}
-            pieces.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, **options))
+            pieces.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, is_causal=seen is None))
         return torch.cat(pieces, 2)
     return out.transpose(0, 1)[None]
+
+
+def _for_all(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+    """Key and value [B, Hk, T, D] with as many heads as the query has: with fewer, torch takes its slow path where it
+    has a mask."""
+    times = query.shape[1] // key.shape[1]
+    for x in (key, value):
+        yield x.expand(-1, times, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(times, 1)
 
 
 @lru_cache(maxsize=1)
