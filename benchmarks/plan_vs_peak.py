@@ -244,7 +244,7 @@ def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> f
     from luthier.data.stream import Micro
     from luthier.train import optim
 
-    gradient = optim.flat_gradient(list(model.adapter.parameters()))
+    gradient = optim.flat_gradient(model.adapter.named_parameters())
     optimizer = optim.optimizer(model.adapter.named_parameters(), recipe.train)
     tokens = rows * length
     positions = torch.arange(length).repeat(rows)

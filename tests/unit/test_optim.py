@@ -132,10 +132,18 @@ def test_without_bitsandbytes_plain_adamw_takes_the_place_and_says_so(monkeypatc
 
 def test_gradients_are_parts_of_one_buffer_that_backward_adds_to() -> None:
     weights = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(5))]
-    flat = optim.flat_gradient(weights)
+    flat = optim.flat_gradient(zip("ab", weights, strict=True))
     for _ in range(2):
         (weights[0].sum() * 2 + weights[1].sum() * 3).backward()
     assert flat.tolist() == [4.0] * 6 + [6.0] * 5
+
+
+def test_gradients_of_every_B_lie_behind_those_of_every_A() -> None:
+    weights = [nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0, 3.0, 4.0)]
+    names = ["x.lora_A.weight", "x.lora_B.weight", "y.lora_A.weight", "y.lora_B.weight"]
+    flat = optim.flat_gradient(zip(names, weights, strict=True))
+    sum((w.square() / 2).sum() for w in weights).backward()  # type: ignore[union-attr]
+    assert flat.tolist() == [1.0, 1.0, 3.0, 3.0, 2.0, 2.0, 4.0, 4.0]
 
 
 def test_only_the_adapter_is_given_to_the_optimizer() -> None:

@@ -62,7 +62,7 @@ class Trainer:
         self.engine, self.answer, self.interrupt = engine, answer, Interrupt()
         self.emit = emit if engine.rank == 0 else lambda event: None
         self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
-        self.gradient = optim.flat_gradient(list(self.adapter.parameters()))
+        self.gradient = optim.flat_gradient(self.adapter.named_parameters())
         self.optimizer = optim.optimizer(self.adapter.named_parameters(), recipe.train, self._say)
         self.steps, self._peak, self.progress = stream.steps, 0, Progress(step=0, micro_tokens=micro_tokens)
         self.resumed_from = self.saved = self._resume()

@@ -69,12 +69,14 @@ def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
     optimizer.step()
 
 
-def flat_gradient(parameters: list[Parameter]) -> Tensor:
+def flat_gradient(parameters: Iterable[tuple[str, Parameter]]) -> Tensor:
     """One fp32 buffer that holds all gradients: each parameter's `.grad` is a view of it, which backward passes add to.
-    So processes sum one tensor, and the norm and the clipping are one operation each."""
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
-    for parameter, part in zip(parameters, torch.split(flat, sizes), strict=True):
+    So processes sum one tensor, and the norm and the clipping are one operation each. Those of every LoRA's B come last,
+    as in the optimizer's groups: so our decoder's backward pass can add to all with one operation, too."""
+    ordered = [p for _, p in sorted(parameters, key=lambda named: named[0].endswith("lora_B.weight"))]
+    sizes = [parameter.numel() for parameter in ordered]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=ordered[0].device)
+    for parameter, part in zip(ordered, torch.split(flat, sizes), strict=True):
         parameter.grad = part.view_as(parameter)
     return flat
 
