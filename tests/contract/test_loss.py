@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels import reference
-from luthier.kernels.loss import Head, linear_cross_entropy, token_losses
+from luthier.kernels.loss import IGNORED, Head, linear_cross_entropy, token_losses
 from luthier.kernels.pointwise import EAGER
 
 # Relative to the norm of the whole tensor; bf16 rounds logits, probabilities and products once each.
@@ -53,6 +53,37 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(kind: str, trained: 
     for mine, theirs in zip(torch.autograd.grad(loss * 3, wanted), torch.autograd.grad(twin * 3, wanted), strict=True):
         assert mine.dtype == theirs.dtype
         assert error(mine, theirs) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_ignored_rows_add_nothing(kind: str, trained: bool, dtype: torch.dtype) -> None:
+    hidden, head, targets = made(kind, dtype, trained)
+    ignored = torch.arange(ROWS) % 3 == 1
+    loss = linear_cross_entropy(hidden, head, targets.masked_fill(ignored, IGNORED))
+    chosen = hidden.detach()[~ignored].requires_grad_()
+    twin = reference.linear_cross_entropy(chosen, head, targets[~ignored])
+    assert error(loss, twin) <= TOLERANCE[dtype]
+    trained_parts = [x for x in (head.weight, head.bias) if x is not None and x.requires_grad]
+    mine, *others = torch.autograd.grad(loss, [hidden, *trained_parts])
+    theirs, *wanted = torch.autograd.grad(twin, [chosen, *trained_parts])
+    assert not mine[ignored].any()
+    for one, other in zip([mine[~ignored], *others], [theirs, *wanted], strict=True):
+        assert error(one, other) <= TOLERANCE[dtype]
+
+
+def test_an_ignored_row_that_is_not_finite_leaves_the_loss_and_the_gradients_of_the_others_finite() -> None:
+    hidden, head, targets = made("plain", torch.float32, trained=False)
+    broken = hidden.detach().clone()
+    broken[3] = torch.inf
+    broken.requires_grad_()
+    targets[3] = IGNORED
+    loss = linear_cross_entropy(broken, head, targets)
+    (gradient,) = torch.autograd.grad(loss, broken)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert not gradient[3].any()
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.pointwise import EAGER, Pointwise
 
+IGNORED = -100  # the target of a row that nothing is learned from, as torch has it
+
 
 @dataclass(frozen=True)
 class Head:
@@ -45,7 +47,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, parts: Poi
     Args:
         hidden: [S, H], the rows whose next token is supervised; fp32, bf16 or fp16.
         head: its weight and bias get a gradient if they require one; products are in the dtype of `hidden`.
-        targets: int64 [S].
+        targets: int64 [S]. A row whose target is `IGNORED` adds exactly nothing, to the loss and to any gradient.
         parts: eager or native.
 
     All gradients are made in the forward pass, a chunk of rows at a time, so that at most `parts.logit_rows` x V logits
@@ -75,14 +77,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         frozen = Head(weight.to(hidden.dtype), bias, head.scale, head.softcap)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
+        ignored, targets = targets[:, None] == IGNORED, targets.clamp_min(0)
         for rows in _chunks(hidden, parts.logit_rows):
             logits = frozen.logits(hidden[rows])
             picked = logits.gather(1, targets[rows, None]).float()
             # The cap's slope is read from its output: 1 - (z / cap)².
             slope = None if head.softcap is None else 1 - (logits.float() / head.softcap).square_()
             weights, largest, mass = parts.exponentials(logits)
-            total += (mass.log() + largest - picked).sum()
-            gradients.add(rows, frozen, targets[rows], weights, mass, slope)
+            total += (mass.log() + largest - picked).masked_fill_(ignored[rows], 0).sum()
+            gradients.add(rows, frozen, targets[rows], weights, mass, slope, ignored[rows])
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total
 
@@ -104,19 +107,27 @@ class _Gradients:
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def add(
-        self, rows: slice, head: Head, targets: Tensor, weights: Tensor, mass: Tensor, slope: Tensor | None
+        self,
+        rows: slice,
+        head: Head,
+        targets: Tensor,
+        weights: Tensor,
+        mass: Tensor,
+        slope: Tensor | None,
+        ignored: Tensor,
     ) -> None:
-        """`weights` / `mass` is the softmax of these rows."""
+        """`weights` / `mass` is the softmax of these rows; those `ignored` [S, 1] get a gradient of zero."""
         assert head.weight is not None
         if slope is None and self.weight is None and self.bias is None:
             if self.hidden is not None:
                 # d loss / d hidden = softmax @ head - head[target]; the division waits until H columns are left of V.
                 mean = torch.mm(weights, head.weight).float()
-                self.hidden[rows] = mean.div_(mass).sub_(head.weight[targets]).mul_(head.scale)
+                found = mean.div_(mass).sub_(head.weight[targets]).mul_(head.scale)
+                self.hidden[rows] = found.masked_fill_(ignored, 0)
             return
         dz = weights.float().div_(mass)
         dz[torch.arange(len(dz), device=dz.device), targets] -= 1
-        dz = (dz if slope is None else dz.mul_(slope)).mul_(head.scale)
+        dz = (dz if slope is None else dz.mul_(slope)).mul_(head.scale).masked_fill_(ignored, 0)
         if self.bias is not None:
             self.bias += dz.sum(0)
         dz = dz.to(weights.dtype)
