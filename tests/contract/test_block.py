@@ -58,8 +58,8 @@ def module(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
 
 
 def model(family: str, kernels: Kernels, adapter: recipe.Lora = ALL, **options: Any) -> CausalModel:
-    recompute, dtype = options.pop("recompute", False), options.pop("dtype", torch.float32)
-    packed, unpacked = options.pop("packed", False), options.pop("unpacked", 0)
+    kept = {key: options.pop(key) for key in ("recompute", "recompute_gate_up", "unpacked") if key in options}
+    packed, dtype = options.pop("packed", False), options.pop("dtype", torch.float32)
     base = module(family, dtype, **options)
     if packed:
         quantize_module(base, recipe.FourBit(kind="nf4"), dtype)
@@ -67,7 +67,7 @@ def model(family: str, kernels: Kernels, adapter: recipe.Lora = ALL, **options: 
     generator = torch.Generator().manual_seed(1)
     for layer in lora.layers.values():
         layer.B.data.normal_(0, 0.05, generator=generator)
-    return CausalModel(base, lora, kernels=kernels, recompute=recompute, unpacked=unpacked)
+    return CausalModel(base, lora, kernels=kernels, **kept)
 
 
 def micro(lengths: tuple[int, ...] = (7, 2, 150, 12), supervised: tuple[int, ...] | None = None) -> Micro:
@@ -172,13 +172,22 @@ def test_evaluation_drops_nothing(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("paths", ["reference", "eager", "compiled"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_recomputing_changes_no_bit(paths: Kernels, dropout: float) -> None:
+def test_promise_1_recomputing_none_some_or_all_changes_no_bit(paths: Kernels, dropout: float) -> None:
     if paths == "compiled" and native.compiler() is None:
         pytest.skip("no C++ compiler")
-    adapter = recipe.Lora(rank=4, dropout=dropout)
-    kept, remade = (gradients(model("llama", paths, adapter, recompute=r), micro()) for r in (False, True))
-    assert torch.equal(kept[0], remade[0])
-    assert torch.equal(kept[1], remade[1])
+    adapter, budgets = recipe.Lora(rank=4, dropout=dropout), [{"recompute": 2}, {"recompute": True}]
+    if paths != "reference":
+        budgets += [{"recompute_gate_up": 3}, {"recompute": 1, "recompute_gate_up": 1}]
+    kept = gradients(model("llama", paths, adapter), micro())
+    for budget in budgets:
+        remade = gradients(model("llama", paths, adapter, **budget), micro())
+        assert all(torch.equal(*pair) for pair in zip(kept, remade, strict=True))
+
+
+def test_the_first_blocks_recompute_and_the_last_ones_keep(kernels: Kernels) -> None:
+    made = model("llama", kernels, recompute=1, recompute_gate_up=1).decoder
+    assert made is not None
+    assert [block.recompute for block in made.blocks] == ["all", "gate_up", "nothing"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

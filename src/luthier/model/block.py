@@ -6,8 +6,9 @@ computes queries and all that follows attention for the supervised rows only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from luthier.kernels.pointwise import Pointwise
 from luthier.model.families import Family
 from luthier.model.heads import Saved, Segments, attention_on
 from luthier.model.merged import Gradients, MergedLinear
+
+Recompute = Literal["nothing", "gate_up", "all"]
+"""What of a block's `Kept` is not kept, but made again in the backward pass; `gate_up`: that product alone."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,11 @@ class Kept(NamedTuple):
 class Block:
     """One decoder layer of a family, with adapters on some or all of its linear layers."""
 
-    def __init__(self, layer: nn.Module, family: Family, config: Any, pointwise: Pointwise, *, recompute: bool) -> None:
+    recompute: Recompute = "nothing"
+
+    def __init__(self, layer: nn.Module, family: Family, config: Any, pointwise: Pointwise) -> None:
         part = layer.get_submodule
-        self.pointwise, self.recompute = pointwise, recompute
+        self.pointwise = pointwise
         self.attention_norm = cast(Tensor, part(family.attention_norm).weight)
         self.mlp_norm = cast(Tensor, part(family.mlp_norm).weight)
         self.eps = float(getattr(config, family.eps))
@@ -77,6 +83,21 @@ class Block:
         middle, n, mlp_scale = point.add_rms_norm(residual, z, self.mlp_norm, self.eps)
         gate_up, gate_up_inner = self.gate_up.forward(n, self._noise(pack))
         return Kept(scale, qkv_inner, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, kept)
+
+    def kept_of(self, kept: Kept) -> Iterator[Tensor | Saved | None]:
+        """The parts of `kept`, None for those that `again` makes."""
+        remade = {"nothing": (), "gate_up": ("gate_up", "gate_up_inner"), "all": Kept._fields}[self.recompute]
+        return (None if name in remade else part for name, part in zip(Kept._fields, kept, strict=True))
+
+    def again(self, kept: Kept, x: Tensor, pack: Pack) -> Kept:
+        """All of what was kept, to the bit: `kept` with what of it is missing."""
+        if self.recompute == "all":
+            return self.until_down(x, pack)
+        if self.recompute == "gate_up":
+            n, _ = self.pointwise.rms_norm(kept.middle, self.mlp_norm, self.eps)
+            gate_up, inner = self.gate_up.forward(n, self._noise(pack))
+            return kept._replace(gate_up=gate_up, gate_up_inner=inner)
+        return kept
 
     def backward(
         self, dy: Tensor, x: Tensor, kept: Kept, down_inner: Tensor | None, pack: Pack, wanted: bool

@@ -38,7 +38,9 @@ class CausalModel:
 
     `module` is complete in itself: generation calls it directly, adapter included.
 
-    Of the first `unpacked` blocks our own decoder keeps the values of packed weights.
+    The first `recompute` blocks (True: all) make their activations again in the backward pass; of `recompute_gate_up`
+    more, our own decoder makes that product alone again. Of the first `unpacked` ones it keeps the values of packed
+    weights.
 
     Raises ModelError for an adapter or a family that the block of `kernels` does not compute, and for a module that is
     not causal.
@@ -50,7 +52,8 @@ class CausalModel:
         adapter: Adapter | None,
         *,
         kernels: Kernels = "reference",
-        recompute: bool = False,
+        recompute: bool | int = False,
+        recompute_gate_up: int = 0,
         unpacked: int = 0,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
@@ -64,11 +67,12 @@ class CausalModel:
         self.decoder: Decoder | None = None
         self.layout: layout.Layout = "packed"
         if kernels != "reference":
-            self.decoder = _decoder(module, adapter, self.parts, recompute=recompute, unpacked=unpacked)
+            self.decoder = _decoder(module, adapter, self.parts, unpacked)
+            self.decoder.recompute(recompute, recompute_gate_up)
             return
         self.layout = layout.find(module, self._run, len(embed.weight), self.device)
         if recompute:
-            recomputing(module, None if adapter is None else adapter.noise)
+            recomputing(module, None if adapter is None else adapter.noise, recompute)
 
     @property
     def head(self) -> Head:
@@ -155,15 +159,13 @@ def _moved(micro: Micro, device: torch.device) -> Micro:
     return replace(micro, **tensors)
 
 
-def _decoder(
-    module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, *, recompute: bool, unpacked: int
-) -> Decoder:
+def _decoder(module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, unpacked: int) -> Decoder:
     family, fix = families.find(module.config), "set run.kernels to auto or reference"
     if family is None:
         raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
     if adapter is not None and not adapter.foldable:
         raise ModelError("our decoder block does not compute this adapter, or these packed weights", fix=fix)
-    return Decoder(module, family, parts, recompute=recompute, unpacked=unpacked)
+    return Decoder(module, family, parts, unpacked=unpacked)
 
 
 def build(
@@ -172,19 +174,20 @@ def build(
     *,
     folder: Path,
     kernels: Kernels,
-    recompute: bool,
+    recompute: bool | int,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
     offload: int = 0,
+    recompute_gate_up: int = 0,
     unpacked: int = 0,
     loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
 
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
-    block, for the families in `families.py`. `recompute` trades activations for a second forward pass. With `offload`,
-    so many of the first decoder blocks stay in host memory and stream to `device`. `unpacked`: as in `CausalModel`.
+    block, for the families in `families.py`. `recompute`, `recompute_gate_up`, `unpacked`: as in `CausalModel`. With
+    `offload`, so many of the first decoder blocks stay in host memory and stream to `device`.
     `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
     shared (see `shell`).
 
@@ -207,7 +210,8 @@ def build(
             for parameter in attached.parameters() if attached is not None else ():
                 parameter.data = parameter.data.to(device)
             stream(module, offload, device)
-        built = CausalModel(module, attached, kernels=kernels, recompute=recompute, unpacked=unpacked)
+        options: Any = {"recompute": recompute, "recompute_gate_up": recompute_gate_up, "unpacked": unpacked}
+        built = CausalModel(module, attached, kernels=kernels, **options)
     if kernels != "reference":
         keep_freed_memory()
     return built

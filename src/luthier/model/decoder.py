@@ -22,6 +22,7 @@ from luthier.model.block import Block, Kept, Pack
 from luthier.model.families import Family, window
 from luthier.model.heads import Segments
 from luthier.model.merged import MergedLinear
+from luthier.model.recompute import blocks_of
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -33,9 +34,7 @@ class Decoder:
     The module keeps working: its linear layers become views of the blocks' merged weights.
     """
 
-    def __init__(
-        self, module: Any, family: Family, pointwise: Pointwise, *, recompute: bool, unpacked: int = 0
-    ) -> None:
+    def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, unpacked: int = 0) -> None:
         base = module.base_model
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
         if (
@@ -46,12 +45,19 @@ class Decoder:
             raise ModelError(what, fix="set run.kernels to auto or reference")
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
-        self.blocks = [Block(layer, family, module.config, pointwise, recompute=recompute) for layer in layers]
+        self.blocks = [Block(layer, family, module.config, pointwise) for layer in layers]
         _leave_file(module, self.blocks)
         for block in self.blocks[:unpacked]:
             for linear in block.linears:
                 linear.keep()
         self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
+
+    def recompute(self, whole: bool | int, gate_up: int = 0) -> None:
+        """Makes the first `whole` blocks (True: all) recompute everything, and `gate_up` more that product alone. The
+        last ones, which keep everything, are done with first: what they free is there for the others."""
+        count = blocks_of(whole, len(self.blocks))
+        for number, block in enumerate(self.blocks):
+            block.recompute = "all" if number < count else "gate_up" if number < count + gate_up else "nothing"
 
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
@@ -106,7 +112,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, *parameters: Tensor) -> Tensor:
         y, kept, inner = block.forward(x, pack)
-        *tensors, attention = (None,) * len(Kept._fields) if block.recompute else kept
+        *tensors, attention = block.kept_of(kept)
         ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
         ctx.block, ctx.pack = block, pack
         return y
@@ -117,6 +123,6 @@ class _Layer(torch.autograd.Function):
         block, pack = ctx.block, ctx.pack
         x, inner, *rest = ctx.saved_tensors
         parts = len(Kept._fields) - 1
-        kept = block.until_down(x, pack) if block.recompute else Kept._make([*rest[:parts], rest[parts:]])
+        kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
         dx, found = block.backward(dy, x, kept, inner, pack, ctx.needs_input_grad[0])
         return dx, None, None, *(found.get(p) for p in block.parameters)

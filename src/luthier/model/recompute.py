@@ -20,9 +20,15 @@ from luthier.adapters.method import Noise
 from luthier.model import attention
 
 
-def recomputing(module: nn.Module, noise: Noise | None) -> None:
-    """Makes every layer of `module` keep its input alone for the backward pass."""
-    for layer in _layers(module):
+def blocks_of(recompute: bool | int, blocks: int) -> int:
+    """How many of so many blocks, the first ones, `run.recompute` means: True all, False none."""
+    return blocks if recompute is True else min(int(recompute), blocks)
+
+
+def recomputing(module: nn.Module, noise: Noise | None, recompute: bool | int = True) -> None:
+    """Makes the first layers of `module`, as many as `recompute` says, keep their input alone for the backward pass."""
+    layers = _layers(module)
+    for layer in layers[: blocks_of(recompute, len(layers))]:
         layer.forward = partial(_forward, layer.forward, partial(_contexts, noise))
 
 
