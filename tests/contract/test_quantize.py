@@ -468,6 +468,20 @@ def test_outlying_columns_are_multiplied_without_rounding_the_input() -> None:
     assert error(packed(x), exact) < 1e-3 < 0.01 < error(all_integers(x), exact)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_of_many_rows_is_that_of_all_at_once(threshold: float) -> None:
+    """Rows are multiplied some at a time; which columns are outliers is found over all of them."""
+    x = inputs(2 * plain._ROWS + 3, 64)
+    x[-1, 5], x[0, 9] = 7.0, -8.0
+    packed, absmax = plain.quantize_int8(inputs(48, 64))
+    found = plain.int8_linear(x, packed, absmax, threshold, dtype=torch.float32)
+    outliers = torch.tensor([5, 9] if threshold else [], dtype=torch.int64)
+    rows, scale = plain.quantize_int8(x.index_fill(1, outliers, 0))
+    wanted = plain.int8_matmul(rows, packed).double() * (scale / 127)[:, None] * (absmax / 127)
+    wanted += x[:, outliers].double() @ plain.dequantize_int8(packed[:, outliers], absmax, torch.float64).T
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_int8_s_rounding_is_not_taken_for_a_leak_between_rows() -> None:
     """Rounded by all rows of a product, a token's hidden states depend on what lies beside it, more with each layer."""
     from transformers import LlamaForCausalLM

@@ -178,6 +178,8 @@ def dequantize_scales(scales: NestedScales) -> Tensor:
 
 # Eight bits: a scale for each row.
 
+_ROWS = 2048  # that `int8_linear` multiplies at a time
+
 
 def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] as int8 in [-127, 127] and the largest absolute value of each row, fp32 [rows]."""
@@ -190,19 +192,28 @@ def dequantize_int8(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     return torch.mul(packed, (absmax / 127)[:, None], out=torch.empty(packed.shape, dtype=dtype, device=packed.device))
 
 
-def int8_linear(x: Tensor, packed: Tensor, absmax: Tensor, threshold: float) -> Tensor:
-    """LLM.int8(): `x` [T, in] times the weight [out, in] that `quantize_int8` made, as fp32 [T, out]. `packed` may hold
-    its integers in fp32.
+def int8_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, threshold: float, bias: Tensor | None = None, *, dtype: torch.dtype
+) -> Tensor:
+    """LLM.int8(): `x` [T, in] times the weight [out, in] that `quantize_int8` made, plus the bias, as `dtype` [T, out].
+    `packed` may hold its integers in fp32.
 
     Columns of `x` that hold an absolute value of `threshold` or more are multiplied in `x`'s dtype with the dequantised
-    weight; the others as integers, each row of `x` scaled by its largest value. `threshold` 0: all as integers.
+    weight; the others as integers, each row of `x` scaled by its largest value. `threshold` 0: all as integers. Sums
+    are fp32 and rounded once, some rows at a time: those of all rows would take more memory than what is kept of them.
     """
     outliers = (x.abs() >= threshold).any(0).nonzero()[:, 0] if threshold else x.new_empty(0, dtype=torch.int64)
-    rows, scale = quantize_int8(x.index_fill(1, outliers, 0))
-    y = int8_matmul(rows, packed) * (scale / 127)[:, None] * (absmax / 127)
-    if outliers.numel():
-        y += x[:, outliers] @ dequantize_int8(packed[:, outliers], absmax, x.dtype).T
-    return y
+    weight = dequantize_int8(packed[:, outliers], absmax, x.dtype).T if outliers.numel() else None
+    out = torch.empty(len(x), len(packed), dtype=dtype, device=x.device)
+    for part, y in zip(torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True):
+        rows, scale = quantize_int8(part.index_fill(1, outliers, 0))
+        total = int8_matmul(rows, packed).float().mul_((scale / 127)[:, None]).mul_(absmax / 127)
+        if weight is not None:
+            total += part[:, outliers] @ weight
+        if bias is not None:
+            total += bias
+        y.copy_(total)
+    return out
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -93,9 +93,9 @@ class PackedLinear(nn.Module, ABC):
         y: Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
         return y
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """[..., in] in the compute dtype times the weight: [..., out] plus the bias, in any dtype; no gradient."""
-        return F.linear(x, self.dequantize(), _as(self.bias, x.dtype))
+    def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., in] in the compute dtype times the weight: [..., out] plus the bias, as `dtype`; no gradient."""
+        return F.linear(x, self.dequantize(), _as(self.bias, x.dtype)).to(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.settings.kind}"
@@ -118,7 +118,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
-        return layer.multiply(x.to(layer.compute_dtype)).to(x.dtype)
+        return layer.multiply(x.to(layer.compute_dtype), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -247,13 +247,12 @@ class Int8Linear(PackedLinear):
         self.weight.copy_(packed)
         self.absmax.copy_(absmax)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.rounds_inputs:
-            return super().multiply(x)
+            return super().multiply(x, dtype)
         weight = self.weight if self.kept is None else self.kept
-        y = plain.int8_linear(x.reshape(-1, self.in_features), weight, self.absmax, self.settings.threshold)
-        if self.bias is not None:
-            y += self.bias
+        rows = x.reshape(-1, self.in_features)
+        y = plain.int8_linear(rows, weight, self.absmax, self.settings.threshold, self.bias, dtype=dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
 
