@@ -89,8 +89,10 @@ def work(task: Task) -> dict[str, Any]:
     from peers.clock import Clock
     from peers.models import config
 
-    chosen = steps(task.workload, config(task.folder)["vocab_size"])
     clock = Clock(task.started, task.workload, Path(task.profile) if task.profile else None)
+    clock.phase("imports of torch")
+    chosen = steps(task.workload, config(task.folder)["vocab_size"])
+    clock.phase("samples")
     limit_memory(task.cell.memory)
     if task.cell.ours:
         from peers import ours

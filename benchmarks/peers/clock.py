@@ -28,12 +28,19 @@ class Clock:
     def __init__(self, started: float, workload: Workload, profile: Path | None) -> None:
         self.started, self.workload, self.profile = started, workload, profile
         self.ticks, self.ends, self.found = 0, list[Any](), dict[str, Any]()
+        self.phases, self.reached = dict[str, float](), started
         self.profiler: Any = None
 
     @property
     def total(self) -> int:
         """Steps to run."""
         return self.workload.total if self.profile else self.workload.warm + self.workload.timed
+
+    def phase(self, name: str) -> None:
+        """Ends a phase of the start: its seconds are those since the one before it, or since the process started."""
+        if torch.cuda.is_initialized():
+            wait()
+        self.phases[name], self.reached = time.time() - self.reached, time.time()
 
     def begin(self) -> None:
         self.found["begin_s"] = time.time() - self.started
@@ -47,6 +54,7 @@ class Clock:
         if self.ticks == 1:
             wait()
             self.found["first_step_s"] = time.time() - self.started
+            self.phase("first step")
         if self.ticks == warm:
             wait()
             self.found["window_s"] = -time.perf_counter()
@@ -74,6 +82,7 @@ class Clock:
             "step_s": statistics.median(seconds),
             "step_tokens": whole.tokens / self.workload.timed,
             **self.found,
+            "phases": self.phases,
         }
         if self.profiler is not None and self.profile is not None:
             row["profile"] = summary(self.profiler, steps[last : self.total], row["tok_s"], self.profile)

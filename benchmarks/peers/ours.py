@@ -36,14 +36,16 @@ def train(
     folder: Path, workload: Workload, steps: list[Step], clock: Clock, *, memory: str, overrides: list[str]
 ) -> dict[str, Any]:
     """Runs the steps; returns the first loss and what was decided. `overrides` as on luthier's command line."""
-    recipe = recipe_of(folder, workload, memory, overrides)
-    mean = sum(len(s.ids) for step in steps for row in step for s in row) / sum(len(r) for step in steps for r in step)
-    rows = Rows(workload.mix.longest, mean, len(steps))
-    decisions = decide(recipe, config(folder), machine(), rows)
+    clock.phase("imports of luthier")
+    recipe, decisions = decided(folder, workload, steps, memory=memory, overrides=overrides)
+    clock.phase("plan")
     with tempfile.TemporaryDirectory() as place, reproducible(decisions.place):
-        trainer = _trainer(recipe, decisions, model_of(recipe, decisions, folder), steps, Path(place))
+        model = model_of(recipe, decisions, folder)
+        clock.phase("model")
+        trainer = trainer_of(recipe, decisions, model, steps, Path(place))
         clock.begin()
         rehearse(trainer)
+        clock.phase("rehearsal")
         losses = []
         for _ in range(clock.total):
             losses.append(trainer.step().loss)
@@ -51,6 +53,15 @@ def train(
     chosen = {key: value for key, value in decisions.as_dict().items() if key != "why"}
     used = {"micro_tokens": trainer.progress.micro_tokens, "predicted_gib": decisions.predicted_peak_bytes / 2**30}
     return {"losses": [losses[0], losses[-1]], "decisions": chosen | used}
+
+
+def decided(
+    folder: Path, workload: Workload, steps: list[Step], *, memory: str, overrides: list[str]
+) -> tuple[Recipe, Decisions]:
+    """What `luthier train` would decide."""
+    recipe = recipe_of(folder, workload, memory, overrides)
+    mean = sum(len(s.ids) for step in steps for row in step for s in row) / sum(len(r) for step in steps for r in step)
+    return recipe, decide(recipe, config(folder), machine(), Rows(workload.mix.longest, mean, len(steps)))
 
 
 def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str]) -> Recipe:
@@ -66,18 +77,29 @@ def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str
     return Recipe.parse(json.dumps(tree), *overrides)
 
 
-def _trainer(recipe: Recipe, decisions: Decisions, model: Any, steps: list[Step], folder: Path) -> Trainer:
-    rows = (_example(*sample) for step in steps for row in step for sample in row)
-    store, none = TokenStore.write(folder / "rows", rows), TokenStore.write(folder / "none", [])
+def trainer_of(
+    recipe: Recipe,
+    decisions: Decisions,
+    model: Any,
+    steps: list[Step],
+    folder: Path,
+) -> Trainer:
+    """Ready for the first of the steps. What it writes goes to `folder`."""
+    store = store_of(steps, folder / "rows")
     return Trainer(
         recipe,
         model,
         InOrder(store, steps),
-        none,
+        TokenStore.write(folder / "none", []),
         engine=Local(),
         folder=folder,
         micro_tokens=decisions.micro_tokens,
     )
+
+
+def store_of(steps: list[Step], folder: Path) -> TokenStore:
+    """The samples of the steps, one after the other."""
+    return TokenStore.write(folder, (_example(*sample) for step in steps for row in step for sample in row))
 
 
 def _example(ids: list[int], learned: int) -> Example:
