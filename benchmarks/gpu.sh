@@ -4,8 +4,8 @@
 #     OUT=benchmarks/results bash benchmarks/gpu.sh            # everything
 #     OUT=/tmp/out bash benchmarks/gpu.sh tests llama-720      # these parts
 #
-# Parts: tests, plan, load, answers, step (luthier beside its peers: gpu_step.py; again for what is left), and the jobs of
-# full_size.py: falcon phi llama llama-block llama-720 chatglm.
+# Parts: tests, plan, load, answers, step (luthier beside its peers: gpu_step.py; again for what is left), proofs and
+# proofs-full (gpu_proofs.py), and the jobs of full_size.py: falcon phi llama llama-block llama-720 chatglm.
 # Each part has its own time limit, and one that fails does not keep the next from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ part() { # name, seconds, command …
   echo "   $((SECONDS - start)) s"
 }
 
-[ $# -gt 0 ] || set -- tests plan load answers step falcon phi llama llama-block llama-720 chatglm
+[ $# -gt 0 ] || set -- tests plan load answers step proofs proofs-full falcon phi llama llama-block llama-720 chatglm
 for name; do
   case $name in
     tests) part tests 540 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu ;;
@@ -31,6 +31,8 @@ for name; do
       part step 590 "$PYTHON" benchmarks/gpu_step.py --models "$TMPDIR/gpu_step" --rounds 2 --deadline 480 --limit 110 \
         --logs "$OUT/gpu_step" --out "$rows"
       ;;
+    proofs) part proofs 590 "$PYTHON" benchmarks/gpu_proofs.py --models "$TMPDIR/gpu_step" --out "$rows" ;;
+    proofs-full) part proofs-full 590 "$PYTHON" benchmarks/gpu_proofs.py --full --models "$TMPDIR/gpu_step" --out "$rows" ;;
     answers) part answers 590 "$PYTHON" benchmarks/gpu_answers.py --out "$rows" ;;
     load) part load 300 "$PYTHON" benchmarks/load_memory.py --device cuda --json ;;
     *) part "$name" 300 "$PYTHON" benchmarks/full_size.py --only "$name" --out "$rows" ;;

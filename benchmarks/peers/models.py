@@ -20,15 +20,15 @@ TINY = {
 _BEGIN, _END, _PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
-def prepare(folder: Path, shape: str, *, nf4: bool, dry: bool) -> Path:
-    """The folder of a model, written unless it is there."""
+def prepare(folder: Path, shape: str, *, nf4: bool, dry: bool, layers: int | None = None) -> Path:
+    """The folder of a model, written unless it is there. `layers`: fewer than the published model has."""
     tokenizer = folder / "tokenizer.json"  # written last
     if not tokenizer.exists():
         published = SHAPES[shape]
         small = {key: value for key, value in TINY.items() if key in published} if dry else {}
         vocabulary = (published | small)["vocab_size"]
         ids = {"bos_token_id": vocabulary - 3, "eos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
-        write_model(folder, shape, nf4=nf4, changes={**small, **ids})
+        write_model(folder, shape, layers=layers, nf4=nf4, changes={**small, **ids})
         (folder / "generation_config.json").write_text(json.dumps(ids))
         write_tokenizer(folder, vocabulary)
     return folder

@@ -1,0 +1,563 @@
+"""What the fast step owes besides speed, shown on a GPU: that it computes what transformers and PEFT compute, and that
+a run lives through a lack of memory.
+
+    python benchmarks/gpu_proofs.py --models /dev/shm/models --out benchmarks/results/h200.jsonl
+    python benchmarks/gpu_proofs.py --models /dev/shm/models --only memory,budgets
+    python benchmarks/gpu_proofs.py --models /dev/shm/models --full      # those of the whole 8B model
+    python benchmarks/gpu_proofs.py --dry        # every line, tiny, on a CPU; its figures mean nothing
+
+Models have the shape of Llama-3.1-8B and random weights, and four blocks unless `--full`. They are written once.
+
+gradients   LoRA gradients and token losses of a W1 step: ours, and those of transformers + PEFT in bfloat16, each
+            beside transformers + PEFT in fp32. Our relative L2 error is at most 1.1 times theirs.
+curves      The loss over 200 steps from 3 seeds, the same three ways, as running means of 10 steps. The furthest that
+            ours gets from fp32 is at most 1.5 times the furthest that theirs gets.
+            --full: 50 steps of the NF4 model, ours beside transformers + PEFT + bitsandbytes. The losses of a step
+            differ by at most 4e-3 of their size.
+memory      60 steps, before 20 of which memory is cut to less than the step needs, beside the same run left alone. It
+            runs out each time, nothing crashes, and the change of the adapter is off by at most 1.5 times what that of
+            a run is off which is left alone and cuts its steps otherwise.
+            --full: 10 steps of the NF4 model, 3 of them squeezed.
+budgets     LoRA gradients with no, half and all blocks recomputed are the same bits.
+
+The factors are room for chance: two roundings of the same sums differ so much among themselves. The command ends with 1
+where a proof fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gpu_step import commit, device, versions
+from peers.bounds import RANK
+from peers.models import config, prepare
+from peers.ours import decided, store_of, trainer_of
+from peers.trainers import TARGETS
+from peers.workloads import CHAT, WORKLOADS, Sample, Step, Workload, dry, steps
+from torch import Tensor
+
+from luthier.data import stream
+from luthier.kernels.loss import token_losses
+from luthier.model.causal import CausalModel
+from luthier.recipe import Recipe
+from luthier.train.decide import Decisions
+from luthier.train.reproducible import reproducible
+from luthier.train.worker import model_of
+
+SHAPE, BLOCKS = "llama-3.1-8b", 4
+LEARNING_RATE, LARGEST_NORM = 2e-4, 1.0  # as `peers.ours` has them
+NEAR, CHANCE = 1.1, 1.5  # of an error that rounding makes: of many values together, and of the furthest of a few
+WRONG_MASK = 4e-3  # what a wrong mask does to a loss, relatively; bfloat16 does 3e-4
+SMOOTH = 10  # steps of a running mean
+GIB = 2**30
+# What a run of luthier sets; here others use the GPU before it, and torch reads these but once.
+SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+Tensors = Mapping[str, Tensor]
+
+
+class Found(NamedTuple):
+    """What a proof found. `said` is for people."""
+
+    passed: bool
+    said: str
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where models lie, and whether all is tiny."""
+
+    models: Path
+    dry: bool
+    full: bool
+
+    @property
+    def place(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def folder(self, nf4: bool, full: bool = False) -> Path:
+        """Of the model, written unless it is there."""
+        name = SHAPE if full else f"{SHAPE}-{BLOCKS}-{'nf4' if nf4 else 'bfloat16'}"
+        folder = prepare(self.models / name, SHAPE, nf4=nf4, dry=self.dry, layers=None if full else BLOCKS)
+        empty()
+        return folder
+
+    def workload(self, name: str, count: int, *, samples: int = 0, nf4: bool) -> Workload:
+        """`count` steps of it, of so many samples; 0: of its own packed rows."""
+        mix = replace(CHAT, count=(samples or 40) * count)
+        found = WORKLOADS[name]
+        found = replace(found, mix=mix, nf4=nf4, micro=samples or found.micro)
+        return replace(dry(found) if self.dry else found, warm=0, timed=count, profiled=0)
+
+    def count(self, wanted: int) -> int:
+        """Steps of a run."""
+        return min(wanted, 10) if self.dry else wanted
+
+
+def empty() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------ ours and theirs
+class Ours(NamedTuple):
+    """luthier, as `luthier train` would run it on these steps."""
+
+    recipe: Recipe
+    decisions: Decisions
+    model: CausalModel
+    steps: list[Step]
+
+
+def ours(bench: Bench, folder: Path, workload: Workload, *, recompute: Any = None) -> Ours:
+    """`recompute`: other than decided. Raises RuntimeError where a GPU would not run our block."""
+    chosen = steps(workload, config(folder)["vocab_size"])
+    recipe, decisions = decided(folder, workload, chosen, memory="free", overrides=[])
+    if decisions.place == "cuda" and decisions.kernels != "compiled":
+        raise RuntimeError(f"the fast path is not run: {decisions.why['kernels']}")
+    decisions = decisions if recompute is None else replace(decisions, recompute=recompute)
+    return Ours(recipe, decisions, model_of(recipe, decisions, folder), chosen)
+
+
+def theirs(folder: Path, dtype: torch.dtype, place: str) -> Any:
+    """transformers with PEFT: a base in `dtype` or the folder's few bits, adapters in fp32, as PEFT makes them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", device_map={"": place}
+    )
+    targets = TARGETS[config(folder)["model_type"]]
+    return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def trained(module: Any) -> Tensors:
+    """PEFT's parameters under the names that PEFT writes, which ours have too."""
+    named = module.named_parameters()
+    return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def start_of(model: CausalModel, seed: int, *, spread: float = 0.0) -> Tensors:
+    """An adapter's values: A as LoRA begins with it, B normal with deviation `spread`: without, A has no gradient."""
+    assert model.adapter is not None
+    generator, made = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    for name, parameter in model.adapter.named_parameters():
+        is_A, value = name.endswith("lora_A.weight"), torch.empty(parameter.shape)
+        edge = parameter.shape[1] ** -0.5
+        value = (
+            value.uniform_(-edge, edge, generator=generator) if is_A else value.normal_(generator=generator) * spread
+        )
+        made[name] = value.to(parameter.device)
+    return made
+
+
+@torch.no_grad()
+def begin(parameters: Tensors, start: Tensors) -> None:
+    """Gives both sides the same values. Raises KeyError where they do not train the same layers."""
+    if parameters.keys() != start.keys():
+        raise KeyError(f"trained by one alone: {sorted(parameters.keys() ^ start.keys())[:3]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(start[name])
+
+
+def losses_of(module: Any, sample: Sample, dtype: torch.dtype) -> Tensor:
+    """fp32 [targets]: theirs, with products in `dtype` as transformers' Trainer has them."""
+    ids = torch.tensor([sample.ids], device=module.device)
+    rows = torch.arange(len(sample.ids) - sample.targets - 1, len(sample.ids) - 1, device=module.device)
+    with torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        logits = module(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+    return F.cross_entropy(logits.float(), ids[0, -sample.targets :], reduction="none")
+
+
+def samples_of(step: Step) -> list[Sample]:
+    return [sample for row in step for sample in row]
+
+
+# ------------------------------------------------------------------------------------------------ gradients, budgets
+class Learned(NamedTuple):
+    """Of one step: the losses of its supervised tokens, fp32 [targets], and the gradient of their sum."""
+
+    losses: Tensor
+    gradient: Tensor  # [all of the adapter's values], by name
+
+
+def learned_by_ours(side: Ours, start: Tensors) -> Learned:
+    """Of the first step, in one pass."""
+    assert side.model.adapter is not None
+    parameters = dict(side.model.adapter.named_parameters())
+    begin(parameters, start)
+    for parameter in parameters.values():
+        parameter.grad = None
+    with tempfile.TemporaryDirectory() as place, reproducible(side.decisions.place):
+        store = store_of(side.steps[:1], Path(place) / "rows")
+        micro = stream.collate(store, [stream.Sample(row, row, 0) for row in range(len(store))], 0)
+        with torch.no_grad():
+            losses = token_losses(side.model.hidden(micro), side.model.head, micro.targets.to(side.model.device))
+        side.model.loss(micro).backward()  # type: ignore[no-untyped-call]
+    return Learned(losses, flat(parameters))
+
+
+def learned_by_theirs(module: Any, step: Step, start: Tensors, dtype: torch.dtype) -> Learned:
+    """Of one step, a sample at a time: nothing is packed or padded."""
+    parameters, found = trained(module), list[Tensor]()
+    begin(parameters, start)
+    for sample in samples_of(step):
+        losses = losses_of(module, sample, dtype)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        found.append(losses.detach())
+    return Learned(torch.cat(found), flat(parameters))
+
+
+def flat(parameters: Tensors) -> Tensor:
+    """The gradients as one, fp32."""
+    gradients = {name: parameter.grad for name, parameter in sorted(parameters.items())}
+    return torch.cat([g.detach().float().flatten() for g in gradients.values() if g is not None])
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    """Relative L2."""
+    return float((found - true).double().norm() / true.double().norm())
+
+
+def gradients(bench: Bench) -> Found:
+    folder, workload = bench.folder(nf4=False), bench.workload("W1", 1, nf4=False)
+    side = ours(bench, folder, workload)
+    start = start_of(side.model, 0, spread=0.01)
+    mine, step = learned_by_ours(side, start), side.steps[0]
+    del side
+    true, other = (
+        learned_by_theirs(theirs(folder, dtype, bench.place), step, start, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    figures = {
+        name: {
+            "gradient": error(found.gradient, true.gradient),
+            "token_losses": error(found.losses, true.losses),
+            "loss": error(found.losses.sum(), true.losses.sum()),
+        }
+        for name, found in (("luthier", mine), ("peft_bfloat16", other))
+    }
+    ratios = {key: figures["luthier"][key] / figures["peft_bfloat16"][key] for key in ("gradient", "token_losses")}
+    said = "; ".join(
+        f"{key} off by {figures['luthier'][key]:.2e}, PEFT in bfloat16 by {figures['peft_bfloat16'][key]:.2e}, "
+        f"{ratio:.2f} times"
+        for key, ratio in ratios.items()
+    )
+    passed = max(ratios.values()) <= NEAR and figures["luthier"]["loss"] < WRONG_MASK
+    return Found(passed, said, figures | {"ratios": ratios, "bound": NEAR, "targets": len(true.losses)})
+
+
+def budgets(bench: Bench) -> Found:
+    folder, workload = bench.folder(nf4=True), bench.workload("W1", 1, nf4=True)
+    found, unlike = list[Learned](), list[str]()
+    for recompute in recomputed(config(folder)["num_hidden_layers"]):
+        side = ours(bench, folder, workload, recompute=recompute)
+        found.append(learned_by_ours(side, start_of(side.model, 0, spread=0.01)))
+        del side
+        if not (torch.equal(found[-1].gradient, found[0].gradient) and bool(found[0].gradient.any())):
+            unlike.append(str(recompute))
+    count = found[0].gradient.numel()
+    said = f"{count} values of the gradient at {len(found)} budgets: " + (
+        f"not the same with recompute={', '.join(unlike)}" if unlike else "the same bits"
+    )
+    return Found(not unlike, said, {"values": count, "budgets": len(found), "unlike": unlike})
+
+
+def recomputed(blocks: int) -> list[Any]:
+    """None, half and all of the blocks, in what `build` takes."""
+    return [False, True]
+
+
+# ------------------------------------------------------------------------------------------------ curves
+def curves(bench: Bench) -> Found:
+    folder, count, seeds = bench.folder(nf4=False), bench.count(200), 3
+    side = ours(bench, folder, bench.workload("W1-8", count, samples=4, nf4=False))
+    kinds = {"fp32": torch.float32, "peft_bfloat16": torch.bfloat16}
+    modules = {name: theirs(folder, dtype, bench.place) for name, dtype in kinds.items()}
+    drawn: list[dict[str, list[float]]] = []
+    for seed in range(seeds):
+        start, order = start_of(side.model, seed), shuffled(side.steps, seed)
+        drawn.append({name: curve_of_theirs(module, order, start, kinds[name]) for name, module in modules.items()})
+        drawn[-1]["luthier"] = curve_of_ours(side._replace(steps=order), start)
+    away = {name: [furthest(seed[name], seed["fp32"]) for seed in drawn] for name in ("luthier", "peft_bfloat16")}
+    mine, band = max(away["luthier"]), max(away["peft_bfloat16"])
+    said = (
+        f"{count} steps, {seeds} seeds: ours at most {mine:.2e} from fp32, PEFT in bfloat16 {band:.2e}, "
+        f"{mine / band:.2f} times; fp32 falls from {drawn[0]['fp32'][0]:.2f} to {drawn[0]['fp32'][-1]:.2f}"
+    )
+    return Found(
+        mine <= CHANCE * band, said, {"furthest": away, "ratio": mine / band, "bound": CHANCE, "curves": drawn}
+    )
+
+
+def curves_full(bench: Bench) -> Found:
+    folder, count = bench.folder(nf4=True, full=True), bench.count(50)
+    side = ours(bench, folder, bench.workload("W1-8", count, samples=8, nf4=True))
+    start, order = start_of(side.model, 0), side.steps
+    mine = curve_of_ours(side, start)
+    del side
+    empty()
+    other = curve_of_theirs(theirs(folder, torch.bfloat16, bench.place), order, start, torch.bfloat16)
+    apart = [abs(a - b) / b for a, b in zip(mine, other, strict=True)]
+    said = (
+        f"{count} steps: losses at most {max(apart):.2e} apart, in the middle {float(np.median(apart)):.2e}; "
+        f"from {other[0]:.2f} to {other[-1]:.2f}"
+    )
+    figures = {"apart": max(apart), "median": float(np.median(apart)), "bound": WRONG_MASK}
+    return Found(max(apart) <= WRONG_MASK, said, figures | {"curves": [{"luthier": mine, "peft_bfloat16": other}]})
+
+
+def shuffled(chosen: list[Step], seed: int) -> list[Step]:
+    """The same samples in other steps."""
+    rows = [row for step in chosen for row in step]
+    order, size = np.random.default_rng(seed).permutation(len(rows)), len(chosen[0])
+    return [tuple(rows[i] for i in order[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def furthest(curve: list[float], true: list[float]) -> float:
+    """The greatest distance of the curves' running means."""
+    window = np.ones(SMOOTH) / SMOOTH
+    return float(np.abs(np.convolve(np.subtract(curve, true), window, mode="valid")).max())
+
+
+def curve_of_ours(side: Ours, start: Tensors) -> list[float]:
+    with training(side, start) as trainer:
+        return [trainer.step().loss for _ in side.steps]
+
+
+@contextmanager
+def training(side: Ours, start: Tensors) -> Iterator[Any]:
+    """A trainer on the steps of `side`, at their beginning."""
+    assert side.model.adapter is not None
+    begin(dict(side.model.adapter.named_parameters()), start)
+    with tempfile.TemporaryDirectory() as place, reproducible(side.decisions.place):
+        yield trainer_of(side.recipe, side.decisions, side.model, side.steps, Path(place))
+
+
+def curve_of_theirs(module: Any, chosen: list[Step], start: Tensors, dtype: torch.dtype) -> list[float]:
+    """What transformers' Trainer does, in a few lines: the sum over the step's tokens, clipped, AdamW."""
+    parameters, losses = trained(module), list[float]()
+    begin(parameters, start)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    for step in chosen:
+        optimizer.zero_grad()
+        targets, total = sum(sample.targets for sample in samples_of(step)), torch.zeros((), device=module.device)
+        for sample in samples_of(step):
+            loss = losses_of(module, sample, dtype).sum() / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_NORM)
+        optimizer.step()
+        losses.append(float(total))
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------ memory
+class GpuMemory:
+    """The memory that torch may take of the GPU. `spent` says for each time it ran out which pass it was."""
+
+    def __init__(self) -> None:
+        self.spent: list[str] = []
+        self.total = torch.cuda.mem_get_info()[1]
+        torch._C._cuda_attach_out_of_memory_observer(self._ran_out)  # type: ignore[attr-defined]
+
+    def limit(self, amount: float | None) -> None:
+        """From here on at most so many bytes, those that tensors have now included. None: all there is."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(1.0 if amount is None else amount / self.total)
+
+    def needed(self) -> tuple[int, int]:
+        """Since `limit`: what tensors had at most, and what torch took for them."""
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+    def _ran_out(self, *_: Any) -> None:
+        # Autograd goes back through the model in a thread of its own.
+        main = threading.current_thread() is threading.main_thread()
+        self.spent.append("forward" if main else "backward")
+
+
+class HeldMemory:
+    """Its twin on a CPU, where torch cannot be told how much to take: bytes that are kept for the backward pass."""
+
+    def __init__(self) -> None:
+        self.spent: list[str] = []
+        self.most: float | None = None
+        self.held = self.peak = 0
+
+    def limit(self, amount: float | None) -> None:
+        self.most, self.held, self.peak = amount, 0, 0
+
+    def needed(self) -> tuple[int, int]:
+        return self.peak, self.peak
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.held += tensor.nbytes
+        self.peak = max(self.peak, self.held)
+        if len(self.spent) % 2 == 0:  # in turns here and on the way back
+            self._refuse("forward")
+        return tensor
+
+    def take(self, tensor: Tensor) -> Tensor:
+        self._refuse("backward")
+        self.held -= tensor.nbytes
+        return tensor
+
+    def _refuse(self, where: str) -> None:
+        if self.most is not None and self.held > self.most:
+            self.spent.append(where)
+            self.held = 0
+            raise torch.OutOfMemoryError("as a test")
+
+
+class Run(NamedTuple):
+    """A run of training, step by step."""
+
+    change: Tensor  # of all of the adapter's values
+    tensors: list[int]  # the most bytes that tensors had
+    taken: list[int]  # and that were taken for them
+    cuts: list[int]  # passes
+
+
+def memory(bench: Bench, *, full: bool = False) -> Found:
+    count, squeezed = (10, 3) if full else (bench.count(60), 4 if bench.dry else 20)
+    side = ours(bench, bench.folder(nf4=True, full=full), bench.workload("W1", count, nf4=True))
+    start, most = start_of(side.model, 0), max(len(s.ids) for step in side.steps for s in samples_of(step))
+    room: Any = GpuMemory() if bench.place == "cuda" else HeldMemory()
+    run = partial(run_under, room, side, start)
+    whole, least = run(1 << 30, {}), run(most, {})
+    limits = squeezes(whole.tensors, max(least.taken), squeezed)
+    before = len(room.spent)
+    cut = run(1 << 30, limits)
+    ends, spent = (error(cut.change, whole.change), error(least.change, whole.change)), room.spent[before:]
+    said = (
+        f"{len(limits)} of {count} steps with {min(limits.values()) / GIB:.2f} to {max(limits.values()) / GIB:.2f} GiB "
+        f"of {max(whole.tensors) / GIB:.2f}: out of memory {len(spent)} times ({spent.count('backward')} going back), "
+        f"in up to {max(cut.cuts)} passes; change off by {ends[0]:.1e}, of otherwise cut runs {ends[1]:.1e}"
+    )
+    passed = before == 0 and len(spent) >= len(limits) > 0 and ends[0] <= CHANCE * ends[1]
+    figures: dict[str, Any] = {
+        "error": ends[0],
+        "tolerance": ends[1],
+        "bound": CHANCE,
+        "ran_out": len(spent),
+        "steps": count,
+    }
+    figures |= {"backward": spent.count("backward"), "limits_gib": {k: v / GIB for k, v in limits.items()}}
+    peaks = {"whole_gib": max(whole.tensors) / GIB, "least_gib": max(least.taken) / GIB, "cuts": cut.cuts}
+    return Found(passed, said, figures | peaks)
+
+
+def squeezes(needed: Sequence[int], least: int, count: int) -> dict[int, float]:
+    """Bytes by step, for `count` steps at random: between what the smallest pass takes and what the step would."""
+    rng, large = np.random.default_rng(0), [i for i, amount in enumerate(needed) if amount > 1.1 * least]
+    if len(large) < count:
+        raise RuntimeError(f"{len(large)} steps need clearly more than the {least} bytes of their smallest pass")
+    chosen = rng.choice(large, count, replace=False)
+    return {int(step): rng.uniform(1.03 * least, 0.97 * needed[step]) for step in sorted(chosen)}
+
+
+def run_under(room: Any, side: Ours, start: Tensors, micro_tokens: int, limits: dict[int, float]) -> Run:
+    """Trains on the steps of `side`, with `limits` of memory at some. Each begins with `micro_tokens`, to which a run
+    does not return by itself."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    peaks, cuts = list[tuple[int, int]](), list[int]()
+    with training(side, start) as trainer, ExitStack() as stack:
+        if isinstance(room, HeldMemory):
+            stack.enter_context(hooks(room.keep, room.take))
+        stack.callback(room.limit, None)
+        for number in range(len(side.steps)):
+            trainer.progress.micro_tokens = micro_tokens
+            room.limit(limits.get(number))
+            cuts.append(trainer.step().micro_batches)
+            peaks.append(room.needed())
+        named = dict(trainer.adapter.named_parameters())
+        change = torch.cat([(named[name].detach() - start[name]).flatten() for name in sorted(start)])
+    tensors, taken = (list(column) for column in zip(*peaks, strict=True))
+    return Run(change, tensors, taken, cuts)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+PROOFS: dict[str, Callable[[Bench], Found]] = {
+    "gradients": gradients,
+    "curves": curves,
+    "memory": memory,
+    "budgets": budgets,
+}
+FULL: dict[str, Callable[[Bench], Found]] = {
+    "curves": curves_full,
+    "memory": partial(memory, full=True),
+}
+
+
+def shown(name: str, proof: Callable[[Bench], Found], bench: Bench) -> dict[str, Any]:
+    """The row of a proof."""
+    started = time.perf_counter()
+    try:
+        found = proof(bench)
+    except Exception:
+        traceback.print_exc()
+        found = Found(False, traceback.format_exc().strip().splitlines()[-1], {})
+    empty()
+    seconds = time.perf_counter() - started
+    print(f"{name:15} {'holds ' if found.passed else 'FAILED'} {seconds:6.1f} s  {found.said}", flush=True)
+    row = {"benchmark": "gpu_proofs", "proof": name, "passed": found.passed, "said": found.said, "seconds": seconds}
+    return row | device() | {"versions": versions(), "commit": commit(), "dry": bench.dry} | found.figures
+
+
+def wanted(only: str, full: bool) -> dict[str, Callable[[Bench], Found]]:
+    """By name. Raises SystemExit for one that does not exist."""
+    offered = {f"{name}-8b": proof for name, proof in FULL.items()} if full else PROOFS
+    names = [name for name in only.split(",") if name] or list(offered)
+    chosen = {f"{name}-8b" if full and not name.endswith("-8b") else name: name for name in names}
+    if unknown := chosen.keys() - offered.keys():
+        raise SystemExit(f"no proof is called {', '.join(sorted(unknown))}; there are {', '.join(offered)}")
+    return {name: offered[name] for name in chosen}
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="models are kept here; else in a temporary folder, until the end")
+    parser.add_argument("--out", type=Path, help="rows are appended here")
+    parser.add_argument("--only", default="", help="proofs, with commas between")
+    parser.add_argument("--full", action="store_true", help="those of the whole 8B model")
+    parser.add_argument("--dry", action="store_true")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    chosen, failed = wanted(options.only, options.full), False
+    for name, value in SET.items():
+        os.environ.setdefault(name, value)
+    with ExitStack() as stack:
+        models = options.models or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_proofs_")))
+        bench = Bench(models.absolute(), options.dry, options.full)
+        for name, proof in chosen.items():
+            row = shown(name, proof, bench)
+            failed = failed or not row["passed"]
+            if options.out:
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
