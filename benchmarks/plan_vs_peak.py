@@ -157,7 +157,7 @@ def measure(cell: Cell, mode: str) -> dict[str, Any]:
     from luthier.model.causal import CausalModel
     from luthier.plan import Setting, plan
     from luthier.recipe import Recipe
-    from luthier.train.memory import peak_bytes
+    from luthier.train.memory import peak_bytes, release
     from luthier.train.reproducible import reproducible
 
     place, config = "cuda" if mode == "gpu" else "cpu", sizes(cell.shape, mode)
@@ -178,7 +178,7 @@ def measure(cell: Cell, mode: str) -> dict[str, Any]:
     model = CausalModel(module, attach(module, recipe.adapter, 0), kernels=kernels, recompute=cell.recompute)
     built = time.perf_counter() - started
     if place == "cuda":
-        torch.cuda.empty_cache()
+        release()
         torch.cuda.reset_peak_memory_stats()
     with reproducible(place):
         seconds = steps(model, recipe, cell.rows, cell.length, len(module.get_input_embeddings().weight))
@@ -245,7 +245,7 @@ def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> f
     from luthier.train import optim
 
     gradient = optim.flat_gradient(model.adapter.named_parameters())
-    optimizer = optim.optimizer(model.adapter.named_parameters(), recipe.train)
+    optimizer = optim.optimizer(model.adapter.named_parameters(), gradient, recipe.train)
     tokens = rows * length
     positions = torch.arange(length).repeat(rows)
     ids = torch.arange(tokens) * 7919 % vocabulary
@@ -255,9 +255,9 @@ def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> f
     for _ in range(2):
         started = time.perf_counter()
         gradient.zero_()
-        model.loss(micro).backward()
-        torch.linalg.vector_norm(gradient).item()
-        optim.update(optimizer, 1e-4)
+        loss = model.loss(micro)
+        loss.backward()
+        optim.finish(optimizer, gradient, loss.detach().double(), lr=1e-4, max_norm=1.0)()
         if gradient.is_cuda:
             torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -1,8 +1,10 @@
 """Memory that a training step frees stays with the process: the next step need not have its pages cleared anew."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import tiny
 from luthier import recipe
 from luthier.model.causal import Kernels, build
+from luthier.train.memory import release
 
 STEPS = """
 import json, resource, threading
@@ -85,3 +88,22 @@ def test_our_block_merges_the_weights_and_lets_go_of_their_file(kernels: Kernels
     model = build(settings, None, folder=folder, kernels=kernels, recompute=False, seed=0, **place)
     assert (model.decoder is None) is mapped
     assert (str(folder / "model.safetensors") in Path("/proc/self/maps").read_text(encoding="utf-8")) is mapped
+
+
+def test_memory_that_an_error_s_frames_refer_to_in_a_circle_is_released() -> None:
+    def fails() -> tuple[weakref.ref[torch.Tensor], Exception]:
+        held = torch.zeros(8)
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            kept = error  # the frame holds the error, and the error's traceback the frame
+            return weakref.ref(held), kept
+
+    gc.disable()
+    try:
+        seen = fails()[0]
+        assert seen() is not None
+        release()
+        assert seen() is None
+    finally:
+        gc.enable()
