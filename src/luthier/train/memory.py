@@ -32,7 +32,7 @@ def host_peak_bytes() -> int:
 
 
 def release() -> None:
-    """Gives back what nothing needs: tensors that only a circle refers to, as an exception and its frames do, and cached
+    """Gives back what nothing needs: tensors that only a circle holds, as an error and its frames do, and cached
     blocks, so that smaller tensors are not kept out by larger holes."""
     gc.collect()
     give_back()
