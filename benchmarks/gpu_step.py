@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import trainers
+from peers.stacks import Stacks
 from peers.workloads import MEMORY, WORKLOADS, Workload, counts, dry, steps
 
 LOSS_GATE = 1e-3  # relative; peers in bfloat16 differ by 3e-4 between them, a wrong mask by 4e-3
@@ -84,12 +85,13 @@ def work(task: Task) -> dict[str, Any]:
     """The answer of one process."""
     if task.cell.peer == "prepare":
         return prepare(task)
+    stacks = Stacks() if task.profile else None
     if not task.cell.ours:
         trainers.first(task.cell.peer)
     from peers.clock import Clock
     from peers.models import config
 
-    clock = Clock(task.started, task.workload, Path(task.profile) if task.profile else None)
+    clock = Clock(task.started, task.workload, Path(task.profile) if task.profile else None, stacks)
     clock.phase("imports of torch")
     chosen = steps(task.workload, config(task.folder)["vocab_size"])
     clock.phase("samples")
@@ -346,7 +348,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of luthier, where there is no git to tell")
     parser.add_argument("--again", action="store_true", help="rows of this run that are there too")
     parser.add_argument("--variants", type=named, nargs="+", default=[], metavar="NAME=OVERRIDES", help="of luthier")
-    parser.add_argument("--profile", type=Path, help="a folder for the kernels of a few more steps of each row")
+    parser.add_argument("--profile", type=Path, help="a folder for a few more steps' kernels, and where starts go")
     parser.add_argument("--logs", type=Path, help="a folder for what the processes print")
     parser.add_argument("--limit", type=float, default=240, help="seconds of a process")
     parser.add_argument("--deadline", type=float, help="seconds after which no process is started")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.stacks import Stacks
 from peers.workloads import Step, Workload, counts
 
 GIB = 2**30
@@ -23,10 +24,11 @@ class Clock:
     Args:
         started: `time.time()` at which the process was started.
         profile: where to write the kernels of the steps after the window; None: they are not run.
+        stacks: what has looked where the start goes, written beside `profile` as `.start.txt` after the first step.
     """
 
-    def __init__(self, started: float, workload: Workload, profile: Path | None) -> None:
-        self.started, self.workload, self.profile = started, workload, profile
+    def __init__(self, started: float, workload: Workload, profile: Path | None, stacks: Stacks | None = None) -> None:
+        self.started, self.workload, self.profile, self.stacks = started, workload, profile, stacks
         self.ticks, self.ends, self.found = 0, list[Any](), dict[str, Any]()
         self.phases, self.reached = dict[str, float](), started
         self.profiler: Any = None
@@ -55,6 +57,8 @@ class Clock:
             wait()
             self.found["first_step_s"] = time.time() - self.started
             self.phase("first step")
+            if self.stacks is not None and self.profile is not None:
+                self.stacks.write(self.profile.with_suffix(".start.txt"))
         if self.ticks == warm:
             wait()
             self.found["window_s"] = -time.perf_counter()

@@ -48,6 +48,10 @@ def test_luthier_and_a_peer_take_the_steps_whose_first_loss_the_reference_forete
         assert row["profile"]["kernels"] > 0
         assert sum(row["phases"].values()) == pytest.approx(row["first_step_s"], abs=0.1)
     assert {"plan", "model", "rehearsal"} < rows[0]["phases"].keys()
+    stacks = gpu_step.Stacks()
+    time.sleep(0.1)
+    stacks.write(tmp_path / "start.txt")
+    assert "test_gpu_step.py:test_luthier_and_a_peer_take" in (tmp_path / "start.txt").read_text()
     assert rows[1]["unlike"] == ""
     other = rows[0] | {"losses": [1.01 * rows[0]["losses"][0]]}
     assert not gpu_step.judged(other, prepared)["parity"]
