@@ -1,4 +1,5 @@
-"""Causal attention inside each segment of a packed row of tokens, for CUDA: torch's flash attention on packed rows."""
+"""Causal attention inside each segment of a packed row of tokens, for CUDA: torch's flash attention on packed rows, and
+cuDNN for the forward pass where it can (`cudnn.py`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels import cudnn
 from luthier.kernels.place import capability, on_gpu
 
 LARGEST = 256  # head size
@@ -65,24 +67,33 @@ class _Varlen(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
     ) -> Tensor:
-        options = {"scale": scale, **_window(window)}
-        causal = window is None
-        o, sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, edges, edges, longest, longest, 0.0, causal, False, **options
+        options, causal = {"scale": scale, **_window(window)}, window is None
+        o, sums = (cudnn.forward(q, k, v, edges, longest, scale) if causal else None) or _flash(
+            q, k, v, edges, longest, causal, options
         )
-        ctx.save_for_backward(q, k, v, edges, o, sums, seed, offset)
+        ctx.save_for_backward(q, k, v, edges, o, sums)
         ctx.longest, ctx.causal, ctx.options = longest, causal, options
-        return o  # type: ignore[no-any-return]
+        return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, edges, o, sums, seed, offset = ctx.saved_tensors
-        longest, ends = ctx.longest, (edges, edges)
+        q, k, v, edges, o, sums = ctx.saved_tensors
+        seed = offset = edges.new_empty(0)  # of a dropout that there is not
+        ends = (edges, edges, ctx.longest, ctx.longest)
         found = torch.ops.aten._flash_attention_backward(
-            do, q, k, v, o, sums, *ends, longest, longest, 0.0, ctx.causal, seed, offset, **ctx.options
+            do, q, k, v, o, sums, *ends, 0.0, ctx.causal, seed, offset, **ctx.options
         )
         return *found, None, None, None, None
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, causal: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """[T, Hq, D], and the fp32 logarithms [Hq, T] of the sums of exponentials."""
+    ends = (edges, edges, longest, longest)
+    o, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, causal, False, **options)
+    return o, sums
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -1,0 +1,187 @@
+"""Attention's forward pass by cuDNN, which has kernels of its own for Hopper and Blackwell; FlashAttention 2 has none.
+
+The backward pass stays torch's flash attention, which takes cuDNN's sums as its own: on Hopper cuDNN's would add up in
+any order (before 9.25 there is no other way for packed rows), and a resumed run would not be the run that was stopped.
+The forward pass has one order.
+
+Segments that are all as long are a batch, which torch computes by cuDNN itself. Others go through NVIDIA's frontend
+(nvidia-cudnn-frontend), where it is installed. It makes a plan for each number and length of segments, which takes
+longer than a small model's step: both are rounded up to powers of two, so that few plans come again and again.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+OLDEST = 91500  # of cuDNN: what comes with the oldest torch we take
+LARGEST = {9: 256, 10: 128}  # head size by the first digit of the compute capability
+ROUND = 128  # a plan for rows that are all as long is made for each length: only those of such lengths come again
+
+
+class Machine(NamedTuple):
+    """What decides who computes attention."""
+
+    major: int  # of the GPU's compute capability
+    version: int  # of cuDNN, 91900 for 9.19.0; 0: none
+    frontend: bool  # whether NVIDIA's frontend is installed
+
+
+def machine(place: torch.device) -> Machine:
+    """Of the GPU `place`."""
+    return Machine(torch.cuda.get_device_capability(place)[0], *_installed())
+
+
+@cache
+def _installed() -> tuple[int, bool]:
+    cudnn: Any = torch.backends.cudnn
+    version = None if torch.version.hip else cudnn.version()  # MIOpen's, on AMD's GPUs
+    frontend = find_spec("cudnn")
+    return version or 0, frontend is not None and frontend.origin is not None
+
+
+def way(at: Machine, size: int, tokens: int, segments: int, longest: int) -> Literal["batch", "packed"] | None:
+    """How cuDNN computes 16-bit attention of a head size over so many tokens in so many segments; None: it does not."""
+    if at.version < OLDEST or size > LARGEST.get(at.major, 0) or size % 8:
+        return None
+    if segments * longest == tokens and longest % ROUND == 0:
+        return "batch"
+    return "packed" if at.frontend else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Causal attention inside each segment, where cuDNN computes it; None where it does not.
+
+    Args: those of `varlen.varlen_attention`, for which `varlen.takes` holds.
+
+    Returns [T, Hq, D], and the fp32 logarithms [Hq, T] of the sums of exponentials, as flash attention has them. A plan
+    traces flash attention instead: it leaves the same, and what cuDNN takes meanwhile is less than 1 MiB.
+    """
+    if not q.is_cuda or any(x.stride()[1:] != (q.shape[-1], 1) for x in (q, k, v)):
+        return None
+    segments = len(edges) - 1
+    chosen = way(machine(q.device), q.shape[-1], len(q), segments, longest)
+    if chosen == "batch":
+        return _batch(q, k, v, segments, scale)
+    return _packed(q, k, v, edges, longest, scale) if chosen else None
+
+
+def _batch(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    q, k, v = (x.view(segments, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    o, sums = found[:2]
+    return o.transpose(1, 2).flatten(0, 1), sums.reshape(segments, heads, -1).transpose(0, 1).reshape(heads, tokens)
+
+
+# Packed rows, by the frontend. Dimensions are those of a batch [segments, heads, longest, D]; where each segment begins
+# is told in values from the beginning of the tensor.
+
+
+class _Shape(NamedTuple):
+    """What a plan is made for."""
+
+    place: torch.device
+    dtype: torch.dtype
+    segments: int
+    longest: int
+    heads: int
+    groups: int
+    size: int
+    strides: tuple[int, ...]  # values from token to token, of queries, keys and values
+    scale: float
+
+
+class _Part(IntEnum):
+    """The tensors of a plan."""
+
+    Q, K, V, OUT, SUMS, LENGTHS, Q_STARTS, K_STARTS, V_STARTS, OUT_STARTS, SUM_STARTS = range(1, 12)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
+    (tokens, heads, size), segments = q.shape, max(capacity(len(edges) - 1), 2)
+    strides = tuple(x.stride(0) for x in (q, k, v))
+    shape = _Shape(q.device, q.dtype, segments, max(capacity(longest), ROUND), heads, k.shape[1], size, strides, scale)
+    graph, workspace = plan(shape)
+    # The others are empty. One edge more than there is, as cuDNN reads numbers that begin at 16 bytes.
+    edges = torch.cat([edges, edges[-1:].expand(segments + 2 - len(edges))])
+    o, sums = q.new_empty(tokens, heads, size), q.new_empty(tokens, heads, dtype=torch.float32)
+    parts = (q, k, v, o, sums, edges.diff(), *(edges * _strides(shape)))
+    _run(graph, dict(zip(_Part, parts, strict=True)), q.new_empty(workspace, dtype=torch.uint8))
+    return o, sums.t().contiguous()
+
+
+def capacity(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+@cache
+def _strides(shape: _Shape) -> Tensor:
+    """int64 [5, 1]: values from token to token, of each tensor with tokens."""
+    strides = (*shape.strides, shape.heads * shape.size, shape.heads)
+    return torch.tensor(strides, dtype=torch.int64).to(shape.place)[:, None]
+
+
+@cache
+def plan(shape: _Shape) -> tuple[Any, int]:
+    """cuDNN's plan, and the bytes that it needs meanwhile."""
+    cudnn: Any = import_module("cudnn")
+    types = cudnn.data_type
+    kind = {torch.bfloat16: types.BFLOAT16, torch.float16: types.HALF}[shape.dtype]
+    options = {"intermediate_data_type": types.FLOAT, "compute_data_type": types.FLOAT}
+    graph = cudnn.pygraph(io_data_type=kind, handle=_handle(shape.place), **options)
+
+    def numbers(part: _Part, count: int, kind: Any) -> Any:
+        return graph.tensor(name=part.name, uid=int(part), dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
+
+    starts = {part: numbers(part, shape.segments + 1, types.INT64) for part in list(_Part)[_Part.LENGTHS :]}
+    lengths = numbers(_Part.LENGTHS, shape.segments, types.INT32)
+    read = {}
+    for part, heads, stride in zip(_Part, (shape.heads, shape.groups, shape.groups), shape.strides, strict=False):
+        dim, strides = _laid_out(shape, heads, stride)
+        read[part] = graph.tensor(name=part.name, uid=int(part), dim=dim, stride=strides, data_type=kind)
+        read[part].set_ragged_offset(starts[_Part[f"{part.name}_STARTS"]])
+    out, sums = graph.sdpa(
+        name="attention",
+        q=read[_Part.Q],
+        k=read[_Part.K],
+        v=read[_Part.V],
+        generate_stats=True,
+        attn_scale=shape.scale,
+        use_causal_mask=True,
+        use_padding_mask=True,
+        seq_len_q=lengths,
+        seq_len_kv=lengths,
+    )
+    dim, strides = _laid_out(shape, shape.heads, shape.heads * shape.size)
+    out.set_uid(int(_Part.OUT)).set_output(True).set_dim(dim).set_stride(strides)
+    out.set_ragged_offset(starts[_Part.OUT_STARTS])
+    sums.set_uid(int(_Part.SUMS)).set_output(True).set_dim((*dim[:3], 1)).set_data_type(types.FLOAT)
+    sums.set_stride((shape.longest * shape.heads, 1, shape.heads, 1)).set_ragged_offset(starts[_Part.SUM_STARTS])
+    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    return graph, graph.get_workspace_size()
+
+
+def _laid_out(shape: _Shape, heads: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dimensions and strides of [segments, heads, longest, D], with `stride` from token to token."""
+    return (shape.segments, heads, shape.longest, shape.size), (shape.longest * stride, shape.size, stride, 1)
+
+
+@cache
+def _handle(place: torch.device) -> Any:
+    with torch.cuda.device(place):
+        return import_module("cudnn").create_handle()
+
+
+def _run(graph: Any, parts: dict[_Part, Tensor], room: Tensor) -> None:
+    """In the current stream, so that it can be recorded."""
+    handle, stream = _handle(room.device), torch.cuda.current_stream(room.device).cuda_stream
+    import_module("cudnn").set_stream(handle=handle, stream=stream)
+    graph.execute({int(part): tensor.data_ptr() for part, tensor in parts.items()}, room.data_ptr(), handle=handle)

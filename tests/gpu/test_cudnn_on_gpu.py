@@ -1,0 +1,141 @@
+"""Attention's forward pass by cuDNN, packed and as a batch, with flash attention's gradients of it: as near to
+fp32 as flash attention itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.kernels import cudnn, reference
+from luthier.kernels.varlen import varlen_attention
+
+pytestmark = pytest.mark.gpu
+LENGTHS = {
+    "odd": (1, 7, 129, 64, 33, 300, 1),
+    "many": (5, 1, 40, 17, 2, 90, 33) * 11,
+    "one": (777,),
+    "batch": (256, 256, 256),
+}
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    at = cudnn.machine(torch.device("cuda", 0))
+    if at.version < cudnn.OLDEST or at.major not in cudnn.LARGEST:
+        pytest.skip(f"cuDNN's attention is not for {at}")
+
+
+def made(lengths: Sequence[int], heads: int, groups: int, size: int, dtype: torch.dtype) -> Parts:
+    """q, k and v side by side, as our block's product leaves them, and the gradient of what comes out."""
+    torch.manual_seed(heads * size)
+    y = torch.randn(sum(lengths), (heads + 2 * groups) * size, device="cuda", dtype=dtype)
+    q, k, v = torch.split(y.view(len(y), -1, size), [heads, groups, groups], dim=1)
+    return q, k, v, torch.randn(sum(lengths), heads, size, device="cuda", dtype=dtype)
+
+
+def ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device="cuda")
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
+    edges, longest = ends(lengths), max(lengths)
+    places = (edges, edges, longest, longest, 0.0, True)
+    o, sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(q, k, v, *places, False, scale=scale)
+    found = torch.ops.aten._flash_attention_backward(do, q, k, v, o, sums, *places, seed, offset, scale=scale)
+    return [o, *found, sums]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = varlen_attention(*leaves, ends(lengths), max(lengths), scale)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
+    leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    o = reference.segment_attention(*leaves, (0, *accumulate(lengths)), scale)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.float())]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1), (71, 1), (9, 3)], ids=str)
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_cudnns_attention_is_as_near_to_fp32_as_flash_attention(
+    kind: str, heads: tuple[int, int], size: int, dtype: torch.dtype
+) -> None:
+    lengths, scale = LENGTHS[kind], 0.7 * size**-0.5
+    at = cudnn.machine(torch.device("cuda", 0))
+    way = cudnn.way(at, size, sum(lengths), len(lengths), max(lengths))
+    if way is None:
+        pytest.skip("cuDNN does not compute these here")
+    parts = made(lengths, *heads, size, dtype)
+    o, sums = cudnn.forward(*parts[:3], ends(lengths), max(lengths), scale) or pytest.fail("nothing was computed")
+    wanted, theirs = exact(*parts, lengths, scale), flash(*parts, lengths, scale)
+    assert torch.allclose(sums, theirs[4], atol=1e-3, rtol=1e-4)
+    found = ours(*parts, lengths, scale)
+    assert torch.equal(found[0], o)
+    for mine, other, right in zip(found, theirs, wanted, strict=False):
+        assert error(mine, right) <= 1.5 * error(other, right)
+
+
+@pytest.mark.parametrize("kind", ["odd", "batch"])
+def test_the_same_rows_give_the_same_bits(kind: str) -> None:
+    from luthier.train.reproducible import reproducible
+
+    lengths = [4 * n for n in LENGTHS[kind]]
+    parts = made(lengths, 8, 2, 128, torch.bfloat16)
+    with reproducible("cuda"):
+        first, second = (ours(*parts, lengths, 0.1) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("kind", ["odd", "batch"])
+def test_a_recorded_pass_reads_new_rows_and_new_lengths(kind: str) -> None:
+    lengths = LENGTHS[kind]
+    q, k, v, _ = made(lengths, 8, 2, 64, torch.bfloat16)
+    edges, longest = ends(lengths), max(lengths)
+    if cudnn.forward(q, k, v, edges, longest, 0.1) is None:
+        pytest.skip("the frontend is not installed")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, sums = cudnn.forward(q, k, v, edges, longest, 0.1) or pytest.fail("nothing was computed")
+    others = lengths[::-1]
+    q.normal_()
+    edges.copy_(ends(others))
+    graph.replay()
+    wanted, *_, wanted_sums = flash(q, k, v, torch.zeros_like(o), others, 0.1)
+    assert error(o, wanted.float()) < 1e-2
+    assert torch.allclose(sums, wanted_sums, atol=1e-3, rtol=1e-4)
+
+
+def test_a_plan_needs_next_to_nothing_meanwhile() -> None:
+    if not cudnn.machine(torch.device("cuda", 0)).frontend:
+        pytest.skip("the frontend is not installed")
+    for segments, longest in ((32, 1024), (4, 2048), (512, 128), (2, 32768)):
+        shape = cudnn._Shape(
+            torch.device("cuda", 0), torch.bfloat16, segments, longest, 32, 8, 128, (48 * 128,) * 3, 0.1
+        )
+        assert cudnn.plan(shape)[1] < 2**20
+
+
+def test_what_it_costs_is_printed(capsys: Any) -> None:
+    """In a process of its own: `cudnn_costs.py`."""
+    script = Path(__file__).with_name("cudnn_costs.py")
+    told = subprocess.run([sys.executable, "-u", str(script)], capture_output=True, text=True, timeout=300)
+    with capsys.disabled():
+        print("\n" + told.stdout + told.stderr[-3000:])
+    assert told.returncode == 0
