@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,20 @@ VOCAB = 97
 ALL = recipe.Lora(rank=4, alpha=8)
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "long_factor": [1.5, 2.0, 2.5, 3.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "original_max_position_embeddings": 100,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "falcon": {"bias": True, "alibi": False},
+    "glm": {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+}
+
+
 def config(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
@@ -39,6 +52,7 @@ def config(family: str, **changes: Any) -> Any:
         "max_position_embeddings": 512,
         "sliding_window": None,
         "tie_word_embeddings": True,
+        **SPECIAL.get(family, {}),
     }
     return AutoConfig.for_model(family, **(sizes | changes))
 
@@ -48,9 +62,10 @@ def module(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config(family, **changes), attn_implementation=attention.NAME)
+    how = "sdpa" if family == "falcon" else attention.NAME  # Falcon calls torch's attention, which is taken over
+    made = AutoModelForCausalLM.from_config(config(family, **changes), attn_implementation=how)
     for name, parameter in made.named_parameters():
-        if "norm" in name:
+        if parameter.dim() == 1 and not name.endswith("bias"):
             parameter.data.uniform_(0.5, 1.5)
         if "bias" in name:
             parameter.data.normal_(0, 0.2)
@@ -119,6 +134,70 @@ def test_a_family_has_the_logits_and_gradients_of_the_module(family: str, kernel
     fast, reference, batch = model(family, kernels), model(family, "reference"), micro()
     assert error(fast.hidden(batch), reference.hidden(batch)) <= 1e-5
     alike(fast, reference, batch)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("budget", [{}, {"recompute": True}, {"recompute_gate_up": 3}], ids=str)
+def test_a_family_drops_recomputes_and_leaves_rows_out(family: str, budget: dict[str, Any], kernels: Kernels) -> None:
+    adapter, batch = recipe.Lora(rank=4, dropout=0.3), micro(supervised=(8, 9, 158))
+    alike(model(family, kernels, adapter, **budget), model(family, "reference", adapter), batch)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_family_shares_a_prefix(family: str, kernels: Kernels) -> None:
+    alike(model(family, kernels), model(family, "reference"), sharing(25))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi", {"num_key_value_heads": 6, "hidden_act": "gelu"}),
+        ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
+        ("falcon", {"bias": False}),
+        ("falcon", {"bias": False, "num_attention_heads": 3, "activation": "gelu_pytorch_tanh"}),
+        ("glm", {"attention_bias": False, "num_hidden_layers": 1}),
+        ("phi3", {"num_key_value_heads": 6, "tie_word_embeddings": False}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+        ("phi3", {"rope_parameters": LONG_ROPE, "max_position_embeddings": 512}),
+    ],
+    ids=str,
+)
+def test_variants_of_families_agree(family: str, changes: dict[str, Any], kernels: Kernels) -> None:
+    alike(model(family, kernels, **changes), model(family, "reference", **changes), micro())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi", {"qk_layernorm": True}),
+        ("falcon", {"alibi": True}),
+        ("falcon", {"new_decoder_architecture": True}),
+        ("falcon", {"parallel_attn": False}),
+        ("falcon", {"multi_query": False}),
+        ("llama", {"hidden_act": "relu"}),
+    ],
+    ids=str,
+)
+def test_variants_that_the_block_does_not_compute_are_refused(family: str, changes: dict[str, Any]) -> None:
+    assert families.find(config(family)) is not None
+    assert families.find(config(family, **changes)) is None
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["fc2"],
+        ["dense"],
+        ["model.layers.1.mlp.fc1"],
+        ["model.layers.1.self_attn.v_proj"],
+        ["model.layers.1.mlp.fc1", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.fc2"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_any_targets_of_a_parallel_block_agree(targets: list[str], recompute: bool, kernels: Kernels) -> None:
+    adapter = recipe.Lora(rank=3, alpha=5, targets=targets)
+    alike(model("phi", kernels, adapter, recompute=recompute), model("phi", "reference", adapter), micro())
 
 
 @pytest.mark.parametrize(
@@ -285,11 +364,12 @@ def test_rows_with_dropout_share_no_prefix(kernels: Kernels) -> None:
     alike(model("llama", kernels, adapter), model("llama", "reference", adapter), sharing(25))
 
 
-def test_bfloat16_is_as_near_to_fp32_as_the_module_in_bfloat16(kernels: Kernels) -> None:
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_bfloat16_is_as_near_to_fp32_as_the_module_in_bfloat16(family: str, kernels: Kernels) -> None:
     batch = micro()
-    _, truth = gradients(model("llama", "reference"), batch)
-    fast = gradients(model("llama", kernels, dtype=torch.bfloat16), batch)[1]
-    theirs = gradients(model("llama", "reference", dtype=torch.bfloat16), batch)[1]
+    _, truth = gradients(model(family, "reference"), batch)
+    fast = gradients(model(family, kernels, dtype=torch.bfloat16), batch)[1]
+    theirs = gradients(model(family, "reference", dtype=torch.bfloat16), batch)[1]
     assert error(fast, truth) <= 1.2 * error(theirs, truth)
 
 
@@ -337,4 +417,3 @@ def test_a_row_longer_than_the_window_is_refused_by_the_block_and_right_on_the_r
 def test_a_family_that_the_block_does_not_run_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="gemma"):
         CausalModel(module("gemma", head_dim=8), None, kernels="eager")
-    assert families.find(SimpleNamespace(model_type="llama", hidden_act="gelu")) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from luthier.kernels import pointwise
-from luthier.model.heads import RowAttention, Segments, TileAttention
+from luthier.model.heads import Heads, RowAttention, Segments, TileAttention
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
 SCRIPT = Path(__file__).with_name("fused_script.py")
@@ -24,17 +24,27 @@ def test_every_part_equals_its_twin(dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
-    assert len(errors) == 49
+    assert len(errors) == 154
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("chosen", [None, [2, 4, 10, 19, 36]])
-def test_whole_rows_attend_as_tiles_do(chosen: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(queries=4, keys=2, size=8, scale=0.3),
+        Heads(queries=4, keys=1, size=8, scale=0.3, neighbours=True),
+        Heads(queries=3, keys=3, size=16, scale=0.3, grouped=True),
+    ],
+    ids=["shared", "one key", "grouped"],
+)
+def test_whole_rows_attend_as_tiles_do(heads: Heads, chosen: list[int] | None) -> None:
     torch.manual_seed(0)
-    y, cos, sin = torch.randn(37, (4 + 2 * 2) * 8), torch.randn(37, 4), torch.randn(37, 4)
+    y = torch.randn(37, (heads.queries + 2 * heads.keys) * heads.size)
+    cos, sin = torch.randn(37, 3), torch.randn(37, 3)
     segments = Segments(cos, sin, (0, 5, 20, 37), 0, None if chosen is None else torch.tensor(chosen))
     found = []
-    for attention in (kind(4, 2, pointwise.EAGER) for kind in (TileAttention, RowAttention)):
+    for attention in (kind(heads, pointwise.EAGER) for kind in (TileAttention, RowAttention)):
         o, saved = attention.forward(y.clone(), segments)
         found.append((o, attention.backward(torch.ones_like(o) * o, o, saved, segments)))
     for twin, made in zip(*found, strict=True):

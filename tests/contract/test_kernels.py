@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from luthier.errors import ModelError
 from luthier.kernels import attention, loss, native, pointwise, reference
-from luthier.kernels.pointwise import Pointwise
+from luthier.kernels.pointwise import Activation, Pointwise
 
 # bf16 keeps 8 bits: a value rounded once is off by 2⁻⁹ at most, and a few roundings in a row by a few times that. The
 # tolerance is relative to the norm of the whole tensor, taken from the twin in fp32 on the same (bf16) inputs.
@@ -70,31 +70,72 @@ def test_rms_norm_and_its_backward(parts: Pointwise, dtype: torch.dtype, shape: 
     close(n, twin, dtype)
 
 
-@pytest.mark.parametrize(("groups", "repeats", "size"), [(1, 1, 2), (2, 3, 10), (3, 3, 64)])
-def test_rotation_and_its_backward(parts: Pointwise, dtype: torch.dtype, groups: int, repeats: int, size: int) -> None:
+@pytest.mark.parametrize("shape", [(1, 8), (5, 37), (130, 576)])
+def test_layer_norm_and_its_backward(parts: Pointwise, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, weight, bias, dy, residual = (random(*shape, dtype=dtype, seed=i) for i in range(5))
+    x += 3  # a mean that is not taken away would show
+    y, moments = parts.layer_norm(x, weight[0], bias[0], 1e-5)
+    twin_x = exact(x)
+    twin = reference.layer_norm(twin_x, weight[0].float(), bias[0].float(), 1e-5)
+    close(y, twin, dtype)
+    (twin_dx,) = torch.autograd.grad(twin, twin_x, dy.float())
+    dx, n = parts.layer_norm_backward(dy.clone(), x, moments, weight[0], bias[0], residual)
+    close(dx, twin_dx + residual.float(), dtype)
+    close(n, twin, dtype)
+
+
+def test_a_norm_s_weight_that_is_finer_than_its_input_is_rounded_once(parts: Pointwise) -> None:
+    x, dy = (random(9, 64, dtype=torch.bfloat16, seed=i) for i in range(2))
+    weight, bias = (random(64, dtype=torch.float32, seed=i) for i in (2, 3))
+    y, scale = parts.rms_norm(x, weight, 1e-5)
+    z, moments = parts.layer_norm(x, weight, bias, 1e-5)
+    found = (
+        (y, parts.rms_norm_backward(dy.clone(), x, scale, weight, x)[1]),
+        (z, parts.layer_norm_backward(dy.clone(), x, moments, weight, bias, x)[1]),
+    )
+    twins = reference.rms_norm(x.float(), weight, 1e-5), reference.layer_norm(x.float(), weight, bias, 1e-5)
+    for made, twin in zip(found, twins, strict=True):
+        for one in made:
+            differ = (one != twin.bfloat16()).float().mean()
+            assert one.dtype == torch.bfloat16
+            assert differ < 0.01  # but for ties
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("groups", "repeats", "size", "still"), [(1, 1, 2, 0), (2, 3, 10, 3), (3, 3, 64, 64)])
+def test_rotation_and_its_backward(
+    parts: Pointwise, dtype: torch.dtype, groups: int, repeats: int, size: int, still: int, neighbours: bool
+) -> None:
+    """Of a head `size` features are turned and `still` are not."""
+    turned, size, how = size, size + still, (0.3, neighbours)
     rows = random(7, groups * repeats * size + 5, dtype=dtype)
     x = rows[:, 5:].view(7, groups, repeats, size)  # a part of a wider row, as q is of q|k|v
-    angle = random(7, size // 2, dtype=torch.float32, seed=1)
+    angle = random(7, turned // 2, dtype=torch.float32, seed=1)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     dy = random(groups, 7, repeats, size, dtype=dtype, seed=2)
     twin_x = exact(x)
-    twin = reference.rotate(twin_x, cos.float(), sin.float())
-    close(parts.rotate(x, cos, sin), twin, dtype)
+    twin = reference.rotate(twin_x, cos.float(), sin.float(), *how)
+    close(parts.rotate(x, cos, sin, *how), twin, dtype)
     (twin_dx,) = torch.autograd.grad(twin, twin_x, dy.float())
     wide = torch.zeros_like(rows)
-    parts.unrotate(dy, cos, sin, wide[:, 5:].view(7, groups, repeats, size))
+    parts.unrotate(dy, cos, sin, wide[:, 5:].view(7, groups, repeats, size), *how)
     close(wide[:, 5:].view(7, groups, repeats, size), twin_dx, dtype)
     assert not wide[:, :5].any()
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 74), (130, 3072)])
-def test_swiglu_and_its_backward(parts: Pointwise, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    gate_up, dh = random(*shape, dtype=dtype), random(shape[0], shape[1] // 2, dtype=dtype, seed=1)
-    twin_x = exact(gate_up)
-    twin = reference.swiglu(twin_x)
-    close(parts.swiglu(gate_up), twin, dtype)
+@pytest.mark.parametrize("act", get_args(Activation))
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_and_their_backward(
+    parts: Pointwise, dtype: torch.dtype, shape: tuple[int, int], act: Activation, gated: bool
+) -> None:
+    x = 3 * random(*shape, dtype=dtype)
+    dh = random(shape[0], shape[1] // (2 if gated else 1), dtype=dtype, seed=1)
+    twin_x = exact(x)
+    twin = reference.activate(twin_x, act, gated)
+    close(parts.activate(x, act, gated), twin, dtype)
     (twin_dx,) = torch.autograd.grad(twin, twin_x, dh.float())
-    dx, h = parts.swiglu_backward(dh.clone(), gate_up)
+    dx, h = parts.activate_backward(dh.clone(), x, act, gated)
     close(dx, twin_dx, dtype)
     close(h, twin, dtype)
 
@@ -192,11 +233,12 @@ def test_a_value_that_is_not_finite_is_never_lost(parts: Pointwise, dtype: torch
     assert not finite(
         parts.rms_norm_backward(spoilt(3, 8), random(3, 8, dtype=dtype), scale, ones, ones.expand(3, 8).contiguous())[0]
     )
-    assert not finite(
-        parts.rotate(spoilt(3, 1, 1, 8), ones[:4].expand(3, 4).contiguous(), ones[:4].expand(3, 4).contiguous())
-    )
-    assert not finite(parts.swiglu(spoilt(3, 16)))
-    assert not finite(parts.swiglu_backward(spoilt(3, 8), random(3, 16, dtype=dtype))[0])
+    cos = sin = ones[:4].expand(3, 4).contiguous()
+    assert not finite(parts.rotate(spoilt(3, 1, 1, 8), cos, sin, 1.0, False))
+    assert not finite(parts.layer_norm(spoilt(3, 8), ones, ones, 1e-5)[0])
+    for act in get_args(Activation):
+        assert not finite(parts.activate(spoilt(3, 16), act, True))
+        assert not finite(parts.activate_backward(spoilt(3, 8), random(3, 16, dtype=dtype), act, True)[0])
     assert not finite(parts.softmax(spoilt(1, 3, 1, 8), torch.tensor([8, 8, 8])))
     assert not finite(
         loss.linear_cross_entropy(spoilt(3, 8), loss.Head(random(5, 8, dtype=dtype)), torch.tensor([0, 1, 2]), parts)
@@ -207,10 +249,10 @@ def test_native_parts_use_several_threads_to_the_same_end() -> None:
     if native.compiler() is None:
         pytest.skip("no C++ compiler")
     x, threads = random(64, 96, dtype=torch.float32), torch.get_num_threads()
-    alone = native.parts().swiglu(x)
+    alone = native.parts().activate(x, "silu", True)
     try:
         torch.set_num_threads(2)
-        assert torch.equal(native.parts().swiglu(x), alone)
+        assert torch.equal(native.parts().activate(x, "silu", True), alone)
     finally:
         torch.set_num_threads(threads)
 

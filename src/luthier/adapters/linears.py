@@ -48,7 +48,9 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def multiplies(layer: Any) -> bool:
     """Whether its output is `dense_weight` times the input and the bias: not so for LLM.int8(), which rounds inputs."""
-    return type(layer) is nn.Linear or (is_quantized(layer) and not layer.rounds_inputs)
+    # Falcon's own class is there to round before the bias is added, and computes the same.
+    dense = type(layer) is nn.Linear or type(layer).__name__ == "FalconLinear"
+    return dense or (is_quantized(layer) and not layer.rounds_inputs)
 
 
 def features(layer: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.place import launch
-from luthier.kernels.pointwise import Pointwise
+from luthier.kernels.pointwise import Activation, Pointwise
 
 
 def parts() -> Pointwise:
@@ -21,9 +21,11 @@ def parts() -> Pointwise:
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rms_norm_backward=rms_norm_backward,
+        layer_norm=layer_norm,
+        layer_norm_backward=layer_norm_backward,
         turn=turn,
-        swiglu=swiglu,
-        swiglu_backward=swiglu_backward,
+        activate=activate,
+        activate_backward=activate_backward,
         exponentials=exponentials,
         logit_rows=1024,  # a GPU's products want more rows, and there is no copy in fp32
     )
@@ -50,28 +52,44 @@ def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, resi
     return dx, out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up for [T, 2F] holding gate and up side by side."""
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _tiles("swiglu", out, gate_up, out)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean(x)) / std(x) · weight + bias for rows of x [T, H], and 1 / std(x) beside mean(x), fp32 [T, 2]."""
+    out, moments = torch.empty_like(x), x.new_empty(len(x), 2, dtype=torch.float32)
+    _rows("layer_norm", x, x, weight, bias, out, moments, x.shape[1], eps)
+    return out, moments
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x [T, H], plus `residual`; and the norm's output again, for the adapters that read it."""
+    dx, out = torch.empty_like(x), torch.empty_like(x)
+    _rows("layer_norm_backward", x, dy, x, moments, weight, bias, residual, dx, out, x.shape[1])
+    return dx, out
+
+
+def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+    """act(x) for x [T, F]; with `gated`, act(gate) · up for x [T, 2F] holding gate and up side by side."""
+    out = x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
+    _tiles("activate", out, x, out, ACT=act, GATED=gated)
     return out
 
 
-def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of gate|up, and `swiglu(gate_up)` again. They take the places of `gate_up` and of `dh`."""
-    _tiles("swiglu_backward", dh, dh, gate_up)
-    return gate_up, dh
+def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and `activate(x)` again. They take the places of `x` and of `dh`."""
+    _tiles("activate_backward", dh, dh, x, ACT=act, GATED=gated)
+    return x, dh
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Rotary embedding in place, x [T, H, D] with heads side by side, perhaps part of a wider buffer; cos and sin
-    [T, D/2]. `back` is the other way round, the gradient."""
-    tokens, heads, size = x.shape
-    half = cos.shape[1]
-    assert x.stride()[1:] == (size, 1), "heads must lie side by side"
-    block = _power_of_2(half)
-    options = {"SIZE": size, "HALF": half, "BACK": back, "BLOCK": block, "num_warps": 1}
-    launch("turn", (tokens, heads), x, cos, sin, x.stride(0), **options)
+def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) -> None:
+    """Rotary embedding in place, x [T, H, D], perhaps part of a wider buffer; cos and sin [T, n]: the first 2n features
+    of a head are turned. `back` is the other way round, the gradient; `neighbours`: which features are pairs."""
+    (tokens, heads, _), half = x.shape, cos.shape[1]
+    assert x.stride(2) == 1, "the features of a head must lie side by side"
+    blocks = {"HEADS": _power_of_2(heads), "BLOCK": _power_of_2(half)}  # one program turns all heads of a token
+    warps = min(16, max(1, blocks["HEADS"] * blocks["BLOCK"] // 512))
+    options = {"HALF": half, "BACK": back, "NEIGHBOURS": neighbours, **blocks, "num_warps": warps}
+    launch("turn", (tokens,), x, cos, sin, heads, x.stride(0), x.stride(1), **options)
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +105,10 @@ def _rows(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:
     launch(kernel, (len(like),), *arguments, **options, BLOCK=block, num_warps=min(16, max(1, block // 512)))
 
 
-def _tiles(kernel: str, like: Tensor, *arguments: Any) -> None:
+def _tiles(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:
     """One program for each 1,024 columns of each row of `like` [T, F]."""
     width = like.shape[1]
-    launch(kernel, (len(like), -(-width // 1024)), *arguments, width, BLOCK=1024, num_warps=4)
+    launch(kernel, (len(like), -(-width // 1024)), *arguments, width, **options, BLOCK=1024, num_warps=4)
 
 
 def _power_of_2(number: int) -> int:

@@ -21,7 +21,8 @@ def rms_norm(x, update, weight, out, scales, width, eps, ADD: tl.constexpr, BLOC
         tl.store(update + row * width + at, value, inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
-    normed = (wide * scale).to(value.dtype).to(tl.float32) * tl.load(weight + at, inside, 0.0).to(tl.float32)
+    factor = tl.load(weight + at, inside, 0.0)
+    normed = (wide * scale).to(factor.dtype).to(tl.float32) * factor.to(tl.float32)
     tl.store(out + row * width + at, normed, inside)
     tl.store(scales + row, scale)
 
@@ -34,38 +35,87 @@ def rms_norm_backward(dy, x, scales, weight, residual, dx, out, width, BLOCK: tl
     value = tl.load(x + row * width + at, inside, 0.0)
     scale = tl.load(scales + row)
     normed = value.to(tl.float32) * scale
-    factor = tl.load(weight + at, inside, 0.0).to(tl.float32)
+    stored = tl.load(weight + at, inside, 0.0)
+    factor = stored.to(tl.float32)
     gradient = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32) * factor
     inner = tl.sum(gradient * normed) / width
     more = tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
     tl.store(dx + row * width + at, (gradient - normed * inner) * scale + more, inside)
-    tl.store(out + row * width + at, normed.to(value.dtype).to(tl.float32) * factor, inside)
+    tl.store(out + row * width + at, normed.to(stored.dtype).to(tl.float32) * factor, inside)
 
 
 @triton.jit
-def swiglu(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore
+def layer_norm(x, weight, bias, out, moments, width, eps, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK)
     inside = at < width
-    gate = tl.load(gate_up + row * 2 * width + at, inside, 0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + at, inside, 0.0).to(tl.float32)
-    tl.store(out + row * width + at, gate * tl.sigmoid(gate) * up, inside)
+    value = tl.load(x + row * width + at, inside, 0.0).to(tl.float32)
+    mean = tl.sum(value) / width
+    apart = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(apart * apart) / width + eps)
+    factor, shift = tl.load(weight + at, inside, 0.0).to(tl.float32), tl.load(bias + at, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + at, apart * scale * factor + shift, inside)
+    tl.store(moments + 2 * row, scale)
+    tl.store(moments + 2 * row + 1, mean)
 
 
 @triton.jit
-def swiglu_backward(dh, gate_up, width, BLOCK: tl.constexpr):  # type: ignore
+def layer_norm_backward(dy, x, moments, weight, bias, residual, dx, out, width, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    scale, mean = tl.load(moments + 2 * row), tl.load(moments + 2 * row + 1)
+    normed = (tl.load(x + row * width + at, inside, 0.0).to(tl.float32) - mean) * scale
+    factor, shift = tl.load(weight + at, inside, 0.0).to(tl.float32), tl.load(bias + at, inside, 0.0).to(tl.float32)
+    gradient = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32) * factor  # 0 outside: so are the sums
+    inner, level = tl.sum(gradient * normed) / width, tl.sum(gradient) / width
+    more = tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * width + at, (gradient - level - normed * inner) * scale + more, inside)
+    tl.store(out + row * width + at, normed * factor + shift, inside)
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):  # type: ignore
+    """The activation and its slope."""
+    if ACT == "silu":
+        share = tl.sigmoid(x)
+        slope = share * (1 + x - x * share)
+    elif ACT == "gelu":
+        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u / 2)) / 2 is sigmoid(u)
+        slope = share + x * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    return x * share, slope
+
+
+@triton.jit
+def activate(x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    start = gate_up + row * 2 * width
-    gate = tl.load(start + at, inside, 0.0).to(tl.float32)
-    up = tl.load(start + width + at, inside, 0.0).to(tl.float32)
+    start = x + row * width * (2 if GATED else 1)
+    value, _ = _act(tl.load(start + at, inside, 0.0).to(tl.float32), ACT)
+    if GATED:
+        value *= tl.load(start + width + at, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + at, value, inside)
+
+
+@triton.jit
+def activate_backward(dh, x, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    start = x + row * width * (2 if GATED else 1)
+    value, slope = _act(tl.load(start + at, inside, 0.0).to(tl.float32), ACT)
     gradient = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    act = gate * share
-    tl.store(start + at, gradient * up * share * (1 + gate - act), inside)
-    tl.store(start + width + at, gradient * act, inside)
-    tl.store(dh + row * width + at, act * up, inside)
+    hidden = value
+    if GATED:
+        up = tl.load(start + width + at, inside, 0.0).to(tl.float32)
+        tl.store(start + width + at, gradient * value, inside)
+        gradient, hidden = gradient * up, value * up
+    tl.store(start + at, gradient * slope, inside)
+    tl.store(dh + row * width + at, hidden, inside)
 
 
 @triton.jit
@@ -87,19 +137,22 @@ def exponentials(logits, largest, mass, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def turn(x, cos, sin, stride, SIZE: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, BLOCK)
-    inside = at < HALF
-    start = x + token * stride + head * SIZE
-    a = tl.load(start + at, inside, 0.0).to(tl.float32)
-    b = tl.load(start + HALF + at, inside, 0.0).to(tl.float32)
-    c = tl.load(cos + token * HALF + at, inside, 0.0).to(tl.float32)
-    s = tl.load(sin + token * HALF + at, inside, 0.0).to(tl.float32)
+def turn(  # type: ignore
+    x, cos, sin, heads, stride, apart,
+    HALF: tl.constexpr, BACK: tl.constexpr, NEIGHBOURS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (at < HALF)
+    first = x + token * stride + head * apart + (2 * at if NEIGHBOURS else at)
+    second = first + (1 if NEIGHBOURS else HALF)
+    a, b = tl.load(first, inside, 0.0).to(tl.float32), tl.load(second, inside, 0.0).to(tl.float32)
+    c = tl.load(cos + token * HALF + at, at < HALF, 0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + at, at < HALF, 0.0).to(tl.float32)
     if BACK:
         s = -s
-    tl.store(start + at, a * c - b * s, inside)
-    tl.store(start + HALF + at, b * c + a * s, inside)
+    tl.store(first, a * c - b * s, inside)
+    tl.store(second, b * c + a * s, inside)
 
 
 @triton.jit
@@ -116,11 +169,11 @@ def _mix(x):  # type: ignore
 
 
 @triton.jit
-def drop(x, out, samples, positions, key, width, least, factor, BLOCK: tl.constexpr):  # type: ignore
+def drop(x, out, samples, positions, key, module, width, least, factor, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    token = _mix(_mix(key + tl.load(samples + row)) + tl.load(positions + row))
+    token = _mix(_mix(_mix(tl.load(key) + module) + tl.load(samples + row)) + tl.load(positions + row))
     drawn = _mix(token + (at // 4).to(tl.int64) * -0x61C8864680B583EB)
     lane = (drawn >> ((at % 4) * 16).to(tl.int64)) & 0xFFFF
     kept = ((lane + 32768) & 0xFFFF) >= least  # the lane as a signed number, moved to begin at 0

@@ -37,10 +37,11 @@ inline float exponential(float x) {
     return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
-// y = x · rsqrt(mean(x²) + eps) · weight; with `update`, x + update comes first and is kept in `total`.
+// y = x · rsqrt(mean(x²) + eps) · weight; with `update`, x + update comes first and is kept in `total`. Weights and
+// biases of norms are fp32, whatever S is.
 template <class S>
-void rms_norm(const S* x, const S* update, const S* weight, S* total, S* y, float* scale, int64_t rows, int64_t width,
-              float eps, int threads) {
+void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, float* scale, int64_t rows,
+              int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S* in = x + t * width;
@@ -58,82 +59,183 @@ void rms_norm(const S* x, const S* update, const S* weight, S* total, S* y, floa
         scale[t] = r;
         S* out = y + t * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) store(out + i, load(in + i) * r * load(weight + i));
+        for (int64_t i = 0; i < width; i++) store(out + i, load(in + i) * r * weight[i]);
     }
 }
 
 // With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)) + residual; and y again.
 template <class S>
-void rms_norm_backward(const S* dy, const S* x, const float* scale, const S* weight, const S* residual, S* dx, S* y,
-                       int64_t rows, int64_t width, int threads) {
+void rms_norm_backward(const S* dy, const S* x, const float* scale, const float* weight, const S* residual, S* dx,
+                       S* y, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * width;
         S *out = dx + t * width, *normed = y + t * width;
         float r = scale[t], inner = 0;
 #pragma omp simd reduction(+ : inner)
-        for (int64_t i = 0; i < width; i++) inner += load(d + i) * load(weight + i) * load(in + i);
+        for (int64_t i = 0; i < width; i++) inner += load(d + i) * weight[i] * load(in + i);
         float mean = inner * r / width;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
-            float n = load(in + i) * r, w = load(weight + i);
+            float n = load(in + i) * r, w = weight[i];
             store(out + i, r * (load(d + i) * w - n * mean) + load(rest + i));
             store(normed + i, n * w);
         }
     }
 }
 
-// Rotary embedding, half-split: (a, b) -> (a·cos - b·sin, b·cos + a·sin), from one layout of heads to another.
+// y = (x - mean(x)) / std(x) · weight + bias; `moments` are 1 / std and the mean of each row.
+template <class S>
+void layer_norm(const S* x, const float* weight, const float* bias, S* y, float* moments, int64_t rows, int64_t width,
+                float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < rows; t++) {
+        const S* in = x + t * width;
+        S* out = y + t * width;
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += load(in + i);
+        float mean = sum / width;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < width; i++) squares += (load(in + i) - mean) * (load(in + i) - mean);
+        float r = 1.0f / std::sqrt(squares / width + eps);
+        moments[2 * t] = r;
+        moments[2 * t + 1] = mean;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) store(out + i, (load(in + i) - mean) * r * weight[i] + bias[i]);
+    }
+}
+
+// With g = dy · weight and n = (x - mean) · scale: dx = scale · (g - mean(g) - n · mean(g · n)) + residual; and y again.
+template <class S>
+void layer_norm_backward(const S* dy, const S* x, const float* moments, const float* weight, const float* bias,
+                         const S* residual, S* dx, S* y, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < rows; t++) {
+        const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * width;
+        S *out = dx + t * width, *normed = y + t * width;
+        float r = moments[2 * t], mean = moments[2 * t + 1], sum = 0, inner = 0;
+#pragma omp simd reduction(+ : sum, inner)
+        for (int64_t i = 0; i < width; i++) {
+            float g = load(d + i) * weight[i];
+            sum += g;
+            inner += g * (load(in + i) - mean) * r;
+        }
+        float level = sum / width, slope = inner / width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float n = (load(in + i) - mean) * r, w = weight[i];
+            store(out + i, r * (load(d + i) * w - level - n * slope) + load(rest + i));
+            store(normed + i, n * w + bias[i]);
+        }
+    }
+}
+
+// scale · rotary embedding: (a, b) -> (a·cos - b·sin, b·cos + a·sin) for `turned` pairs of features that lie `apart` and
+// follow each other by `step`; the features past them are scaled. From one layout of heads to another.
 template <class S>
 void rotate(const S* x, const int64_t* in, const S* cos, const S* sin, S* y, const int64_t* out, int64_t tokens,
-            int64_t groups, int64_t repeats, int64_t half, float sign, int threads) {
+            int64_t groups, int64_t repeats, int64_t size, int64_t turned, int64_t step, int64_t apart, float scale,
+            float sign, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tokens; t++) {
-        const S *c = cos + t * half, *s = sin + t * half;
+        const S *c = cos + t * turned, *s = sin + t * turned;
         for (int64_t g = 0; g < groups; g++) {
             for (int64_t r = 0; r < repeats; r++) {
                 const S* a = x + t * in[0] + g * in[1] + r * in[2];
                 S* o = y + t * out[0] + g * out[1] + r * out[2];
 #pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    float p = load(a + i), q = load(a + half + i), co = load(c + i), si = load(s + i) * sign;
-                    store(o + i, p * co - q * si);
-                    store(o + half + i, q * co + p * si);
+                for (int64_t i = 0; i < turned; i++) {
+                    int64_t j = i * step, k = j + apart;
+                    float p = load(a + j), q = load(a + k), co = load(c + i) * scale, si = load(s + i) * sign * scale;
+                    store(o + j, p * co - q * si);
+                    store(o + k, q * co + p * si);
                 }
+#pragma omp simd
+                for (int64_t i = 2 * turned; i < size; i++) store(o + i, load(a + i) * scale);
             }
         }
     }
 }
 
-// h = silu(gate) · up, for rows of gate|up.
-template <class S>
-void swiglu(const S* gate_up, S* h, int64_t rows, int64_t width, int threads) {
+// An activation at x: its slope, and the share of x that it lets through.
+struct Act {
+    float share, slope;
+};
+
+struct Silu {
+    static Act at(float x) {
+        float s = 1.0f / (1.0f + exponential(-x));
+        return {s, s * (1.0f + x * (1.0f - s))};
+    }
+};
+
+// The share is Φ(x), by Abramowitz and Stegun 7.1.26, which is off by 1.5e-7 at most.
+struct Gelu {
+    static Act at(float x) {
+        float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+        float density = exponential(-z * z);
+        float poly = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        float tail = 0.5f * poly * density, share = x < 0 ? tail : 1.0f - tail;
+        return {share, share + x * 0.39894228f * density};
+    }
+};
+
+// Φ(x) as (1 + tanh(u / 2)) / 2, which is the logistic function of u.
+struct GeluTanh {
+    static Act at(float x) {
+        float s = 1.0f / (1.0f + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
+        return {s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x)};
+    }
+};
+
+// h = act(x), or act(gate) · up for rows of gate|up.
+template <class A, class S>
+void activate(const S* x, S* h, int64_t rows, int64_t width, bool gated, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
-        const S *gate = gate_up + 2 * t * width, *up = gate + width;
+        const S *gate = x + (gated ? 2 : 1) * t * width, *up = gate + width;
         S* out = h + t * width;
+        if (gated) {
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float g = load(gate + i);
-            store(out + i, g / (1.0f + exponential(-g)) * load(up + i));
+            for (int64_t i = 0; i < width; i++) {
+                float g = load(gate + i);
+                store(out + i, g * A::at(g).share * load(up + i));
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                float g = load(gate + i);
+                store(out + i, g * A::at(g).share);
+            }
         }
     }
 }
 
-// Overwrites gate|up with its gradient and makes h again.
-template <class S>
-void swiglu_backward(const S* dh, S* gate_up, S* h, int64_t rows, int64_t width, int threads) {
+// Overwrites x with its gradient and makes h again.
+template <class A, class S>
+void activate_backward(const S* dh, S* x, S* h, int64_t rows, int64_t width, bool gated, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S* d = dh + t * width;
-        S *gate = gate_up + 2 * t * width, *up = gate + width, *out = h + t * width;
+        S *gate = x + (gated ? 2 : 1) * t * width, *up = gate + width, *out = h + t * width;
+        if (gated) {
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float g = load(gate + i), u = load(up + i), dv = load(d + i);
-            float s = 1.0f / (1.0f + exponential(-g)), act = g * s;
-            store(out + i, act * u);
-            store(up + i, dv * act);
-            store(gate + i, dv * u * s * (1.0f + g * (1.0f - s)));
+            for (int64_t i = 0; i < width; i++) {
+                float g = load(gate + i), u = load(up + i), dv = load(d + i);
+                Act act = A::at(g);
+                store(out + i, g * act.share * u);
+                store(up + i, dv * g * act.share);
+                store(gate + i, dv * u * act.slope);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                float g = load(gate + i), dv = load(d + i);
+                Act act = A::at(g);
+                store(out + i, g * act.share);
+                store(gate + i, dv * act.slope);
+            }
         }
     }
 }
@@ -217,21 +319,40 @@ void exponentials(S* logits, float* largest, float* mass, int64_t rows, int64_t 
 
 }  // namespace
 
+#define EXPORT_ACT(NAME, S, ACT, A)                                                                                    \
+    extern "C" void activate_##ACT##_##NAME(const S* x, S* h, int64_t n, int64_t k, int64_t gated, int j) {            \
+        activate<A>(x, h, n, k, gated != 0, j);                                                                        \
+    }                                                                                                                  \
+    extern "C" void activate_backward_##ACT##_##NAME(const S* d, S* x, S* h, int64_t n, int64_t k, int64_t gated,      \
+                                                     int j) {                                                          \
+        activate_backward<A>(d, x, h, n, k, gated != 0, j);                                                            \
+    }
+
 #define EXPORT(NAME, S)                                                                                                \
-    extern "C" void rms_norm_##NAME(const S* x, const S* u, const S* w, S* t, S* y, float* s, int64_t n, int64_t k,    \
-                                    float eps, int j) { rms_norm(x, u, w, t, y, s, n, k, eps, j); }                    \
-    extern "C" void rms_norm_backward_##NAME(const S* d, const S* x, const float* s, const S* w, const S* r, S* dx,    \
-                                             S* y, int64_t n, int64_t k, int j) {                                      \
+    extern "C" void rms_norm_##NAME(const S* x, const S* u, const float* w, S* t, S* y, float* s, int64_t n,           \
+                                    int64_t k, float eps, int j) {                                                     \
+        rms_norm(x, u, w, t, y, s, n, k, eps, j);                                                                      \
+    }                                                                                                                  \
+    extern "C" void rms_norm_backward_##NAME(const S* d, const S* x, const float* s, const float* w, const S* r,       \
+                                             S* dx, S* y, int64_t n, int64_t k, int j) {                               \
         rms_norm_backward(d, x, s, w, r, dx, y, n, k, j);                                                              \
     }                                                                                                                  \
+    extern "C" void layer_norm_##NAME(const S* x, const float* w, const float* b, S* y, float* m, int64_t n,           \
+                                      int64_t k, float eps, int j) {                                                   \
+        layer_norm(x, w, b, y, m, n, k, eps, j);                                                                       \
+    }                                                                                                                  \
+    extern "C" void layer_norm_backward_##NAME(const S* d, const S* x, const float* m, const float* w, const float* b, \
+                                               const S* r, S* dx, S* y, int64_t n, int64_t k, int j) {                 \
+        layer_norm_backward(d, x, m, w, b, r, dx, y, n, k, j);                                                         \
+    }                                                                                                                  \
     extern "C" void rotate_##NAME(const S* x, const int64_t* in, const S* c, const S* s, S* y, const int64_t* out,     \
-                                  int64_t t, int64_t g, int64_t r, int64_t h, float sign, int j) {                     \
-        rotate(x, in, c, s, y, out, t, g, r, h, sign, j);                                                              \
+                                  int64_t t, int64_t g, int64_t r, int64_t size, int64_t turned, int64_t step,         \
+                                  int64_t apart, float scale, float sign, int j) {                                     \
+        rotate(x, in, c, s, y, out, t, g, r, size, turned, step, apart, scale, sign, j);                               \
     }                                                                                                                  \
-    extern "C" void swiglu_##NAME(const S* x, S* h, int64_t n, int64_t k, int j) { swiglu(x, h, n, k, j); }            \
-    extern "C" void swiglu_backward_##NAME(const S* d, S* x, S* h, int64_t n, int64_t k, int j) {                      \
-        swiglu_backward(d, x, h, n, k, j);                                                                             \
-    }                                                                                                                  \
+    EXPORT_ACT(NAME, S, silu, Silu)                                                                                    \
+    EXPORT_ACT(NAME, S, gelu, Gelu)                                                                                    \
+    EXPORT_ACT(NAME, S, gelu_tanh, GeluTanh)                                                                           \
     extern "C" void softmax_##NAME(S* x, const int64_t* seen, int64_t g, int64_t q, int64_t r, int64_t k, int j) {     \
         softmax(x, seen, g, q, r, k, j);                                                                               \
     }                                                                                                                  \

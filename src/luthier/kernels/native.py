@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ModelError
-from luthier.kernels.pointwise import Pointwise
+from luthier.kernels.pointwise import Activation, Pointwise
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -46,53 +46,69 @@ def parts() -> Pointwise:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _call("rms_norm", x, None, weight, None, y, scale, *x.shape, ctypes.c_float(eps))
+    _call("rms_norm", x, None, weight.float(), None, y, scale, *x.shape, ctypes.c_float(eps))
     return y, scale
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _call("rms_norm", x, update, weight, update, y, scale, *x.shape, ctypes.c_float(eps))
+    _call("rms_norm", x, update, weight.float(), update, y, scale, *x.shape, ctypes.c_float(eps))
     return update, y, scale
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     dx, y = torch.empty_like(x), torch.empty_like(x)
-    _call("rms_norm_backward", dy, x, scale, weight, residual, dx, y, *x.shape)
+    _call("rms_norm_backward", dy, x, scale, weight.float(), residual, dx, y, *x.shape)
     return dx, y
 
 
-def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, moments = torch.empty_like(x), x.new_empty(len(x), 2, dtype=torch.float32)
+    _call("layer_norm", x, weight.float(), bias.float(), y, moments, *x.shape, ctypes.c_float(eps))
+    return y, moments
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, y = torch.empty_like(x), torch.empty_like(x)
+    _call("layer_norm_backward", dy, x, moments, weight.float(), bias.float(), residual, dx, y, *x.shape)
+    return dx, y
+
+
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor, scale: float, neighbours: bool) -> Tensor:
     tokens, groups, repeats, size = x_TGRD.shape
     out = x_TGRD.new_empty(groups, tokens, repeats, size)
-    _turn(x_TGRD, cos, sin, out.transpose(0, 1), 1.0)
+    _turn(x_TGRD, cos, sin, out.transpose(0, 1), scale, neighbours, 1.0)
     return out
 
 
-def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor) -> None:
-    _turn(dy_GTRD.transpose(0, 1), cos, sin, out_TGRD, -1.0)
+def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor, scale: float, neighbours: bool) -> None:
+    _turn(dy_GTRD.transpose(0, 1), cos, sin, out_TGRD, scale, neighbours, -1.0)
 
 
-def _turn(x_TGRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor, sign: float) -> None:
+def _turn(
+    x_TGRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor, scale: float, neighbours: bool, sign: float
+) -> None:
     assert x_TGRD.stride(-1) == out_TGRD.stride(-1) == 1
-    tokens, groups, repeats, size = x_TGRD.shape
     strides = [(ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (x_TGRD, out_TGRD)]
     pointers = [t.data_ptr() for t in (x_TGRD, out_TGRD)]  # these two alone may be views
-    shape = (tokens, groups, repeats, size // 2, ctypes.c_float(sign))
-    _call("rotate", pointers[0], strides[0], cos, sin, pointers[1], strides[1], *shape)
+    turned = cos.shape[1]
+    shape = (*x_TGRD.shape, turned, *((2, 1) if neighbours else (1, turned)))
+    factors = ctypes.c_float(scale), ctypes.c_float(sign)
+    _call("rotate", pointers[0], strides[0], cos, sin, pointers[1], strides[1], *shape, *factors)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    rows, width = gate_up.shape
-    h = gate_up.new_empty(rows, width // 2)
-    _call("swiglu", gate_up, h, *h.shape)
+def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+    h = x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
+    _call(f"activate_{act}", x, h, *h.shape, int(gated))
     return h
 
 
-def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
     h = torch.empty_like(dh)
-    _call("swiglu_backward", dh, gate_up, h, *h.shape)
-    return gate_up, h
+    _call(f"activate_backward_{act}", dh, x, h, *h.shape, int(gated))
+    return x, h
 
 
 def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:
@@ -116,10 +132,12 @@ PARTS = Pointwise(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rms_norm_backward=rms_norm_backward,
+    layer_norm=layer_norm,
+    layer_norm_backward=layer_norm_backward,
     rotate=rotate,
     unrotate=unrotate,
-    swiglu=swiglu,
-    swiglu_backward=swiglu_backward,
+    activate=activate,
+    activate_backward=activate_backward,
     softmax=softmax,
     softmax_backward=softmax_backward,
     exponentials=exponentials,

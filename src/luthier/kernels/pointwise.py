@@ -1,4 +1,4 @@
-"""The parts of a decoder block between its matrix products: norms, rotary embedding, gated activation.
+"""The parts of a decoder block between its matrix products: norms, rotary embedding, activation.
 
 These are the eager forms, written for few passes over memory, in place where an input is no longer needed. `native`
 has the same parts in C++, one pass each. Norms accumulate in fp32.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+"""x · sigmoid(x); x · Φ(x); and Φ by its approximation through tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) · weight for rows of x [T, H], and 1 / rms(x) as fp32 [T, 1]."""
+    """x / rms(x) · weight for rows of x [T, H], in the dtype of x, and 1 / rms(x) as fp32 [T, 1].
+
+    A weight [H] that is finer than x is multiplied before anything is rounded.
+    """
     scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt_()
-    return (x.float() * scale).to(x.dtype) * weight, scale
+    return _weighted(x.float() * scale, x, weight), scale
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,51 +42,102 @@ def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, resi
     gradient = (dy * weight).float()
     inner = (gradient * normed).mean(-1, keepdim=True)
     dx = gradient.sub_(normed * inner).mul_(scale).add_(residual)
-    return dx.to(x.dtype), normed.to(x.dtype) * weight
+    return dx.to(x.dtype), _weighted(normed, x, weight)
 
 
-def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split form, laid out for attention: [T, G, R, D] to [G, T, R, D]; cos and sin [T, D/2]."""
+def _weighted(normed: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean(x)) / std(x) · weight + bias for rows of x [T, H], rounded once, to the dtype of x; and 1 / std(x)
+    beside mean(x), fp32 [T, 2]."""
+    y, mean, scale = torch.native_layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
+    return y.to(x.dtype), torch.cat([scale, mean], 1)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_backward`; with n = (x - mean) · scale: dx = scale · (g - mean(g) - n · mean(g · n))."""
+    scale, mean = moments[:, :1], moments[:, 1:]
+    normed = (x.float() - mean).mul_(scale)
+    gradient = dy.float() * weight
+    inner = (gradient * normed).mean(-1, keepdim=True)
+    dx = gradient.sub_(gradient.mean(-1, keepdim=True)).sub_(normed * inner).mul_(scale).add_(residual)
+    return dx.to(x.dtype), normed.mul_(weight).add_(bias).to(x.dtype)
+
+
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor, scale: float, neighbours: bool) -> Tensor:
+    """scale · rotary embedding, laid out for attention: [T, G, R, D] to [G, T, R, D]; cos and sin [T, n], of which the
+    first 2n features are turned and the rest only scaled. Pairs are feature i and i + n, or with `neighbours` 2i and
+    2i + 1."""
     groups = x_TGRD.transpose(0, 1)
     out = torch.empty(groups.shape, dtype=x_TGRD.dtype, device=x_TGRD.device)
-    _turn(groups, out, cos, sin)
+    _turn(groups, out, cos * scale, sin * scale, scale, neighbours)
     return out
 
 
-def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor) -> None:
+def unrotate(dy_GTRD: Tensor, cos: Tensor, sin: Tensor, out_TGRD: Tensor, scale: float, neighbours: bool) -> None:
     """The gradient of `rotate`, written to `out`: the rotation the other way round."""
-    _turn(dy_GTRD, out_TGRD.transpose(0, 1), cos, -sin)
+    _turn(dy_GTRD, out_TGRD.transpose(0, 1), cos * scale, sin * -scale, scale, neighbours)
 
 
-def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
-    c, s = cos[None, :, None, :], sin[None, :, None, :]
-    (a, b), (a_out, b_out) = x.chunk(2, -1), out.chunk(2, -1)
+def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, scale: float, neighbours: bool) -> None:
+    c, s, turned = cos[None, :, None, :], sin[None, :, None, :], 2 * cos.shape[1]
+    (a, b), (a_out, b_out) = (_pairs(t[..., :turned], neighbours) for t in (x, out))
     torch.mul(a, c, out=a_out)
     a_out.addcmul_(b, s, value=-1)
     torch.mul(b, c, out=b_out)
     b_out.addcmul_(a, s)
+    if turned < x.shape[-1]:
+        torch.mul(x[..., turned:], scale, out=out[..., turned:])
 
 
-def turn(x_THD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Rotary embedding in place, [T, H, D] with heads side by side; `back` is the other way round, the gradient."""
-    _turn(x_THD.clone()[None], x_THD[None], cos, -sin if back else sin)
+def _pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
+    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else x.chunk(2, -1)
+    return a, b
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up for [T, 2F] holding gate and up side by side."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+def turn(x_THD: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) -> None:
+    """`rotate` in place, [T, H, D]; `back` is the other way round, the gradient."""
+    _turn(x_THD.clone()[None], x_THD[None], cos, -sin if back else sin, 1.0, neighbours)
 
 
-def swiglu_backward(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of gate|up, and `swiglu(gate_up)` again. Both inputs are overwritten."""
-    gate, up = gate_up.chunk(2, -1)
-    act = F.silu(gate)
-    hidden = act * up
-    torch.mul(dh, up, out=up)  # d silu(gate)
-    torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
-    torch.mul(dh, act, out=up)
-    return gate_up, hidden
+def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+    """act(x) for x [T, F]; with `gated`, act(gate) · up for x [T, 2F] holding gate and up side by side."""
+    if not gated:
+        return _act(x, act)
+    gate, up = x.chunk(2, -1)
+    return _act(gate, act).mul_(up)
+
+
+def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and `activate(x)` again. Both inputs are overwritten."""
+    if not gated:
+        hidden = _act(x, act)
+        _act_backward(dh, x, act)
+        return x, hidden
+    gate, up = x.chunk(2, -1)
+    value = _act(gate, act)
+    hidden = value * up
+    torch.mul(dh, up, out=up)  # d act(gate)
+    _act_backward(up, gate, act)
+    torch.mul(dh, value, out=up)
+    return x, hidden
+
+
+def _act(x: Tensor, act: Activation) -> Tensor:
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def _act_backward(dy: Tensor, x: Tensor, act: Activation) -> None:
+    """The gradient, in the place of `x`."""
+    if act == "silu":
+        torch.ops.aten.silu_backward.grad_input(dy, x, grad_input=x)
+    else:
+        kind = "tanh" if act == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(dy, x, approximate=kind, grad_input=x)
 
 
 def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:
@@ -108,11 +166,15 @@ class Pointwise:
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] = add_rms_norm
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rms_norm_backward
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
-    unrotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = unrotate
-    turn: Callable[[Tensor, Tensor, Tensor, bool], None] = turn
-    swiglu: Callable[[Tensor], Tensor] = swiglu
-    swiglu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = swiglu_backward
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = layer_norm
+    layer_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+        layer_norm_backward
+    )
+    rotate: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor] = rotate
+    unrotate: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], None] = unrotate
+    turn: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = turn
+    activate: Callable[[Tensor, Activation, bool], Tensor] = activate
+    activate_backward: Callable[[Tensor, Tensor, Activation, bool], tuple[Tensor, Tensor]] = activate_backward
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax
     softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
     exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials

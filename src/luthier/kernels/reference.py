@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.kernels.loss import Head
+from luthier.kernels.pointwise import Activation
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -39,17 +40,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Twin of `kernels.pointwise.rotate`: x · cos + rotate_half(x) · sin, to [G, T, R, D]."""
-    a, b = x_TGRD.chunk(2, -1)
-    c, s = (torch.cat([table, table], -1)[:, None, None] for table in (cos, sin))
-    return (x_TGRD * c + torch.cat([-b, a], -1) * s).transpose(0, 1)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Twin of `kernels.pointwise.layer_norm` and, through autograd, of its backward."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Twin of `kernels.pointwise.swiglu`."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor, scale: float, neighbours: bool) -> Tensor:
+    """Twin of `kernels.pointwise.rotate`: each pair turned by its angle, to [G, T, R, D]."""
+    size, (c, s) = 2 * cos.shape[1], (table[:, None, None] for table in (cos, sin))
+    places = torch.arange(size)
+    first, second = (places[0::2], places[1::2]) if neighbours else places.chunk(2)
+    out = x_TGRD.clone()
+    a, b = x_TGRD[..., first], x_TGRD[..., second]
+    out[..., first], out[..., second] = a * c - b * s, b * c + a * s
+    return scale * out.transpose(0, 1)
+
+
+def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+    """Twin of `kernels.pointwise.activate`."""
+    gate, up = x.chunk(2, -1) if gated else (x, torch.ones_like(x))
+    if act == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none") * up
 
 
 def softmax(scores_GQRK: Tensor, seen: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters.method import Noise
-from luthier.kernels.pointwise import Pointwise
-from luthier.model.families import Family
-from luthier.model.heads import Saved, Segments, attention_on
-from luthier.model.merged import Gradients, MergedLinear
+from luthier.kernels.pointwise import Activation, Pointwise
+from luthier.model.families import Family, activation
+from luthier.model.heads import Heads, Saved, Segments, attention_on
+from luthier.model.merged import MergedLinear
 
 Recompute = Literal["nothing", "gate_up", "all"]
 """What of a block's `Kept` is not kept, but made again in the backward pass; `gate_up`: that product alone."""
@@ -35,15 +35,41 @@ class Pack:
 class Kept(NamedTuple):
     """What a block's backward pass needs of its forward pass."""
 
-    attention_scale: Tensor  # 1 / rms of the block's input
+    attention_scale: Tensor  # of the norm of the block's input: see `Norm`
     qkv_inner: Tensor | None
     attended: Tensor
     out_inner: Tensor | None
-    middle: Tensor  # the residual stream between attention and MLP
-    mlp_scale: Tensor
+    middle: Tensor | None  # what `down` adds to; in a block that is not parallel what the MLP's norm reads
+    mlp_scale: Tensor | None
     gate_up: Tensor
     gate_up_inner: Tensor | None
     attention: Saved
+
+
+class Norm:
+    """A norm with its weight [H] and, where it is a LayerNorm, its bias. What `forward` gives beside the output [T, H]
+    is 1 / rms of each row, fp32 [T, 1], of a LayerNorm 1 / std beside the mean, fp32 [T, 2]."""
+
+    def __init__(self, module: nn.Module, eps: float, pointwise: Pointwise) -> None:
+        self.weight, self.eps, self.pointwise = cast(Tensor, module.weight), eps, pointwise
+        self.bias = cast(Tensor, module.bias) if isinstance(module, nn.LayerNorm) else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bias is None:
+            return self.pointwise.rms_norm(x, self.weight, self.eps)
+        return self.pointwise.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def forward_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x + update, in the place of `update`, and what `forward` gives of it."""
+        if self.bias is None:
+            return self.pointwise.add_rms_norm(x, update, self.weight, self.eps)
+        return update.add_(x), *self.forward(update)
+
+    def backward(self, dy: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of x, plus `residual`; and the output again. `dy` may be overwritten."""
+        if self.bias is None:
+            return self.pointwise.rms_norm_backward(dy, x, scale, self.weight, residual)
+        return self.pointwise.layer_norm_backward(dy, x, scale, self.weight, self.bias, residual)
 
 
 class Block:
@@ -53,36 +79,45 @@ class Block:
 
     def __init__(self, layer: nn.Module, family: Family, config: Any, pointwise: Pointwise) -> None:
         part = layer.get_submodule
-        self.pointwise = pointwise
-        self.attention_norm = cast(Tensor, part(family.attention_norm).weight)
-        self.mlp_norm = cast(Tensor, part(family.mlp_norm).weight)
-        self.eps = float(getattr(config, family.eps))
+        self.act: Activation = activation(family, config)
+        self.pointwise, self.gated, self.parallel = pointwise, family.gated, family.parallel
+        eps = float(getattr(config, family.eps))
+        self.attention_norm = Norm(part(family.attention_norm), eps, pointwise)
+        self.mlp_norm = None if family.mlp_norm is None else Norm(part(family.mlp_norm), eps, pointwise)
         self.qkv = MergedLinear([part(name) for name in family.qkv])
         self.out = MergedLinear([part(family.out)])
         self.gate_up = MergedLinear([part(name) for name in family.gate_up])
         self.down = MergedLinear([part(family.down)])
         self.linears = (self.qkv, self.out, self.gate_up, self.down)
-        self.parameters = [p for linear in self.linears for p in linear.parameters()]
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.attention = attention_on(self.attention_norm, heads, groups, pointwise)
+        heads = _heads(family, config, self.qkv.columns[-1].stop)
+        self.attention = attention_on(self.attention_norm.weight, heads, pointwise)
 
     def forward(self, x: Tensor, pack: Pack) -> tuple[Tensor, Kept, Tensor | None]:
         """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed."""
         kept = self.until_down(x, pack)
-        y, inner = self.down.forward(self.pointwise.swiglu(kept.gate_up), self._noise(pack))
-        return y.add_(kept.middle), kept, inner
+        h = self.pointwise.activate(kept.gate_up, self.act, self.gated)
+        y, inner = self.down.forward(h, self._noise(pack))
+        y.add_(cast(Tensor, kept.middle))
+        return y, kept._replace(middle=None) if self.parallel else kept, inner
 
     def until_down(self, x: Tensor, pack: Pack) -> Kept:
-        point = self.pointwise
-        n, scale = point.rms_norm(x, self.attention_norm, self.eps)
+        noise, residual = self._noise(pack), _chosen(x, pack)
+        n, scale = self.attention_norm.forward(x)
         y, qkv_inner = self.qkv.forward(n, pack.noise)
-        o, kept = self.attention.forward(y, pack.segments)
-        del n, y
-        z, out_inner = self.out.forward(o, self._noise(pack))
-        residual = x if pack.rows is None else x[pack.rows]
-        middle, n, mlp_scale = point.add_rms_norm(residual, z, self.mlp_norm, self.eps)
-        gate_up, gate_up_inner = self.gate_up.forward(n, self._noise(pack))
-        return Kept(scale, qkv_inner, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, kept)
+        if self.parallel:  # before attention, so that nothing has to wait for it
+            n, mlp_scale = self.mlp_norm.forward(residual) if self.mlp_norm else (_chosen(n, pack), None)
+            gate_up, gate_up_inner = self.gate_up.forward(n, noise)
+        del n
+        o, attention = self.attention.forward(y, pack.segments)
+        del y
+        middle, out_inner = self.out.forward(o, noise)
+        if self.parallel:
+            middle.add_(residual)
+        else:
+            assert self.mlp_norm is not None
+            middle, n, mlp_scale = self.mlp_norm.forward_sum(residual, middle)
+            gate_up, gate_up_inner = self.gate_up.forward(n, noise)
+        return Kept(scale, qkv_inner, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, attention)
 
     def kept_of(self, kept: Kept) -> Iterator[Tensor | Saved | None]:
         """The parts of `kept`, None for those that `again` makes."""
@@ -94,42 +129,91 @@ class Block:
         if self.recompute == "all":
             return self.until_down(x, pack)
         if self.recompute == "gate_up":
-            n, _ = self.pointwise.rms_norm(kept.middle, self.mlp_norm, self.eps)
+            n = self._mlp_input(x, kept, pack)
             gate_up, inner = self.gate_up.forward(n, self._noise(pack))
             return kept._replace(gate_up=gate_up, gate_up_inner=inner)
         return kept
 
     def backward(
         self, dy: Tensor, x: Tensor, kept: Kept, down_inner: Tensor | None, pack: Pack, wanted: bool
-    ) -> tuple[Tensor | None, Gradients]:
-        """The gradient of x, None unless `wanted`, and of the adapters."""
-        point, noise, found = self.pointwise, self._noise(pack), Gradients()
-        inner = self.down.backward_inner(dy, down_inner, found)
-        dg, h = point.swiglu_backward(self.down.backward_input(dy, inner, noise), kept.gate_up)
-        self.down.backward_adapters(inner, h, noise, found)
-        del h
-        inner = self.gate_up.backward_inner(dg, kept.gate_up_inner, found)
-        dn = self.gate_up.backward_input(dg, inner, noise)
-        dm, n = point.rms_norm_backward(dn, kept.middle, kept.mlp_scale, self.mlp_norm, dy)
-        self.gate_up.backward_adapters(inner, n, noise, found)
-        del dg, dn, n
-        inner = self.out.backward_inner(dm, kept.out_inner, found)
-        self.out.backward_adapters(inner, kept.attended, noise, found)
+    ) -> Tensor | None:
+        """The gradient of x, None unless `wanted`. Those of the adapters go to their places."""
+        noise, dm = self._noise(pack), dy
+        dn, gate_up_inner = self._backward_mlp(dy, kept, down_inner, noise)
+        if self.mlp_norm is not None:
+            read = _chosen(x, pack) if self.parallel else cast(Tensor, kept.middle)
+            dm, n = self.mlp_norm.backward(dn, read, cast(Tensor, kept.mlp_scale), dy)
+            self.gate_up.backward_adapters(gate_up_inner, n, noise)
+            del dn, n, read
+        da, qkv_inner = self._backward_attention(dy if self.parallel else dm, kept, pack, wanted)
+        if da is None:
+            dx, n = None, self.attention_norm.forward(x)[0]
+        else:
+            if self.mlp_norm is None:
+                _add(da, dn, pack)
+            dx, n = self.attention_norm.backward(da, x, kept.attention_scale, _spread(dm, x, pack))
+        self.qkv.backward_adapters(qkv_inner, n, pack.noise)
+        if self.mlp_norm is None:
+            self.gate_up.backward_adapters(gate_up_inner, _chosen(n, pack), noise)
+        return dx
+
+    def _backward_mlp(
+        self, dy: Tensor, kept: Kept, inner: Tensor | None, noise: Noise | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of what the MLP reads [Q, H] and of the inner values of `gate_up`."""
+        inner = self.down.backward_inner(dy, inner)
+        dh = self.down.backward_input(dy, inner, noise)
+        dg, h = self.pointwise.activate_backward(dh, kept.gate_up, self.act, self.gated)
+        self.down.backward_adapters(inner, h, noise)
+        del dh, h
+        inner = self.gate_up.backward_inner(dg, kept.gate_up_inner)
+        return self.gate_up.backward_input(dg, inner, noise), inner
+
+    def _backward_attention(
+        self, dz: Tensor, kept: Kept, pack: Pack, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of what attention reads [T, H], None unless `wanted`, and of the inner values of `qkv`."""
+        noise = self._noise(pack)
+        inner = self.out.backward_inner(dz, kept.out_inner)
+        self.out.backward_adapters(inner, kept.attended, noise)
         if not (wanted or self.qkv.updates):
-            return None, found
-        do = self.out.backward_input(dm, inner, noise)
+            return None, None
+        do = self.out.backward_input(dz, inner, noise)
         dy = self.attention.backward(do, kept.attended, kept.attention, pack.segments)
-        inner = self.qkv.backward_inner(dy, kept.qkv_inner, found)
-        if not wanted:
-            n, _ = point.rms_norm(x, self.attention_norm, self.eps)
-            self.qkv.backward_adapters(inner, n, pack.noise, found)
-            return None, found
-        residual = dm if pack.rows is None else torch.zeros_like(x).index_copy_(0, pack.rows, dm)
-        dn = self.qkv.backward_input(dy, inner, pack.noise)
-        dx, n = point.rms_norm_backward(dn, x, kept.attention_scale, self.attention_norm, residual)
-        self.qkv.backward_adapters(inner, n, pack.noise, found)
-        return dx, found
+        inner = self.qkv.backward_inner(dy, kept.qkv_inner)
+        return self.qkv.backward_input(dy, inner, pack.noise) if wanted else None, inner
+
+    def _mlp_input(self, x: Tensor, kept: Kept, pack: Pack) -> Tensor:
+        if self.mlp_norm is None:
+            return _chosen(self.attention_norm.forward(x)[0], pack)
+        return self.mlp_norm.forward(_chosen(x, pack) if self.parallel else cast(Tensor, kept.middle))[0]
 
     def _noise(self, pack: Pack) -> Noise | None:
         """Past the attention of the last layer only the chosen rows exist."""
         return pack.noise if pack.noise is None or pack.rows is None else pack.noise.at(pack.rows)
+
+
+def _chosen(x: Tensor, pack: Pack) -> Tensor:
+    """Of [T, H] the rows whose output is wanted: [Q, H]."""
+    return x if pack.rows is None else x[pack.rows]
+
+
+def _spread(x: Tensor, like: Tensor, pack: Pack) -> Tensor:
+    """[Q, H] to [T, H], zero where no output is wanted."""
+    return x if pack.rows is None else torch.zeros_like(like).index_copy_(0, pack.rows, x)
+
+
+def _add(total: Tensor, x: Tensor, pack: Pack) -> None:
+    """Adds [Q, H] to its rows of [T, H]."""
+    if pack.rows is None:
+        total.add_(x)
+    else:
+        total.index_add_(0, pack.rows, x)
+
+
+def _heads(family: Family, config: Any, width: int) -> Heads:
+    """How heads lie in the product of q, k and v, which is so wide."""
+    queries = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    keys = (width // size - queries) // 2
+    return Heads(queries, keys, size, size**-0.5, family.grouped, family.neighbours)

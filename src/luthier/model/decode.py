@@ -63,7 +63,9 @@ def is_fast(model: CausalModel) -> bool:
     with length. Layers may be packed."""
     config, base, head = model.module.config, model.module.base_model, model.head.weight
     family = families.find(config)
-    if family is None or families.window(config) or config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
+    if family is None or not family.is_llama or families.window(config):
+        return False
+    if config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
         return False
     if not _is_low_rank(model):
         return False

@@ -2,39 +2,129 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.kernels.pointwise import Activation
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names inside a transformers module: of the decoder's own parts, then of a layer's.
+    """Names inside a transformers module: of the decoder's own parts, then of a layer's; and what the layer computes.
 
-    The block they describe: x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) · up(norm(x))),
-    with RMS norms, half-split rotary embedding and silu. Linear layers may have biases.
+    The block they describe: x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) · up(norm(x))).
+    Norms are RMS norms, or LayerNorms where the module has those. Linear layers may have biases.
     """
 
     layers: str = "layers"
     norm: str = "norm"
     rotary: str = "rotary_emb"
     attention_norm: str = "input_layernorm"
-    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
-    mlp_norm: str = "post_attention_layernorm"
-    gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_norm: str | None = "post_attention_layernorm"  # None: the MLP reads what attention reads
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     eps: str = "rms_norm_eps"  # of the config
+    act: str = "hidden_act"  # of the config
+    gated: bool = True  # False: down(act(up(norm(x)))), and `gate_up` names the one layer
+    parallel: bool = False  # both halves read the layer's input, and both are added to it
+    grouped: bool = False  # q|k|v holds query, key and value of one head, then those of the next
+    neighbours: bool = False  # rotary embedding turns features 2i and 2i + 1 together, not the halves of a head
+    needs: Mapping[str, Any] = field(default_factory=dict)  # what the config has to say
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether a layer computes what Llama's does, with separate layers for q, k and v, for gate and for up."""
+        plain = Family()
+        shape = ("parallel", "gated", "grouped", "neighbours")
+        return len(self.qkv) == 3 and all(getattr(self, name) == getattr(plain, name) for name in shape)
 
 
-FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family()}
+_LLAMA = Family()
+_MERGED = Family(gate_up=("mlp.gate_up_proj",))
+
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "phi": (
+        Family(
+            norm="final_layernorm",
+            out="self_attn.dense",
+            mlp_norm=None,
+            gate_up=("mlp.fc1",),
+            down="mlp.fc2",
+            eps="layer_norm_eps",
+            gated=False,
+            parallel=True,
+            needs={"qk_layernorm": False},
+        ),
+    ),
+    "falcon": (
+        Family(
+            layers="h",
+            norm="ln_f",
+            qkv=("self_attention.query_key_value",),
+            out="self_attention.dense",
+            mlp_norm=None,
+            gate_up=("mlp.dense_h_to_4h",),
+            down="mlp.dense_4h_to_h",
+            eps="layer_norm_epsilon",
+            act="activation",
+            gated=False,
+            parallel=True,
+            needs={"alibi": False, "new_decoder_architecture": False, "parallel_attn": True, "multi_query": True},
+        ),
+    ),
+    "glm": (replace(_MERGED, neighbours=True),),
+    "phi3": (replace(_MERGED, qkv=("self_attn.qkv_proj",)),),
+}
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""By transformers' names; those of the same function differ in how they write it."""
 
 
 def find(config: Any) -> Family | None:
     """The family of a transformers config, or None if our block does not compute what that model does."""
-    family = FAMILIES.get(config.model_type)
-    if family is None or config.hidden_act != "silu":
-        return None
-    return family
+    rows = FAMILIES.get(config.model_type, ())
+    return next((row for row in rows if _fits(row, config)), None)
+
+
+def of_file(config: Mapping[str, Any]) -> Family | None:
+    """The family of a model's `config.json`; transformers is asked only for what the file leaves out."""
+    rows = FAMILIES.get(config["model_type"], ())
+    if all(name in config for row in rows for name in (row.act, *row.needs)):
+        return find(SimpleNamespace(**config))
+    from transformers import CONFIG_MAPPING
+
+    return find(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+
+
+def is_llama(config: Mapping[str, Any]) -> bool:
+    """Whether all models of the type that a `config.json` names are `Family.is_llama`."""
+    rows = FAMILIES.get(config["model_type"], ())
+    return bool(rows) and all(row.is_llama for row in rows)
+
+
+def _fits(row: Family, config: Any) -> bool:
+    known = getattr(config, row.act, None) in _ACTIVATIONS
+    return known and all(getattr(config, name, None) == value for name, value in row.needs.items())
+
+
+def activation(family: Family, config: Any) -> Activation:
+    """What is between the products of a layer's MLP."""
+    return _ACTIVATIONS[getattr(config, family.act)]
 
 
 def window(config: Any) -> int | None:

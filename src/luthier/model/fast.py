@@ -357,6 +357,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, texts: _Texts) -> Tensor:
 class _Layer:
     def __init__(self, block: nn.Module, family: families.Family, merge: bool) -> None:
         find: Callable[[str], Any] = block.get_submodule
+        assert family.mlp_norm is not None  # `Family.is_llama`
         self.before_attention, self.before_mlp = find(family.attention_norm).weight, find(family.mlp_norm).weight
         self.qkv = Projection([find(name) for name in family.qkv], merge)
         self.out = Projection([find(family.out)], merge)

@@ -6,6 +6,7 @@ head, T tokens, Q query tokens, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -34,11 +35,12 @@ Saved = tuple[Tensor | None, ...]
 class Segments:
     """What attention is told about a micro-batch."""
 
-    cos: Tensor  # [T, D/2]
+    cos: Tensor  # [T, n], of the n pairs of features of a head that rotary embedding turns
     sin: Tensor
     bounds: tuple[int, ...]
     prefix: int  # tokens of the first segment that all others see too
     rows: Tensor | None = None  # int64 [Q], ascending: the queries; None: all tokens
+    told: tuple[Tensor, int] | None = None  # `edges` and `longest`, where they are known; `bounds` may then be others
 
     @cached_property
     def tiles(self) -> list[Tile]:
@@ -49,15 +51,46 @@ class Segments:
     @cached_property
     def edges(self) -> Tensor:
         """`bounds` as int32 [n + 1], where the tokens are."""
+        if self.told:
+            return self.told[0]
         return torch.tensor(self.bounds, dtype=torch.int32).to(self.cos.device, non_blocking=True)
 
     @property
     def longest(self) -> int:
-        return max(end - start for start, end in pairwise(self.bounds))
+        """Tokens of the longest segment, or more."""
+        return self.told[1] if self.told else max(end - start for start, end in pairwise(self.bounds))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How heads lie in the merged product q|k|v [T, N], and how they are read."""
+
+    queries: int
+    keys: int
+    size: int
+    scale: float  # of the products of queries and keys
+    grouped: bool = False  # query, key and value of one head, then those of the next: as many keys as queries
+    neighbours: bool = False  # which features rotary embedding turns together: see `kernels.pointwise.rotate`
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, Hq, D], k and v [T, Hk, D] as views of q|k|v [T, N]."""
+        if self.grouped:
+            q, k, v = y.view(len(y), -1, 3, self.size).unbind(2)
+        else:
+            q, k, v = torch.split(y.view(len(y), -1, self.size), [self.queries, self.keys, self.keys], dim=1)
+        return q, k, v
+
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q|k|v [T, N] of what `split` gives."""
+        return (torch.stack([q, k, v], 2) if self.grouped else torch.cat([q, k, v], 1)).flatten(1)
+
+    def turned(self, y: Tensor) -> Sequence[Tensor]:
+        """The queries and keys of q|k|v [T, N], each [T, heads, D], in as few views as there can be."""
+        return self.split(y)[:2] if self.grouped else [y.view(len(y), -1, self.size)[:, : self.queries + self.keys]]
 
 
 class Attention(Protocol):
-    """Attention of a layer, with as many query heads and key heads as it was made for."""
+    """Attention of a layer, whose heads lie as it was told."""
 
     def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         """q|k|v [T, N] to [Q, Hq·D]. `y` may be overwritten."""
@@ -66,32 +99,23 @@ class Attention(Protocol):
         """The gradient of q|k|v [T, N]."""
 
 
-def attention_on(place: Tensor, heads: int, groups: int, point: Pointwise) -> Attention:
+def attention_on(place: Tensor, heads: Heads, point: Pointwise) -> Attention:
     """The attention for tensors where `place` is."""
-    return RowAttention(heads, groups, point) if on_gpu(place) else TileAttention(heads, groups, point)
-
-
-def split(y: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, Hq, D], k and v [T, Hk, D] as views of q|k|v [T, N]."""
-    q, k, v = torch.split(y.view(len(y), heads + 2 * groups, -1), [heads, groups, groups], dim=1)
-    return q, k, v
-
-
-def _size(y: Tensor, heads: int, groups: int) -> int:
-    return y.shape[1] // (heads + 2 * groups)
+    return RowAttention(heads, point) if on_gpu(place) else TileAttention(heads, point)
 
 
 class TileAttention:
-    """By tiles of query rows, on a CPU."""
+    """By tiles of query rows, on a CPU. The rotation of the queries carries the scale of attention, which then costs
+    nothing."""
 
-    def __init__(self, heads: int, groups: int, point: Pointwise) -> None:
-        self.heads, self.groups, self.point = heads, groups, point
+    def __init__(self, heads: Heads, point: Pointwise) -> None:
+        self.heads, self.point = heads, point
 
     def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         q_TGRD, k_TG1D, v_TG1D = self._split(y)
         chosen = q_TGRD if segments.rows is None else q_TGRD[segments.rows]
-        q_GQRD = self.point.rotate(chosen, *self._scaled(segments, y))
-        k_GTD = self.point.rotate(k_TG1D, segments.cos, segments.sin)[:, :, 0]
+        q_GQRD = self.point.rotate(chosen, *_tables(segments), self.heads.scale, self.heads.neighbours)
+        k_GTD = self.point.rotate(k_TG1D, segments.cos, segments.sin, 1.0, self.heads.neighbours)[:, :, 0]
         v_GTD = v_TG1D[:, :, 0].transpose(0, 1).contiguous()
         o, kept = attention_forward(q_GQRD, k_GTD, v_GTD, segments.tiles, self.point)
         return o, (q_GQRD, k_GTD, v_GTD, *kept)
@@ -99,45 +123,42 @@ class TileAttention:
     def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
         q_GQRD, k_GTD, v_GTD, *kept = cast(tuple[Tensor, ...], saved)
         dq, dk, dv = attention_backward(do, o, q_GQRD, k_GTD, v_GTD, kept, segments.tiles, self.point)
-        dy = do.new_empty(k_GTD.shape[1], (self.heads + 2 * self.groups) * k_GTD.shape[-1])
+        dy = do.new_empty(k_GTD.shape[1], (self.heads.queries + 2 * self.heads.keys) * self.heads.size)
         q_TGRD, k_TG1D, v_TG1D = self._split(dy)
-        if segments.rows is None:
-            self.point.unrotate(dq, *self._scaled(segments, dy), q_TGRD)
-        else:
-            chosen = q_TGRD.new_empty(len(segments.rows), *q_TGRD.shape[1:])
-            self.point.unrotate(dq, *self._scaled(segments, dy), chosen)
+        chosen = q_TGRD if segments.rows is None else q_TGRD.new_empty(len(segments.rows), *q_TGRD.shape[1:])
+        self.point.unrotate(dq, *_tables(segments), chosen, self.heads.scale, self.heads.neighbours)
+        if segments.rows is not None:
             q_TGRD.zero_().index_copy_(0, segments.rows, chosen)
-        self.point.unrotate(dk[:, :, None], segments.cos, segments.sin, k_TG1D)
+        self.point.unrotate(dk[:, :, None], segments.cos, segments.sin, k_TG1D, 1.0, self.heads.neighbours)
         v_TG1D[:, :, 0] = dv.transpose(0, 1)
         return dy
 
     def _split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, G, R, D], k and v [T, G, 1, D] as views of q|k|v [T, N]."""
-        q, k, v = split(y, self.heads, self.groups)
-        return q.view(len(y), self.groups, -1, q.shape[-1]), k[:, :, None], v[:, :, None]
+        q, k, v = self.heads.split(y)
+        return q.view(len(y), self.heads.keys, -1, self.heads.size), k[:, :, None], v[:, :, None]
 
-    def _scaled(self, segments: Segments, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotation of the queries; it carries the 1/√D of attention, which then costs nothing."""
-        size, rows = _size(y, self.heads, self.groups), segments.rows
-        cos, sin = (t if rows is None else t[rows] for t in (segments.cos, segments.sin))
-        return cos * size**-0.5, sin * size**-0.5
+
+def _tables(segments: Segments) -> tuple[Tensor, Tensor]:
+    """The rotation of the queries."""
+    cos, sin = (t if segments.rows is None else t[segments.rows] for t in (segments.cos, segments.sin))
+    return cos, sin
 
 
 class RowAttention:
     """By whole rows of segments, on a GPU: heads are turned in place, where the product left them, and torch's flash
     attention reads them there. Queries that nobody asked for are computed too; a prefix cannot be shared."""
 
-    def __init__(self, heads: int, groups: int, point: Pointwise) -> None:
-        self.heads, self.groups, self.point = heads, groups, point
+    def __init__(self, heads: Heads, point: Pointwise) -> None:
+        self.heads, self.point = heads, point
 
     def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         assert not segments.prefix
-        q, k, v = split(y, self.heads, self.groups)
-        for heads in (q, k):
-            self.point.turn(heads, segments.cos, segments.sin, False)
+        for heads in self.heads.turned(y):
+            self.point.turn(heads, segments.cos, segments.sin, False, self.heads.neighbours)
         with torch.enable_grad():
-            q, k, v = (heads.detach().requires_grad_() for heads in (q, k, v))
-            whole = _attend(q, k, v, segments)
+            q, k, v = (heads.detach().requires_grad_() for heads in self.heads.split(y))
+            whole = _attend(q, k, v, segments, self.heads.scale)
         o = whole.detach().flatten(1)
         return o if segments.rows is None else o[segments.rows], (whole, q, k, v)
 
@@ -145,16 +166,14 @@ class RowAttention:
         whole, *leaves = cast(tuple[Tensor, ...], saved)
         if segments.rows is not None:
             do = do.new_zeros(len(whole), do.shape[1]).index_copy_(0, segments.rows, do)
-        dq, dk, dv = torch.autograd.grad(whole, leaves, do.view_as(whole))
-        dy = torch.cat([dq, dk, dv], 1)
-        turned = dy[:, : self.heads + self.groups]
-        self.point.turn(turned, segments.cos, segments.sin, True)
-        return dy.flatten(1)
+        dy = self.heads.join(*torch.autograd.grad(whole, leaves, do.view_as(whole)))
+        for heads in self.heads.turned(dy):
+            self.point.turn(heads, segments.cos, segments.sin, True, self.heads.neighbours)
+        return dy
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     """[T, Hq, D], with the graph that leads back to q, k and v."""
-    scale = q.shape[-1] ** -0.5
     if takes(q, k, v):
         return varlen_attention(q, k, v, segments.edges, segments.longest, scale)
     parts = [_sdpa(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(segments.bounds)]
