@@ -23,6 +23,7 @@ LENGTHS = {
     "many": (5, 1, 40, 17, 2, 90, 33) * 11,
     "one": (777,),
     "batch": (256, 256, 256),
+    "trimmed": (255, 255, 255),
 }
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 OLDEST = 91500  # of cuDNN: what comes with the oldest torch we take
 LARGEST = {9: 256, 10: 128}  # head size by the first digit of the compute capability
-ROUND = 128  # a plan for rows that are all as long is made for each length: only those of such lengths come again
+ROUND = 128  # tokens: batches have a plan for each length, and only those of full rows come again and again
 
 
 class Machine(NamedTuple):
@@ -50,7 +50,7 @@ def way(at: Machine, size: int, tokens: int, segments: int, longest: int) -> Lit
     """How cuDNN computes 16-bit attention of a head size over so many tokens in so many segments; None: it does not."""
     if at.version < OLDEST or size > LARGEST.get(at.major, 0) or size % 8:
         return None
-    if segments * longest == tokens and longest % ROUND == 0:
+    if segments * longest == tokens and -longest % ROUND <= 1:  # a row's last token may be left out: nothing follows it
         return "batch"
     return "packed" if at.frontend else None
 
