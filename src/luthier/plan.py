@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import GIB, Gpu, Machine
-from luthier.recipe import Full, Lora, Recipe
+from luthier.model.families import is_llama
+from luthier.model.shape import blocks_of, shape
+from luthier.recipe import Full, Lora, Recipe, Run
 
 if TYPE_CHECKING:
-    from luthier.model.causal import Kernels
+    from luthier.model.block import Recompute
+    from luthier.model.causal import CausalModel, Kernels
     from luthier.model.trace import Trace
 
 _MIB = 1024**2
@@ -37,6 +41,8 @@ _SHARE = 0.8  # of the free memory that `memory: auto` takes: the rest is for th
 _GPU_SHARE = 0.96  # of a GPU's free memory: what the plan may be wrong by
 _LOGIT_ROWS = 256  # rows of the head computed at once (kernels/loss.py)
 _LONGEST_USEFUL = {"cpu": 4096, "cuda": 16384, "mps": 4096}  # tokens of a micro-batch beyond which steps get no faster
+_MOST_CUTS = 16  # micro-batches of a step that are considered
+_ROOM = 33 / 32  # of a micro-batch beyond its part of a step, so that rows fit
 _SUPERVISED = 0.3  # share of the tokens that are learned, where the data is not known yet
 
 # Sustained FLOP/s of a training step per core, measured on SmolLM2-135M (docs/log.md), by dtype and instruction set.
@@ -51,13 +57,11 @@ _CPU_BANDWIDTH = 10e9  # bytes/s of operations that are no products, per core: a
 
 
 class _Sustained(NamedTuple):
-    """What a GPU sustains of its data sheet, and what the host costs. Guesses until measured."""
+    """What a GPU sustains of its data sheet, and what the host costs, as measured on one H200: guesses for others."""
 
-    products: float = (
-        0.6  # of the dense rate: large bf16 products reach 0.7 on an H200, the small ones of LoRA far less
-    )
+    products: float = 0.7  # of the dense rate, LoRA's small products included
     bandwidth: float = 0.7
-    launch: float = 12e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
+    launch: float = 30e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
 
 
 _GPU = _Sustained()
@@ -79,7 +83,8 @@ class Plan:
     budget_bytes: int
     fits: bool
     micro_tokens: int
-    recompute: bool
+    recompute: bool | int
+    """True: all decoder blocks compute their activations again in the backward pass; else so many, the first ones."""
     processes: int
     seconds_per_step: float
     place: str = "cpu"
@@ -88,6 +93,8 @@ class Plan:
     """The part of the peak that a process can measure: on a GPU what torch's allocator reserves, not the context."""
     offload: int = 0
     """Decoder blocks whose weights stay in host memory."""
+    recompute_gate_up: int = 0
+    """Decoder blocks after those that compute the product gate|up alone again."""
     unpacked: int = 0
     """Decoder blocks of whose packed weights the values are kept beside."""
     kernels: Kernels = "reference"
@@ -132,15 +139,49 @@ class Setting:
         return int(sizes * _CODE)
 
 
+class _Keeping(NamedTuple):
+    """What a model's blocks keep for the backward pass: the first `whole` make all again, `gate_up` more that product
+    alone, and the others nothing."""
+
+    whole: int = 0
+    gate_up: int = 0
+
+
 class _Cost(NamedTuple):
     """Of one process and one micro-batch."""
 
     parts: dict[str, int]
     outside: int  # bytes of them that torch cannot see
-    seconds: Callable[[float], float]  # of a step of so many tokens, cut into such micro-batches
+    seconds: Callable[[float, float, int], float]  # of a step: its tokens, micro-batches and unpacked blocks
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
 
 
-_Estimate = Callable[[tuple[int, ...], bool], _Cost]
+_Estimate = Callable[[int, _Keeping], _Cost]  # of the worst micro-batch of so many tokens
+
+
+@dataclass(frozen=True)
+class _Estimator:
+    """What a model takes. `near` is quick, and exact for whole rows but for what attention takes for itself."""
+
+    blocks: int
+    exact: _Estimate
+    near: _Estimate
+    has_gate_up: bool
+    frozen: int = 0
+    """Bytes of a block's weights."""
+    values: int = 0
+    """Bytes of the values of a block's packed weights, which our decoder can keep beside."""
+
+
+class _Found(NamedTuple):
+    seconds: float
+    tokens: int
+    keeping: _Keeping
+    unpacked: int
+    cost: _Cost
 
 
 def parse_bytes(text: str) -> int:
@@ -190,104 +231,172 @@ def plan(
     longest = min(longest or recipe.data.length, recipe.data.length)
     mean = min(mean_length or longest, longest)
     allowed = budget(recipe.run.memory, facts, setting.place)
-    estimate = _estimator(recipe, config, setting, facts, mean)
-    found = _best(recipe, estimate, allowed, setting, longest, mean)
+    step = _Step.of(recipe, setting, longest, mean)
+    estimator = _estimator(recipe, config, setting, facts, step)
+    search = _Search(recipe.run, estimator, setting, step, allowed)
+    found = search.best()
     streams = recipe.run.offload if recipe.run.offload != "auto" else not found.fits
     if setting.place == "cuda" and setting.kernels == "reference" and streams:
-        found = _streamed(recipe, config, estimate, setting, longest, mean, allowed)
-    found = _unpacked(recipe, config, setting, found)
+        found = _streamed(search)
     if found.peak_bytes > allowed:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else f"{setting.processes * setting.threads} core(s)"
     return replace(found, place=setting.place, device=device, kernels=setting.kernels)
 
 
-def _best(recipe: Recipe, estimate: _Estimate, allowed: int, setting: Setting, longest: int, mean: float) -> Plan:
-    """The fastest of the choices of `recompute` that fit, else the smallest."""
-    asked, plans = recipe.run.recompute, []
-    most = setting.most(recipe.train.samples_per_step, longest)
-    for recompute in (False, True) if asked == "auto" else (asked,):
-        tokens, cost = _largest(recipe, estimate, allowed / setting.processes, longest, most, setting, recompute)
-        parts = {name: amount * setting.processes for name, amount in cost.parts.items()}
-        peak, outside = sum(parts.values()), cost.outside * setting.processes
-        seconds = cost.seconds(recipe.train.samples_per_step * mean / setting.processes)
-        fits = peak <= allowed
-        plans.append(
-            Plan(
-                parts,
-                peak,
-                allowed,
-                fits,
-                tokens,
-                recompute,
-                setting.processes,
-                seconds,
-                measurable_bytes=peak - outside,
-            )
+@dataclass(frozen=True)
+class _Step:
+    """One process's part of a step."""
+
+    tokens: float  # on average
+    most: int  # that can come
+    longest: int  # of a row
+    mean: float
+    sizes: tuple[int, ...]
+    """Tokens that a micro-batch may have, the most first."""
+
+    @staticmethod
+    def of(recipe: Recipe, setting: Setting, longest: int, mean: float) -> _Step:
+        samples = recipe.train.samples_per_step
+        most = setting.most(samples, longest)
+        sizes = _sizes(recipe.run.micro_tokens, most, longest, _LONGEST_USEFUL[setting.place])
+        return _Step(samples * mean / setting.processes, most, longest, mean, sizes)
+
+    def cuts(self, tokens: int) -> float:
+        """Micro-batches of a step on average: what is left over takes one, too."""
+        return 1 if tokens >= self.most else max(1, self.tokens / tokens + 0.5)
+
+
+def _sizes(asked: int | str, most: int, longest: int, useful: int) -> tuple[int, ...]:
+    """A step in one micro-batch, in two, and so on, with some room for how rows fit, down to one longest row."""
+    if not isinstance(asked, str):
+        return (min(most, asked),)
+    first = max(longest, min(most, useful))
+    parts = {int(first / cuts * _ROOM) // 8 * 8 for cuts in range(2, _MOST_CUTS + 1)}
+    return (first, *sorted((size for size in parts if longest < size < first), reverse=True), longest)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """For the fastest of all sizes of micro-batches and all that blocks may keep, in `allowed` bytes of the machine."""
+
+    run: Run
+    estimator: _Estimator
+    setting: Setting
+    step: _Step
+    allowed: float
+
+    def best(self) -> Plan:
+        """The fastest that fits, else the smallest. Sizes are ranked by what is near, and what blocks keep is chosen by
+        what is exact."""
+        exact, sizes = self.estimator.exact, self.step.sizes
+        first = self.fastest(exact, sizes[0])
+        if first is not None and first.keeping == _Keeping(self.wholes[0], self.gate_ups(self.wholes[0])[0]):
+            return self.planned(first)  # with less in a micro-batch, nothing more could be kept
+        smallest = self.found(exact, sizes[-1], _Keeping(self.wholes[-1], self.gate_ups(self.wholes[-1])[-1]))
+        if smallest.cost.bytes > self.room:
+            return self.planned(smallest)
+        near = [found for size in sizes if (found := self.fastest(self.estimator.near, size))]
+        ranked = sorted(near, key=lambda found: (found.seconds, -found.tokens))
+        fitting = (self.fastest(exact, found.tokens) for found in ranked)
+        return self.planned(next(filter(None, fitting), smallest))
+
+    def fastest(self, estimate: _Estimate, tokens: int) -> _Found | None:
+        """The fastest of what blocks may keep of micro-batches of so many tokens, if anything fits."""
+        found = []
+        for whole in self.wholes:
+            choices = [_Keeping(whole, count) for count in self.gate_ups(whole)]
+            place = _first(choices, lambda keeping: estimate(tokens, keeping).bytes <= self.room)
+            if place < len(choices):
+                found.append(self.found(estimate, tokens, choices[place]))
+            if place == 0:
+                break  # to make more again only takes longer
+        return min(found, key=lambda found: found.seconds, default=None)
+
+    def found(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> _Found:
+        cost, step = estimate(tokens, keeping), self.step
+        unpacked = self.unpacked(self.room - cost.bytes)
+        return _Found(cost.seconds(step.tokens, step.cuts(tokens), unpacked), tokens, keeping, unpacked, cost)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a process, without the values that the recipe wants kept."""
+        asked = self.run.unpacked
+        values = 0 if asked == "auto" else min(asked, self.estimator.blocks) * self.estimator.values
+        return self.allowed / self.setting.processes - values
+
+    def unpacked(self, left: float) -> int:
+        """How many blocks keep their packed weights' values where so many bytes are left. `auto` leaves half of them to
+        what no plan knows: sampled answers, and other programs."""
+        asked, values = self.run.unpacked, self.estimator.values
+        if not values or (asked == "auto" and self.setting.place != "cuda"):
+            return 0
+        return min(self.estimator.blocks, max(0, int(left / 2 // values)) if asked == "auto" else asked)
+
+    @property
+    def wholes(self) -> Sequence[int]:
+        """How many blocks may make all again."""
+        asked, blocks = self.run.recompute, self.estimator.blocks
+        return range(blocks + 1) if asked == "auto" else [blocks_of(asked, blocks)]
+
+    def gate_ups(self, whole: int) -> Sequence[int]:
+        """How many more may make gate|up again."""
+        asked, rest = self.run.recompute_gate_up, self.estimator.blocks - whole
+        if asked != "auto":
+            return [min(asked, rest) if self.estimator.has_gate_up else 0]
+        return range(rest + 1) if self.run.recompute == "auto" and self.estimator.has_gate_up else [0]
+
+    def planned(self, found: _Found) -> Plan:
+        processes, values = self.setting.processes, self.estimator.values
+        parts = found.cost.parts | ({"unpacked": found.unpacked * values} if values else {})
+        parts = {name: amount * processes for name, amount in parts.items()}
+        peak, whole = sum(parts.values()), found.keeping.whole
+        return Plan(
+            parts,
+            peak,
+            int(self.allowed),
+            peak <= self.allowed,
+            found.tokens,
+            whole == self.estimator.blocks or whole or False,
+            processes,
+            found.seconds,
+            measurable_bytes=peak - found.cost.outside * processes,
+            recompute_gate_up=found.keeping.gate_up,
+            unpacked=found.unpacked,
         )
-        if fits and tokens >= min(most, _LONGEST_USEFUL[setting.place]):
-            break  # recomputing has nothing to offer
-    fitting = [p for p in plans if p.fits]
-    return min(fitting, key=lambda p: p.seconds_per_step) if fitting else min(plans, key=lambda p: p.peak_bytes)
 
 
-def _largest(
-    recipe: Recipe, estimate: _Estimate, allowed: float, longest: int, most: int, setting: Setting, recompute: bool
-) -> tuple[int, _Cost]:
-    """Tokens of the largest useful micro-batch within `allowed` bytes, at least one longest row, and its cost.
-
-    Memory is linear in whole rows, and convex within one, so that a line through one and two rows is never too low.
-    """
-    if recipe.run.micro_tokens != "auto":
-        tokens = min(most, recipe.run.micro_tokens)
-        return tokens, estimate(_rows(max(longest, tokens), longest), recompute)
-    one = estimate((longest,), recompute)
-    useful = max(longest, min(most, _LONGEST_USEFUL[setting.place]))
-    if sum(one.parts.values()) >= allowed or useful == longest:
-        return longest, one
-    slope = (sum(estimate((longest, longest), recompute).parts.values()) - sum(one.parts.values())) / longest
-    tokens = min(useful, longest + int((allowed - sum(one.parts.values())) / max(slope, 1)) // 8 * 8)
-    while True:
-        cost = estimate(_rows(tokens, longest), recompute)
-        if sum(cost.parts.values()) <= allowed or tokens == longest:
-            return tokens, cost
-        tokens = max(longest, int(tokens * 0.95) // 8 * 8)
+def _first(choices: Sequence[_Keeping], fits: Callable[[_Keeping], bool]) -> int:
+    """The place of the first choice that fits, where all after it do, too; their number where none does."""
+    if fits(choices[0]):
+        return 0
+    return bisect_left(choices, True, key=fits) if fits(choices[-1]) else len(choices)
 
 
-def _streamed(
-    recipe: Recipe,
-    config: dict[str, Any],
-    estimate: _Estimate,
-    setting: Setting,
-    longest: int,
-    mean: float,
-    allowed: int,
-) -> Plan:
+def _streamed(search: _Search) -> Plan:
     """With as many blocks in host memory as the recipe says, else as few as let one longest row fit. Streamed blocks
     are recomputed, and two of them are on the GPU at a time. Each comes to it twice a micro-batch (about 50 GB/s)."""
-    changed = Recipe.model_validate(_merged(recipe.model_dump(), {"run": {"recompute": True}}))
-    count, size, _ = _blocks(
-        recipe.model_dump_json(include={"model", "adapter", "data"}), json.dumps(config), setting.dtype
-    )
+    search = replace(search, run=search.run.model_copy(update={"recompute": True}))
+    count, size, allowed = search.estimator.blocks, search.estimator.frozen, search.allowed
     wanted: int
-    if recipe.run.offload == "auto":
-        smallest = _best(changed, estimate, 0, setting, longest, mean)
+    if search.run.offload == "auto":
+        smallest = replace(search, allowed=0).best()
         wanted = 2 + math.ceil(max(0, smallest.peak_bytes - allowed) / size)
     else:
-        wanted = recipe.run.offload
+        wanted = search.run.offload
         if wanted > count:
             what, fix = f"the model has {count} blocks", f"write at most {count}, or auto"
             raise RecipeError(what, where=f"run.offload: {wanted}", fix=fix)
     wanted = min(count, wanted)
     saved = max(0, wanted - 2) * size
-    found = _best(changed, estimate, allowed + saved, setting, longest, mean)
+    found = replace(search, allowed=allowed + saved).best()
     parts = {**found.parts, "streamed to host memory": -saved}
     peak = found.peak_bytes - saved
     return replace(
         found,
         parts=parts,
         peak_bytes=peak,
-        budget_bytes=allowed,
+        budget_bytes=int(allowed),
         fits=peak <= allowed,
         measurable_bytes=found.measurable_bytes - saved,
         seconds_per_step=found.seconds_per_step + 2 * wanted * size / 50e9,
@@ -295,64 +404,26 @@ def _streamed(
     )
 
 
-def _unpacked(recipe: Recipe, config: dict[str, Any], setting: Setting, found: Plan) -> Plan:
-    """With the values of packed weights kept, of as many blocks as the recipe says; `auto` leaves half of the room that
-    there is to what no plan knows: sampled answers, and other programs."""
-    asked = recipe.run.unpacked
-    if setting.kernels == "reference" or recipe.model.quantize is None or (asked == "auto" and setting.place != "cuda"):
-        return found
-    settings = recipe.model_dump_json(include={"model", "adapter", "data"})
-    count, _, size = _blocks(settings, json.dumps(config), setting.dtype)
-    room = max(0, found.budget_bytes - found.peak_bytes) // 2
-    wanted = min(count, room // (size * setting.processes) if asked == "auto" else asked)
-    more = wanted * size * setting.processes
-    return replace(
-        found,
-        parts={**found.parts, "unpacked": more},
-        peak_bytes=found.peak_bytes + more,
-        measurable_bytes=found.measurable_bytes + more,
-        fits=found.peak_bytes + more <= found.budget_bytes,
-        unpacked=wanted,
-    )
-
-
-@lru_cache(maxsize=8)
-def _blocks(settings: str, config: str, dtype: str) -> tuple[int, int, int]:
-    """How many decoder blocks a model has, and a block's bytes: of frozen tensors, and of packed weights' values."""
-    import torch
-
-    from luthier.model.offload import blocks_name
-    from luthier.model.trace import outline
-
-    recipe = Recipe.model_validate_json(settings)
-    model = outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), recompute=False)
-    blocks: Any = model.module.get_submodule(blocks_name(model.module))
-    frozen = sum(p.nbytes for p in blocks[0].parameters() if not p.requires_grad)
-    return len(blocks), frozen, sum(getattr(layer, "kept_bytes", 0) for layer in blocks[0].modules())
-
-
 def _rows(tokens: int, longest: int) -> tuple[int, ...]:
-    """The lengths of the worst micro-batch of so many tokens: longest rows, and the rest."""
-    whole, rest = divmod(tokens, longest)
+    """The lengths of the worst micro-batch of so many tokens: longest rows, and the rest; at least one row."""
+    whole, rest = divmod(max(tokens, longest), longest)
     return (longest,) * whole + ((rest,) if rest else ())
 
 
-def _estimator(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
+def _estimator(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, step: _Step) -> _Estimator:
     plain = setting.place == "cpu" and setting.kernels != "reference" and recipe.model.quantize is None
-    return (_formula if plain else _traced)(recipe, config, setting, facts, mean)
+    plain = plain and recipe.model.norms != "float32" and is_llama(config)
+    return (_formula if plain else _traced)(recipe, config, setting, facts, step)
 
 
 # Our block with dense weights on a CPU, by formula.
 
 
-def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
-    from luthier.model.shape import shape
-
+def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, step: _Step) -> _Estimator:
     assert isinstance(recipe.adapter, Lora), "our block runs LoRA only"
     model, size, rank = shape(config), 4 if setting.dtype == "float32" else 2, recipe.adapter.rank
     adapter = model.adapter(recipe.adapter)
     rate = _rate(setting.dtype, facts, setting.threads)
-    flops = model.token_flops(adapter, mean, _SUPERVISED)
     fixed = {
         "process": _PROCESS,
         "weights": model.weights * size,
@@ -366,13 +437,14 @@ def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Ma
     # Loading holds the weights' file, of 16 bits, beside what is merged from it.
     loading = model.weights * 2 - sum(fixed[name] for name in ("gradients", "optimizer", "logits", "code"))
 
-    def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
-        kept = sum(lengths) * model.token_bytes(size, max(lengths), rank, recompute)
+    def estimate(tokens: int, keeping: _Keeping) -> _Cost:
+        tokens = max(tokens, step.longest)
+        kept = tokens * model.token_bytes(size, min(tokens, step.longest), rank, *keeping)
         activations = max(loading, math.ceil(kept * (1 + _HOLES)))
-        again = 4 / 3 if recompute else 1
-        return _Cost({**fixed, "activations": activations}, 0, lambda tokens: tokens * flops * again / rate)
+        flops = model.token_flops(adapter, step.mean, _SUPERVISED, *keeping)
+        return _Cost({**fixed, "activations": activations}, 0, lambda tokens, *_: tokens * flops / rate)
 
-    return estimate
+    return _Estimator(model.layers, estimate, estimate, has_gate_up=True)
 
 
 def _rate(dtype: str, facts: Machine, cores: int) -> float:
@@ -384,29 +456,69 @@ def _rate(dtype: str, facts: Machine, cores: int) -> float:
 # Everything else, by running the code without data.
 
 
-def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, mean: float) -> _Estimate:
-    settings = recipe.model_dump_json(include={"model", "adapter", "data", "train"})
-    on_gpu = setting.place == "cuda"
-    capability = _gpu(facts).capability if on_gpu else None
+def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, step: _Step) -> _Estimator:
+    from luthier.model.offload import blocks_name
+    from luthier.model.trace import between, mixed
+
+    ours = setting.kernels != "reference"
+    capability = _gpu(facts).capability if setting.place == "cuda" else None
+    settings = recipe.model_dump_json(include={"model", "adapter", "data", "train"}), json.dumps(config)
+    share = _unfollowed(recipe, setting)
+
+    def trace(keeps: Recompute, tokens: int) -> Trace:
+        lengths = _rows(tokens, step.longest)
+        return _trace(*settings, setting.dtype, setting.kernels, keeps, capability, lengths)
+
+    @lru_cache(maxsize=64)
+    def line(keeps: Recompute, tokens: int) -> Trace:
+        if tokens in (step.sizes[0], step.sizes[-1]):
+            return trace(keeps, tokens)
+        return between(trace(keeps, step.sizes[-1]), trace(keeps, step.sizes[0]), tokens)
+
+    def estimate(trace: Callable[[Recompute, int], Trace]) -> _Estimate:
+        def cost(tokens: int, keeping: _Keeping) -> _Cost:
+            counts = {"all": keeping.whole, "gate_up": keeping.gate_up, "nothing": blocks - sum(keeping)}
+            groups = [(trace(cast("Recompute", keeps), tokens), count) for keeps, count in counts.items() if count]
+            return _traced_cost(mixed(groups), setting, facts, share)
+
+        return cost
+
+    model = _outline(*settings, setting.dtype, setting.kernels, False, capability)
+    found = model.module.get_submodule(blocks_name(model.module))
+    blocks, frozen = len(found), sum(p.nbytes for p in found[0].parameters() if not p.requires_grad)
+    values = sum(getattr(layer, "kept_bytes", 0) for layer in found[0].modules()) if ours else 0
+    return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values)
+
+
+def _traced_cost(found: Trace, setting: Setting, facts: Machine, share: float) -> _Cost:
+    seconds = _seconds(found, setting, facts)
+    if setting.place != "cuda":
+        holes = int(_HOLES * found.peak.get("activations", 0)) if setting.kernels != "reference" else 0
+        fixed = {"process": _PROCESS + _MODULE, "code": setting.code, "fragmentation": holes}
+        return _Cost({**fixed, **found.peak}, 0, seconds)
+    context, peak = _CONTEXT[min(9, max(7, _gpu(facts).capability[0]))], found.peak
+    holes = found.holes + math.ceil(share * (sum(peak.values()) + found.holes))
+    parts = {**peak, "fragmentation": holes, "context": context}
+    parts["optimizer"] += found.paged
+    return _Cost(parts, context + found.paged, seconds)
+
+
+def _unfollowed(recipe: Recipe, setting: Setting) -> float:
     int8 = recipe.model.quantize is not None and recipe.model.quantize.kind == "int8"
-    share = _UNFOLLOWED_INT8 if int8 else _UNFOLLOWED[setting.kernels]
+    return _UNFOLLOWED_INT8 if int8 else _UNFOLLOWED[setting.kernels]
 
-    def estimate(lengths: tuple[int, ...], recompute: bool) -> _Cost:
-        found = _trace(settings, json.dumps(config), setting.dtype, setting.kernels, recompute, capability, lengths)
-        seconds = _seconds(found, setting, facts)
-        if not on_gpu:
-            ours = setting.kernels != "reference"
-            holes = int(_HOLES * found.peak.get("activations", 0)) if ours else 0
-            fixed = {"process": _PROCESS + _MODULE, "code": setting.code, "fragmentation": holes}
-            return _Cost({**fixed, **found.peak}, 0, seconds)
-        context = _CONTEXT[min(9, max(7, _gpu(facts).capability[0]))]
-        followed = sum(found.peak.values()) + found.holes
-        holes = found.holes + math.ceil(share * followed)
-        parts = {**found.peak, "fragmentation": holes, "context": context}
-        parts["optimizer"] += found.paged
-        return _Cost(parts, context + found.paged, seconds)
 
-    return estimate
+@lru_cache(maxsize=4)
+def _outline(
+    settings: str, config: str, dtype: str, kernels: Kernels, recompute: bool, capability: tuple[int, int] | None
+) -> CausalModel:
+    import torch
+
+    from luthier.model.trace import outline
+
+    recipe = Recipe.model_validate_json(settings)
+    options: Any = {"kernels": kernels, "recompute": recompute, "capability": capability}
+    return outline(json.loads(config), recipe.model, recipe.adapter, dtype=getattr(torch, dtype), **options)
 
 
 @lru_cache(maxsize=64)
@@ -415,46 +527,40 @@ def _trace(
     config: str,
     dtype: str,
     kernels: Kernels,
-    recompute: bool,
+    keeps: Recompute,
     capability: tuple[int, int] | None,
     lengths: tuple[int, ...],
 ) -> Trace:
-    import torch
+    from luthier.model.trace import trace
 
-    from luthier.model.trace import outline, trace
-
-    recipe = Recipe.model_validate_json(settings)
-    model = outline(
-        json.loads(config),
-        recipe.model,
-        recipe.adapter,
-        dtype=getattr(torch, dtype),
-        recompute=recompute,
-        kernels=kernels,
-        capability=capability,
-    )
+    again = kernels == "reference" and keeps == "all"
+    model = _outline(settings, config, dtype, kernels, again, capability)
+    if model.decoder is not None:
+        model.decoder.recompute(keeps == "all", len(model.decoder.blocks) if keeps == "gate_up" else 0)
     # Where bitsandbytes is missing, adamw takes the place of its optimizers (train/optim.py).
-    optimizer = recipe.train.optimizer if find_spec("bitsandbytes") else "adamw"
+    optimizer = Recipe.model_validate_json(settings).train.optimizer if find_spec("bitsandbytes") else "adamw"
     return trace(model, lengths, optimizer=optimizer, capability=capability)
 
 
-def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float], float]:
+def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float, float, int], float]:
     """Each phase's products and other operations take as long as their arithmetic or their traffic, whichever is more;
-    and no step is shorter than the host needs to launch it."""
+    and no step is shorter than the host needs to launch it. Packed weights are unpacked once a micro-batch, whatever
+    its tokens."""
     if setting.place == "cuda":
         kind = _gpu(facts).known
         rate, bandwidth, launch = kind.tflops * 1e12 * _GPU.products, kind.bandwidth * 1e9 * _GPU.bandwidth, _GPU.launch
     else:
         rate, bandwidth, launch = _rate(setting.dtype, facts, setting.threads), _CPU_BANDWIDTH * setting.threads, 0.0
-    busy, launches = 0.0, 0.0
-    for (phase, _), work in found.work.items():
+    busy, unpacking, launches = 0.0, 0.0, 0.0
+    for (phase, kind_of), work in found.work.items():
         share = _SUPERVISED if phase == "logits" else 1.0  # the trace supervises every token
-        busy += share * max(work.flops / rate, work.traffic / bandwidth)
+        took = share * max(work.flops / rate, work.traffic / bandwidth)
+        busy, unpacking = (busy, unpacking + took) if kind_of == "unpacking" else (busy + took, unpacking)
         launches += work.launches
 
-    def seconds(tokens: float) -> float:
-        cuts = math.ceil(tokens / found.tokens)
-        return max(busy * tokens / found.tokens, cuts * launches * launch)
+    def seconds(tokens: float, cuts: float, unpacked: int) -> float:
+        packed = cuts * unpacking * (1 - unpacked / found.blocks)
+        return max(busy * tokens / found.tokens + packed, cuts * launches * launch)
 
     return seconds
 
@@ -479,7 +585,8 @@ def _advice(
         tried = setting
         if "run" in section and "engine" in section["run"]:
             tried = replace(tried, processes=1, threads=setting.processes * setting.threads)
-        smallest = _best(changed, _estimator(changed, config, tried, facts, length), 0, tried, length, length)
+        step = _Step.of(changed, tried, length, length)
+        smallest = _Search(changed.run, _estimator(changed, config, tried, facts, step), tried, step, 0).best()
         if smallest.peak_bytes < found.peak_bytes:
             fits = "fits" if smallest.peak_bytes <= found.budget_bytes else "not enough by itself"
             yield f"{override} ({smallest.peak_bytes / GIB:.1f} GiB, {fits})"
@@ -488,7 +595,7 @@ def _advice(
 def _offers(recipe: Recipe, setting: Setting, longest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if setting.processes > 1:
         yield "run.engine=local", {"run": {"engine": "local", "processes": "auto"}}
-    if recipe.run.recompute is False:
+    if recipe.run.recompute not in ("auto", True):
         yield "run.recompute=true", {"run": {"recompute": True}}
     if recipe.run.micro_tokens != "auto" and recipe.run.micro_tokens > longest:
         yield "run.micro_tokens=auto", {"run": {"micro_tokens": "auto"}}

@@ -475,8 +475,12 @@ class Run(Section):
     """Memory the run may use, such as `6GiB`; `auto`: what the machine has free."""
     micro_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
     """Tokens of one forward and backward pass; `auto`: as planned from `memory`."""
-    recompute: Literal["auto"] | bool = "auto"
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    recompute: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    """Recompute a block's activations in the backward pass instead of keeping them: true, all blocks; a number, so many
+    of them; `auto`: of as few as the memory allows."""
+    recompute_gate_up: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Of how many more blocks the product gate|up alone is recomputed, where our own block runs; `auto`: as planned
+    where `recompute` is auto too, else none."""
     offload: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """How many of the model's blocks stay in host memory and stream to the GPU as they are needed."""
     unpacked: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Notice = Callable[[str, Sequence[Tensor]], None]
+
 _planned: ContextVar[tuple[int, int] | None] = ContextVar("planned", default=None)
+_notice: ContextVar[Notice | None] = ContextVar("notice", default=None)
 
 
 @contextmanager
@@ -34,7 +37,20 @@ def capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else _planned.get() or (0, 0)
 
 
+@contextmanager
+def noticing(notice: Notice) -> Iterator[None]:
+    """Inside, a launch on tensors without data tells its kernel and its tensors."""
+    token = _notice.set(notice)
+    try:
+        yield
+    finally:
+        _notice.reset(token)
+
+
 def launch(kernel: str, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs a kernel of `jit.py`, unless there are no rows, or no data."""
-    if grid[0] and not x.is_meta:
+    if x.is_meta:
+        if notice := _notice.get():
+            notice(kernel, [y for y in (x, *arguments) if isinstance(y, Tensor)])
+    elif grid[0]:
         getattr(import_module("luthier.kernels.jit"), kernel)[grid](x, *arguments, **options)

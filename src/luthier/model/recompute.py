@@ -18,11 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.method import Noise
 from luthier.model import attention
-
-
-def blocks_of(recompute: bool | int, blocks: int) -> int:
-    """How many of so many blocks, the first ones, `run.recompute` means: True all, False none."""
-    return blocks if recompute is True else min(int(recompute), blocks)
+from luthier.model.shape import blocks_of
 
 
 def recomputing(module: nn.Module, noise: Noise | None, recompute: bool | int = True) -> None:

@@ -54,25 +54,42 @@ class Shape:
         check_patterns(settings.alphas, chosen, "adapter.alphas")
         return sum(value(settings.ranks, name, settings.rank) * named[name] for name in chosen)
 
-    def token_bytes(self, size: int, longest: int, rank: int, recompute: bool) -> int:
+    def token_bytes(self, size: int, longest: int, rank: int, whole: int = 0, gate_up: int = 0) -> int:
         """Bytes a token of a micro-batch holds at the peak, in values of `size` bytes.
 
         A layer keeps x, q, k, v, attention's output and probabilities, the middle residual, gate|up, and the adapters'
-        inner products; with recompute only x. The backward pass of one layer adds about as much again, once.
+        inner products. The first `whole` layers keep x alone, `gate_up` more all but gate|up, and make the rest again
+        one at a time. The backward pass of one layer adds about as much again, once.
         """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         probabilities = math.ceil(self.heads * kept_keys(longest))
         layer = size * (2 * self.hidden + 2 * q + 2 * kv + 2 * self.intermediate + 7 * rank + probabilities) + 16
         backward = size * (4 * self.hidden + 4 * self.intermediate + 2 * self.heads * min(longest, _TILE))
-        kept = size * self.hidden * self.layers + layer if recompute else layer * self.layers
-        return kept + backward
+        product = size * 2 * (self.intermediate + rank)
+        kept, moments = 0, []
+        for count, again in (
+            (whole, layer - size * self.hidden),
+            (gate_up, product),
+            (self.layers - whole - gate_up, 0),
+        ):
+            kept += count * (layer - again)
+            moments.append(kept + again if count else 0)
+        return max(moments) + backward
 
-    def token_flops(self, adapter: int, mean: float, supervised: float) -> float:
+    def token_flops(self, adapter: int, mean: float, supervised: float, whole: int = 0, gate_up: int = 0) -> float:
         """Forward and backward FLOPs of a token: 4 per frozen weight, 6 per adapter weight, attention 2·d·s forward and
-        2.5 times that backward (causal half), and the head on the supervised share."""
+        2.5 times that backward (causal half), and the head on the supervised share; a third of a layer's once more
+        where it makes `whole` layers again, and gate|up's two products where it makes these."""
         attention = 3.5 * 2 * self.heads * self.head_dim * mean * self.layers
+        layers = 4 * self.linear * self.layers + 6 * adapter + attention
         head = 4 * self.hidden * self.vocab * supervised
-        return 4 * self.linear * self.layers + 6 * adapter + attention + head
+        again = whole / self.layers * layers / 3 + gate_up * 4 * self.hidden * self.intermediate
+        return layers + head + again
+
+
+def blocks_of(recompute: bool | int, blocks: int) -> int:
+    """How many of so many blocks, the first ones, `run.recompute` means: True all, False none."""
+    return blocks if recompute is True else min(int(recompute), blocks)
 
 
 def kept_keys(longest: int) -> float:

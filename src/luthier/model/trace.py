@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from luthier.adapters.method import attach
 from luthier.adapters.start import check_rank
 from luthier.data.stream import Micro
 from luthier.errors import LuthierError, ModelError
-from luthier.kernels.place import on_gpu, planned_for
+from luthier.kernels.place import noticing, on_gpu, planned_for
 from luthier.model import attention, segments
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.load import norms_in_float32, skeleton
@@ -53,26 +53,52 @@ class Work:
     launches: float
 
 
+Figures = dict[tuple[Any, ...], float]
+"""What a run was measured to take, flat, so that figures can be added and subtracted: ("live", phase, part) bytes at
+the phase's peak, ("saved",) bytes that a block leaves for its backward pass, ("holes",) bytes, ("work", phase, kind,
+"flops" | "traffic" | "launches")."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """One micro-batch, forward and backward. Bytes."""
 
-    tokens: int
+    tokens: float
+    blocks: int
     fixed: dict[str, int]
     """What lies in memory throughout, by part."""
-    peak: dict[str, int]
-    """What lies there at the worst moment, by part, `fixed` included."""
-    holes: int
-    """What CUDA's caching allocator holds besides: pages that are partly used, and gaps too small for what is asked."""
     paged: int
     """Bytes of optimizer state outside of that allocator, in memory that CUDA moves to the host when it has to."""
-    work: dict[tuple[str, str], Work]
-    """By phase (`activations`, `logits`, `backward`) and kind (`products` of matrices, `others`)."""
+    figures: Figures
 
+    @property
+    def peak(self) -> dict[str, int]:
+        """What lies there at the worst moment, by part, `fixed` included."""
+        return max(self.live.values(), key=lambda parts: sum(parts.values()))
 
-Figures = dict[tuple[Any, ...], float]
-"""What a run was measured to take, flat, so that figures can be added and subtracted: ("live", phase, part) bytes at
-the phase's peak, ("holes",) bytes, ("work", phase, kind, "flops" | "traffic" | "launches")."""
+    @property
+    def live(self) -> dict[str, dict[str, int]]:
+        """What lies there at the worst moment of each phase (`activations`, `logits`, `backward`), by part."""
+        found: dict[str, dict[str, int]] = {}
+        for (figure, *names), amount in self.figures.items():
+            if figure == "live":
+                found.setdefault(names[0], {"optimizer": 0})[names[1]] = round(amount)
+        return found
+
+    @property
+    def holes(self) -> int:
+        """What CUDA's caching allocator holds besides: pages that are partly used, and gaps too small for what is
+        asked."""
+        return round(self.figures["holes",])
+
+    @property
+    def work(self) -> dict[tuple[str, str], Work]:
+        """By phase and kind: `products` of matrices, `others`, and `unpacking` of packed weights."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for (figure, *names), amount in self.figures.items():
+            if figure == "work":
+                found.setdefault((names[0], names[1]), {})[names[2]] = amount
+        return {key: Work(**amounts) for key, amounts in found.items()}
 
 
 def outline(
@@ -158,21 +184,45 @@ def trace(
     finally:
         for hook in hooks:
             hook.remove()
-    return _summed(sum(lengths), fixed, paged, figures)
+    return Trace(sum(lengths), len(_blocks(model)), fixed, paged, figures)
 
 
-def _summed(tokens: int, fixed: dict[str, int], paged: int, figures: Figures) -> Trace:
-    live: dict[str, dict[str, int]] = {}
-    work: dict[tuple[str, str], dict[str, float]] = {}
-    for (figure, *names), amount in figures.items():
-        if figure == "live":
-            live.setdefault(names[0], {"optimizer": 0})[names[1]] = round(amount)
-        elif figure == "work":
-            work.setdefault((names[0], names[1]), {})[names[2]] = amount
-    peak = max(live.values(), key=lambda parts: sum(parts.values()))
-    return Trace(
-        tokens, fixed, peak, round(figures["holes",]), paged, {key: Work(**amounts) for key, amounts in work.items()}
-    )
+def between(one: Trace, two: Trace, tokens: float) -> Trace:
+    """The trace of a micro-batch of so many tokens, by the line through two others of one model: exact for whole rows
+    of the same length."""
+    share = (tokens - one.tokens) / (two.tokens - one.tokens)
+    keys = one.figures.keys() | two.figures.keys()
+    figures = {key: (1 - share) * one.figures.get(key, 0) + share * two.figures.get(key, 0) for key in keys}
+    return replace(one, tokens=tokens, figures=figures)
+
+
+def mixed(groups: Sequence[tuple[Trace, int]]) -> Trace:
+    """The trace of a model of which so many blocks keep for the backward pass what they do in that trace, the first
+    group first. Exact where blocks are alike, but for the allocator's holes.
+
+    All that is saved is there when the last group's backward pass begins, and less of it for each group before.
+    """
+    first, blocks = groups[0][0], sum(count for _, count in groups)
+    figures: Figures = {}
+    for trace, count in groups:
+        for key, amount in trace.figures.items():
+            if key[0] != "live":
+                figures[key] = figures.get(key, 0.0) + amount * count / blocks
+    moments: dict[str, list[dict[str, int]]] = {phase: [] for phase in first.live}
+    saved = 0.0
+    for trace, count in groups:
+        saved += count * trace.figures["saved",]
+        for phase, parts in trace.live.items() if count else ():
+            more = round(saved - blocks * trace.figures["saved",])
+            moments[phase].append(parts | {"activations": parts["activations"] + more})
+    for phase, reached in moments.items():
+        most = max(reached, key=lambda parts: sum(parts.values()))
+        figures |= {("live", phase, part): amount for part, amount in most.items()}
+    return replace(first, figures=figures)
+
+
+def _blocks(model: CausalModel) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.module.get_submodule(blocks_name(model.module)))
 
 
 # A model's blocks are alike, so a few of them tell what all take.
@@ -183,14 +233,14 @@ _FEW = 2
 def _extrapolated(model: CausalModel, micro: Micro, meter: Meter) -> Figures:
     """The figures of a run of all blocks, from runs of `_FEW` blocks of each kind and of one more: a block of a kind
     takes as much, whatever the number. Exact but for the allocator's holes."""
-    name = blocks_name(model.module)
-    blocks = list(cast(nn.ModuleList, model.module.get_submodule(name)))
+    name, blocks = blocks_name(model.module), list(_blocks(model))
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(blocks):
         kinds.setdefault(_kind(model.module.config, i, block), []).append(i)
     chosen = [i for of_kind in kinds.values() for i in of_kind[:_FEW]]
     if len(blocks) <= len(chosen) + len(kinds):
-        return _measured(model, micro, meter, name, range(len(blocks)))
+        total, base = (_measured(model, micro, meter, name, range(n)) for n in (len(blocks), max(1, len(blocks) - 1)))
+        return total | {("saved",): _saved(total, base)}
     base = _measured(model, micro, meter, name, chosen)
     total, most = dict(base), 0.0
     for of_kind in kinds.values():
@@ -201,8 +251,18 @@ def _extrapolated(model: CausalModel, micro: Micro, meter: Meter) -> Figures:
                 total[key] = total.get(key, 0.0) + (len(of_kind) - _FEW) * step
             most = max(most, base["holes",], more["holes",])
     # Blocks that keep their activations leave holes between these; recomputed ones use the same places in turn.
-    total["holes",] = most if model.recompute else max(most, total["holes",])
+    total["holes",] = most if _recomputes_all(model) else max(most, total["holes",])
+    total["saved",] = _saved(total, base) / (len(blocks) - len(chosen))
     return total
+
+
+def _saved(more: Figures, less: Figures) -> float:
+    """Bytes that the blocks which are in `more` alone leave for the backward pass: when the logits come, all do."""
+    return more["live", "logits", "activations"] - less["live", "logits", "activations"]
+
+
+def _recomputes_all(model: CausalModel) -> bool:
+    return model.recompute is True if model.decoder is None else model.decoder.blocks[0].recompute == "all"
 
 
 def _kind(config: Any, number: int, block: nn.Module) -> Any:
@@ -352,7 +412,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         for part, size in self._history:
             run.take(part, size)
         run.known = set(self.known)
-        with run, _FusedAttention():
+        with run, _FusedAttention(), noticing(run.launched):
             yield run
         run.figures["holes",] = segments.reserved(run.segments.tops) - max(run._most.values())
 
@@ -407,9 +467,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
             flops = _flash_flops(op.name(), args)
         elif count is not None:
             flops = count(*args, **kwargs, out_val=result)
-        read = _tensors((args, kwargs))
-        traffic = sum(x.numel() * x.element_size() for x in [*read, *tensors])
-        kind = "products" if flops else "others"
+        self._add("products" if flops else "others", flops, [*_tensors((args, kwargs)), *tensors])
+
+    def launched(self, kernel: str, tensors: Sequence[Tensor]) -> None:
+        """Counts a kernel of ours: each of its tensors passes once."""
+        self._add("unpacking" if kernel == "dequantize" else "others", 0.0, tensors)
+
+    def _add(self, kind: str, flops: float, tensors: Iterable[Tensor]) -> None:
+        traffic = sum(x.numel() * x.element_size() for x in tensors)
         for name, amount in (("flops", flops), ("traffic", traffic), ("launches", 1)):
             key = ("work", self.phase, kind, name)
             self.figures[key] = self.figures.get(key, 0.0) + amount

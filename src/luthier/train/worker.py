@@ -159,6 +159,7 @@ def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = N
         device=torch.device(decisions.place),
         dtype=getattr(torch, decisions.dtype),
         offload=decisions.offload,
+        recompute_gate_up=decisions.recompute_gate_up,
         unpacked=decisions.unpacked,
         loaded=loaded,
     )

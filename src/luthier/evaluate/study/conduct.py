@@ -280,6 +280,7 @@ def _recipe_of(recipe: Recipe, over: str | None, at: Any, seed: int, folder: Pat
         f"run.threads={decisions.threads}",
         f"run.micro_tokens={decisions.micro_tokens}",
         f"run.recompute={json.dumps(decisions.recompute)}",
+        f"run.recompute_gate_up={decisions.recompute_gate_up}",
         f"run.kernels={decisions.kernels}",
         f"run.offload={decisions.offload}",
         f"run.unpacked={decisions.unpacked}",
