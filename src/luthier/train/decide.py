@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import MemoryPlanError, RecipeError
@@ -36,11 +35,12 @@ class Decisions:
     processes: int
     threads: int
     micro_tokens: int
-    recompute: bool
+    recompute: bool | int
     kernels: Kernels
     predicted_peak_bytes: int
     why: dict[str, str]
     offload: int = 0
+    recompute_gate_up: int = 0
     unpacked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def decide(
         kernels=kernels,
         predicted_peak_bytes=planned.measurable_bytes,
         offload=planned.offload,
+        recompute_gate_up=planned.recompute_gate_up,
         unpacked=planned.unpacked,
         why={
             "place": place_why,
@@ -136,7 +137,7 @@ def arrange(
     recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, *, place: str, dtype: str
 ) -> tuple[_Layout, Plan]:
     """The first arrangement of processes that fits the memory, else the smallest one."""
-    kernels, why = _path(recipe, config, place, dtype)
+    kernels, why = _path(recipe, config, facts, place)
     for layout in _layouts(recipe, facts, place):
         setting = Setting(place, dtype, kernels, layout.processes, layout.threads)
         if rows:
@@ -152,9 +153,9 @@ def arrange(
     return layout, replace(planned, dtype=dtype, why={"kernels": why})
 
 
-def _path(recipe: Recipe, config: dict[str, Any], place: str, dtype: str) -> tuple[Kernels, str]:
+def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str) -> tuple[Kernels, str]:
     """What runs the model, and why; on a CPU our block by its eager parts, which `_kernels` may have compiled."""
-    if why := _unblocked(recipe, config, place, dtype):
+    if why := _unblocked(recipe, config, facts, place):
         return "reference", why
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
@@ -208,20 +209,27 @@ def _kernels(recipe: Recipe, facts: Machine, planned: Plan, seconds: float) -> t
     return "compiled", f"{facts.compiler} is there, and a run of about {seconds:.0f} s pays for compiling"
 
 
-def _unblocked(recipe: Recipe, config: dict[str, Any], place: str, dtype: str) -> str:
+def _unblocked(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str) -> str:
     """Why our decoder block does not run the recipe, or nothing."""
     if recipe.run.kernels == "reference":
         return "as the recipe says"
     if place == "mps":
         return "our block is not tested on Apple's GPUs"
-    if families.find(SimpleNamespace(**{"model_type": "", "hidden_act": "", **config})) is None:
+    if families.of_file(config) is None:
         return "our block does not run this family"
-    if why := _beyond_our_block(recipe, dtype):
+    if why := _beyond_our_block(recipe):
         return f"our block does not compute {why}"
     if recipe.run.offload not in ("auto", 0):
         return "our block does not stream from host memory"
-    if place == "cuda" and recipe.run.kernels != "eager" and not _has_triton():
+    return _lacking(facts) if place == "cuda" and recipe.run.kernels != "eager" else ""
+
+
+def _lacking(facts: Machine) -> str:
+    """What our block's parts for a GPU need and is not there, or nothing."""
+    if not _has_triton():
         return "our block's parts for a GPU need Triton, which is not installed"
+    if facts.gpus and facts.gpus[0].capability < (7, 0):
+        return "our block's parts for a GPU need one since Volta (compute capability 7.0)"
     return ""
 
 
@@ -232,13 +240,11 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None or torch.version.cuda is None
 
 
-def _beyond_our_block(recipe: Recipe, dtype: str) -> str:
+def _beyond_our_block(recipe: Recipe) -> str:
     """What of the recipe our decoder block does not compute: `Adapter.foldable`, told before there is an adapter."""
     adapter = recipe.adapter
     if recipe.model.quantize is not None and recipe.model.quantize.kind == "int8":
         return "the rounded inputs of int8"
-    if recipe.model.norms == "float32" and dtype != "float32":
-        return "norms that are finer than the products"
     if not isinstance(adapter, Lora) or adapter.dora:
         return adapter.title
     if adapter.init in ("pissa", "olora"):
