@@ -50,13 +50,15 @@ class Noise:
     """What dropout depends on besides the module and the feature. One object is shared by all layers of an adapter.
 
     `samples` and `positions` are int64 [T]: for each token, its sample's identity and its place in the sample.
-    Without them (evaluation, generation) nothing is dropped.
+    Without them (evaluation, generation) nothing is dropped. `key`, int64 [1], is the `mask_key` of seed and step where
+    a GPU reads it: what is recorded there takes the step from it.
     """
 
     seed: int
     step: int = 0
     samples: Tensor | None = None
     positions: Tensor | None = None
+    key: Tensor | None = None
 
     def at(self, rows: Tensor) -> Noise:
         """The same for some of the tokens."""
@@ -84,7 +86,8 @@ class Noise:
         assert self.positions is not None
         if on_gpu(x) and (x.is_meta or find_spec("triton")):
             drop = import_module("luthier.kernels.drop").drop
-            return drop(x, mask_key(self.seed, self.step, module), self.samples, self.positions, p)  # type: ignore[no-any-return]
+            key = x.new_full((1,), mask_key(self.seed, self.step), dtype=torch.int64) if self.key is None else self.key
+            return drop(x, key, self.samples, self.positions, module, p)  # type: ignore[no-any-return]
         mask = dropout_mask(self.seed, self.step, self.samples, self.positions, module, x.shape[-1], p, x.dtype)
         return x * mask.view(x.shape)
 

@@ -18,27 +18,29 @@ _BLOCK = 1024
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: int, samples: Tensor, positions: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(samples, positions)
-        ctx.key, ctx.p = key, p
-        return _run(x, key, samples, positions, p)
+    def forward(ctx: Any, x: Tensor, key: Tensor, samples: Tensor, positions: Tensor, module: int, p: float) -> Tensor:
+        ctx.save_for_backward(key, samples, positions)
+        ctx.module, ctx.p = module, p
+        return _run(x, key, samples, positions, module, p)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        samples, positions = ctx.saved_tensors
-        return _run(gradients[0], ctx.key, samples, positions, ctx.p), None, None, None, None
+        key, samples, positions = ctx.saved_tensors
+        dx = _run(gradients[0], key, samples, positions, ctx.module, ctx.p)
+        return dx, None, None, None, None, None
 
 
-def drop(x: Tensor, key: int, samples: Tensor, positions: Tensor, p: float) -> Tensor:
-    """`x` [..., features] of T tokens times `dropout_mask`, where `key` is `dropout.mask_key` of seed, step and module;
-    samples and positions are int64 [T]."""
-    return _Drop.apply(x, key, samples, positions, p)  # type: ignore[no-any-return, no-untyped-call]
+def drop(x: Tensor, key: Tensor, samples: Tensor, positions: Tensor, module: int, p: float) -> Tensor:
+    """`x` [..., features] of T tokens times `dropout_mask`. `key` is `dropout.mask_key` of seed and step, int64 [1] on
+    the GPU, so that a recorded step reads its own each time; samples and positions are int64 [T]."""
+    return _Drop.apply(x, key, samples, positions, module, p)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _run(x: Tensor, key: int, samples: Tensor, positions: Tensor, p: float) -> Tensor:
+def _run(x: Tensor, key: Tensor, samples: Tensor, positions: Tensor, module: int, p: float) -> Tensor:
     x = x.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
     factor = float(torch.tensor(1 / (1 - p), device="cpu").to(x.dtype))  # as the twin's mask holds it
     grid, least = (len(samples), -(-width // _BLOCK)), round(p * 65536)
-    launch("drop", grid, x, out, samples, positions, key, width, least, factor, BLOCK=_BLOCK, num_warps=4)
+    numbers = module, width, least, factor
+    launch("drop", grid, x, out, samples, positions, key, *numbers, BLOCK=_BLOCK, num_warps=4)
     return out

@@ -32,10 +32,11 @@ def dropout_mask(
     return kept.to(dtype).mul_(1 / (1 - p))
 
 
-def mask_key(seed: int, step: int, module: int) -> int:
-    """What the masks of a module in a step have in common: an int64."""
+def mask_key(*parts: int) -> int:
+    """What the masks of a (seed, step, module) have in common: an int64. Of (seed, step) alone it is
+    what `kernels/drop.py` makes that from."""
     key = 0
-    for part in (seed, step, module):
+    for part in parts:
         x = (key + part + _MULTIPLIERS[0]) % 2**64
         x = ((x ^ (x >> 30)) * _MULTIPLIERS[1]) % 2**64
         x = ((x ^ (x >> 27)) * _MULTIPLIERS[2]) % 2**64

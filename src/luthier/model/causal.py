@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,14 +17,16 @@ from luthier.adapters.method import Adapter, Noise, attach
 from luthier.allocator import keep_freed_memory, return_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import fused, native, pointwise
+from luthier.kernels.dropout import mask_key
 from luthier.kernels.loss import Head, linear_cross_entropy
 from luthier.kernels.place import on_gpu
 from luthier.model import attention, families, head, layout
 from luthier.model.decoder import Decoder
 from luthier.model.finite import blaming_weights
+from luthier.model.graphs import CudaRecorder, Graphs, backward
 from luthier.model.offload import stream
 from luthier.model.original import original
-from luthier.model.pack import share_prefix, trim
+from luthier.model.pack import Placed, numbers, placed, share_prefix, trim
 from luthier.model.recompute import recomputing
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class CausalModel:
         self.parts = _parts(kernels, embed.weight)
         self.output = head.find(module, ids)
         self.decoder: Decoder | None = None
+        self.graphs: Graphs | None = None
         self.layout: layout.Layout = "packed"
         if kernels != "reference":
             self.decoder = _decoder(module, adapter, self.parts, unpacked)
@@ -83,18 +86,50 @@ class CausalModel:
         """[S, H]: what reaches the head at `micro.rows`, differentiable in the adapter; the logits themselves, [S, V],
         where they are more than our loss computes (see `head.find`)."""
         if self.decoder is not None:
-            micro = _moved(trim(micro), self.device)  # in this order: a GPU would have to be waited for
+            micro = trim(micro)  # before it is moved: a GPU would have to be waited for
+            self.decoder.check(micro)
+            if on_gpu(self.module.get_input_embeddings().weight):
+                told = _moved(numbers(micro, self._key(micro)), self.device)
+                return self._placed_hidden(placed(told, micro, max(b - a for a, b in pairwise(micro.bounds))))
             noise = self._set_noise(micro)
-            # Dropout tells the rows' prefixes apart: each has masks of its own. Attention of whole rows cannot share.
-            apart = self._drops or on_gpu(micro.ids)
-            micro, prefix = (micro, 0) if apart else share_prefix(micro)
+            # Dropout tells the rows' prefixes apart: each has masks of its own.
+            micro, prefix = (micro, 0) if self._drops else share_prefix(micro)
             return self.decoder.hidden(micro, noise, prefix)
-        micro = _moved(micro, self.device)
+        micro = _all_moved(micro, self.device)
         return self._packed(micro) if self.layout == "packed" else self._padded(trim(micro))
 
     def loss(self, micro: Micro) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`."""
-        return linear_cross_entropy(self.hidden(micro), self.head, micro.targets.to(self.device), self.parts)
+        return linear_cross_entropy(self.hidden(micro), self.head, _moved(micro.targets, self.device), self.parts)
+
+    def accumulate(self, micro: Micro, scale: float = 1.0) -> Tensor:
+        """Adds the gradient of the loss times `scale` to the `.grad` of the adapter's parameters; returns the loss,
+        without gradient. By a CUDA graph, where `record` was called before."""
+        assert self.adapter is not None
+        gradient = next(self.adapter.parameters()).grad
+        if self.graphs is None or gradient is None:
+            return backward(self.loss(micro), scale)
+        assert self.decoder is not None
+        micro = trim(micro)
+        self.decoder.check(micro)
+        return self.graphs.accumulate(micro, self._key(micro), scale, gradient)
+
+    def record(self) -> None:
+        """Makes `accumulate` record its launches, and replay them. It must run our decoder, where `graphs.hindrance`
+        names none, and nobody may use the GPU's memory by another way than torch's allocator."""
+        assert self.decoder is not None
+        self.graphs = Graphs(self._placed_loss, self.decoder.places, self.device, CudaRecorder())
+
+    def _placed_hidden(self, micro: Placed) -> Tensor:
+        assert self.decoder is not None
+        noise = self._tell_noise(micro.step, micro.owners, micro.positions)
+        return self.decoder.hidden(micro, None if noise is None else replace(noise, key=micro.key))
+
+    def _placed_loss(self, micro: Placed) -> Tensor:
+        return linear_cross_entropy(self._placed_hidden(micro), self.head, micro.targets, self.parts)
+
+    def _key(self, micro: Micro) -> int:
+        return 0 if self.adapter is None else mask_key(self.adapter.noise.seed, micro.step)
 
     def _packed(self, micro: Micro) -> Tensor:
         self._set_noise(micro)
@@ -148,14 +183,14 @@ def _parts(kernels: Kernels, weight: Tensor) -> pointwise.Pointwise:
     return fused.parts()
 
 
-def _moved(micro: Micro, device: torch.device) -> Micro:
-    def moved(x: Tensor) -> Tensor:
-        # Out of pinned memory a copy waits for nothing.
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    # Out of pinned memory a copy waits for nothing.
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
 
-    tensors: dict[str, Any] = {
-        f.name: moved(x) for f in fields(micro) if isinstance(x := getattr(micro, f.name), Tensor)
-    }
+
+def _all_moved(micro: Micro, device: torch.device) -> Micro:
+    values = ((f.name, getattr(micro, f.name)) for f in fields(micro))
+    tensors: dict[str, Any] = {name: _moved(x, device) for name, x in values if isinstance(x, Tensor)}
     return replace(micro, **tensors)
 
 

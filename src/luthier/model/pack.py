@@ -1,18 +1,39 @@
-"""What of a micro-batch has to be computed: tokens that no supervised token sees are left out, and the tokens that all
-rows begin with are computed once. Both are exact."""
+"""What of a micro-batch is computed. Tokens that no supervised token sees are left out, and the tokens that all rows
+begin with are computed once; for recorded steps there are some more, which change nothing. All is exact."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from luthier.data.stream import Micro
+from luthier.data.stream import Micro
+from luthier.kernels.loss import IGNORED
 
 WORTH = 0.05  # share of the tokens that sharing must save to be worth the copies of keys and values it costs
+STEP = 512  # padded micro-batches have a multiple of so many tokens, or of a 16th of the next power of two
+
+
+@dataclass(frozen=True)
+class Placed(Micro):
+    """A micro-batch where a GPU reads it: its numbers are views of one tensor, which came in one copy."""
+
+    owners: Tensor  # int64 [T]: each token's sample
+    edges: Tensor  # int32 [n + 1]: `bounds`
+    longest: int  # tokens of the longest segment, or more
+    key: Tensor  # int64 [1]: dropout's `mask_key` of seed and step
+
+
+class Shape(NamedTuple):
+    """How much a padded micro-batch holds: tokens, supervised rows, segments, and tokens of the longest segment."""
+
+    tokens: int
+    rows: int
+    segments: int
+    longest: int
 
 
 def trim(micro: Micro) -> Micro:
@@ -41,6 +62,72 @@ def share_prefix(micro: Micro) -> tuple[Micro, int]:
     starts[0] = 0
     lengths = (bounds.diff() - prefix).tolist()
     return _kept(micro, _ranges(starts, bounds[1:]), [prefix, *lengths], micro.samples), prefix
+
+
+def shape(micro: Micro, longest: int = 1) -> Shape:
+    """The shape that `micro` is padded to, for segments of at least `longest` tokens: one of few.
+
+    Below 8,192 tokens, where a small model waits for launches and not for arithmetic, a multiple of 512 makes few of
+    them; above, a 16th of the next power of two is at most an eighth and in the mean 4 % more than needed.
+    """
+    count = len(micro.ids)
+    tokens = _multiple(count, max(STEP, power_of_2(count) // 16))
+    rows = _multiple(len(micro.rows), tokens // 8)
+    longest = max(128, longest, power_of_2(max(b - a for a, b in pairwise(micro.bounds))))
+    more = -(-(tokens - count) // longest)
+    segments = power_of_2(max(8, tokens // 128, len(micro.bounds) - 1 + more))
+    # So many segments, all as long as the longest, would look like a batch.
+    return Shape(tokens, rows, segments if segments * longest > tokens else 2 * segments, longest)
+
+
+def padded(micro: Micro, shape: Shape) -> Micro:
+    """`micro` with as much of everything as `shape` says. Its loss and its gradients stay what they are.
+
+    Tokens are added in segments of their own, the same tokens again, so that no number appears in them that none of
+    ours would lead to; then segments of no tokens. Rows are added among the tokens that are not supervised, each once,
+    with targets that the loss ignores.
+    """
+    count, samples = len(micro.ids), len(micro.samples)
+    places = torch.arange(shape.tokens - count)
+    bounds = [*micro.bounds, *range(count + shape.longest, shape.tokens, shape.longest)]
+    targets = torch.full((shape.tokens,), IGNORED)
+    targets[micro.rows] = micro.targets
+    spare = (targets == IGNORED).nonzero()[:, 0]
+    rows = torch.cat([micro.rows, spare[len(spare) - (shape.rows - len(micro.rows)) :]]).sort().values
+    return replace(
+        micro,
+        ids=torch.cat([micro.ids, micro.ids[places % count]]),
+        positions=torch.cat([micro.positions, places % shape.longest]),
+        bounds=(*bounds, *[shape.tokens] * (shape.segments + 1 - len(bounds))),
+        rows=rows,
+        targets=targets[rows],
+        samples=torch.cat([micro.samples, micro.samples.new_zeros(shape.segments - samples)]),
+    )
+
+
+def numbers(micro: Micro, key: int) -> Tensor:
+    """int64: all that a GPU is told of `micro`, and dropout's `key`, one after the other, so that it is one copy."""
+    bounds, key_of_step = (torch.tensor(x, device=micro.ids.device) for x in (micro.bounds, [key]))
+    owners = micro.samples.repeat_interleave(bounds.diff(), output_size=len(micro.ids))
+    return torch.cat([micro.ids, micro.positions, owners, micro.rows, micro.targets, bounds, key_of_step])
+
+
+def placed(numbers: Tensor, micro: Micro, longest: int) -> Placed:
+    """`micro`, or another one of its shape, whose `numbers` are these."""
+    tokens, rows, bounds = len(micro.ids), len(micro.rows), len(micro.bounds)
+    ids, positions, owners, places, targets, edges, key = numbers.split([tokens] * 3 + [rows] * 2 + [bounds, 1])
+    rest = micro.samples, micro.step, owners, edges.int(), longest, key
+    return Placed(ids, positions, micro.bounds, places, targets, *rest)
+
+
+def power_of_2(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _multiple(number: int, of: int) -> int:
+    """The least that is not below `number`."""
+    return -(-number // of) * of
 
 
 def _common(micro: Micro) -> int:

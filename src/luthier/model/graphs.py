@@ -1,0 +1,153 @@
+"""Small steps on a GPU, recorded as CUDA graphs.
+
+A micro-batch is some 2,000 launches, whatever its size, and each costs the host 10 to 40 µs: a small model's step waits
+for them. A graph is one launch. It computes on tensors that stay where they are, of a fixed shape: so micro-batches are
+padded to one of few shapes (`pack.padded`), which changes neither their loss nor their gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.data.stream import Micro
+from luthier.model.pack import Placed, Shape, numbers, padded, placed, shape
+
+RECORD_AFTER = 1  # passes of one shape: they also compile and choose what a recording cannot
+LIMIT = 24  # graphs of a run: each keeps some MiB of the driver's memory
+
+Step = Callable[[], Tensor]
+
+
+class Recorder(Protocol):
+    """Runs steps, and makes replays of them."""
+
+    def run(self, step: Step) -> Tensor: ...
+
+    def record(self, step: Step) -> Step: ...
+
+
+class CudaRecorder:
+    """Graphs that share one pool of memory: they never run at the same time, and nobody reads what one left there after
+    another one ran."""
+
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, step: Step) -> Tensor:
+        """Now, in the stream that recordings are made in, so that autograd finds nothing of another one."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            out = step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return out
+
+    def record(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with what they do on the GPU meanwhile.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class _Recorded(NamedTuple):
+    numbers: Tensor  # that the graph reads
+    replay: Step
+    held: Any  # tensors that it reads, too, and that the model may let go of
+
+
+class Graphs:
+    """Adds gradients of micro-batches to the parameters' `.grad`, by graphs where their shape came before.
+
+    Args:
+        loss: of a micro-batch, with the autograd graph. It must not wait for the GPU.
+        reads: gives the tensors that `loss` reads and that are not there for the model's whole life.
+        device: where the model is.
+        recorder: of that device.
+    """
+
+    def __init__(
+        self, loss: Callable[[Placed], Tensor], reads: Callable[[], Any], device: torch.device, recorder: Recorder
+    ) -> None:
+        self.loss, self.reads, self.device, self.recorder = loss, reads, device, recorder
+        self.recorded: dict[Shape, _Recorded] = {}
+        self.on, self._longest, self._made_for = True, 1, (0.0, 0)
+        self._times: Counter[Shape] = Counter()
+
+    def accumulate(self, micro: Micro, key: int, scale: float, gradient: Tensor) -> Tensor:
+        """Adds the gradient of the loss times `scale`, and returns the loss.
+
+        Args:
+            micro: on the host, trimmed.
+            key: dropout's, of seed and step.
+            gradient: the `.grad` of a parameter, by which a graph knows that it adds to the right place.
+        """
+        self._check((scale, gradient.data_ptr()))
+        chosen = shape(micro, self._longest)
+        micro, self._longest = padded(micro, chosen), chosen.longest
+        told = numbers(micro, key)
+        told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
+        self._times[chosen] += 1
+        if not self._ready(chosen, micro, scale):
+            return self._now(told, micro, scale)
+        recorded = self.recorded[chosen]
+        recorded.numbers.copy_(told, non_blocking=True)
+        return recorded.replay().clone()  # the next replay writes there
+
+    def _now(self, told: Tensor, micro: Micro, scale: float) -> Tensor:
+        try:
+            return self.recorder.run(lambda: self._step(told.to(self.device, non_blocking=True), micro, scale))
+        except torch.OutOfMemoryError as error:
+            self._give_up(error)  # the memory of the graphs is there for the next try
+            raise
+
+    def forget(self) -> None:
+        """Lets all graphs go, and their memory."""
+        self.recorded.clear()
+
+    def _check(self, made_for: tuple[float, int]) -> None:
+        """A graph holds the scale as a number, and where gradients are."""
+        if made_for != self._made_for:
+            self.forget()
+            self._made_for = made_for
+
+    def _ready(self, chosen: Shape, micro: Micro, scale: float) -> bool:
+        """Whether there is a graph; one is recorded when its time has come."""
+        if chosen in self.recorded:
+            return True
+        if not self.on or self._times[chosen] <= RECORD_AFTER or len(self.recorded) >= LIMIT:
+            return False
+        static = numbers(micro, 0).to(self.device)
+        try:
+            replay = self.recorder.record(lambda: self._step(static, micro, scale))
+        except RuntimeError as error:  # of which running out of memory is one
+            self._give_up(error)
+            return False
+        self.recorded[chosen] = _Recorded(static, replay, self.reads())
+        return True
+
+    def _step(self, numbers: Tensor, micro: Micro, scale: float) -> Tensor:
+        return backward(self.loss(placed(numbers, micro, self._longest)), scale)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self.on = False
+        self.forget()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"steps are launched one by one from here on, which only takes longer: {reason}", stacklevel=2)
+
+
+def backward(loss: Tensor, scale: float) -> Tensor:
+    """Adds the gradient of the loss times `scale` to each parameter's `.grad`. Returns the loss, without the graph."""
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()

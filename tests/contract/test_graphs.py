@@ -1,0 +1,228 @@
+"""Recorded steps: padding changes neither loss nor gradients, and a replay is the pass it was recorded from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_block import error, gradients, kernels, micro, model
+from torch import Tensor
+
+from luthier import recipe
+from luthier.data.stream import Micro
+from luthier.kernels.loss import IGNORED
+from luthier.model import graphs
+from luthier.model.causal import CausalModel
+from luthier.model.graphs import Graphs
+from luthier.model.pack import Placed, Shape, numbers, padded, placed, shape, trim
+from luthier.train.optim import flat_gradient
+
+__all__ = ["kernels"]
+
+
+def many() -> list[Micro]:
+    """Trimmed micro-batches of several shapes: more than the least tokens, none to add, most of them supervised."""
+    exact = micro(lengths=(256, 200, 56), supervised=(*range(1, 256), *range(300, 456), *range(460, 512)))
+    return [trim(batch) for batch in (micro(), micro((300, 250, 40)), exact, micro((9,)), micro((2,) * 40))]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_padded_micro_batch_has_the_shape_asked_for(number: int) -> None:
+    batch = many()[number]
+    wanted = shape(batch)
+    made = padded(batch, wanted)
+    bounds = torch.tensor(made.bounds)
+    assert Shape(len(made.ids), len(made.rows), len(made.samples), wanted.longest) == wanted
+    assert len(made.bounds) == wanted.segments + 1
+    assert made.bounds[-1] == wanted.tokens
+    assert bool((bounds.diff() >= 0).all())
+    assert int(bounds.diff().max()) <= wanted.longest
+    starts = bounds[:-1].repeat_interleave(bounds.diff())
+    assert torch.equal(made.positions, torch.arange(wanted.tokens) - starts)
+    assert bool((made.rows.diff() > 0).all()), "a row is there twice, or out of order"
+    learned = made.targets != IGNORED
+    assert torch.equal(made.rows[learned], batch.rows)
+    assert torch.equal(made.targets[learned], batch.targets)
+    assert torch.equal(made.ids[: len(batch.ids)], batch.ids)
+
+
+def test_few_shapes_hold_all_and_none_looks_like_a_batch() -> None:
+    shapes = {shape(trim(micro((length, 40, 90, tokens)))) for tokens in range(600, 3000, 97) for length in (30, 200)}
+    assert len(shapes) <= 12
+    assert all(found.segments * found.longest > found.tokens for found in shapes)
+    alike_rows = shape(trim(micro((128,) * 64, supervised=tuple(range(127, 8192, 128)))))
+    assert alike_rows.segments * alike_rows.longest > alike_rows.tokens
+
+
+@pytest.mark.parametrize("tokens", [8192, 8193, 12000, 16385])
+def test_large_micro_batches_are_padded_by_little(tokens: int) -> None:
+    found = shape(micro((tokens,)))
+    assert tokens <= found.tokens <= tokens * 1.13
+
+
+DROPPING = recipe.Lora(rank=4, alpha=8, dropout=0.2)
+
+
+@pytest.mark.parametrize("adapter", [recipe.Lora(rank=4, alpha=8), DROPPING], ids=["plain", "dropping"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_padding_changes_neither_the_loss_nor_the_gradients(adapter: Any, recompute: bool, kernels: Any) -> None:
+    made = model("llama", kernels, adapter, recompute=recompute)
+    for batch in many():
+        loss, gradient = gradients(made, batch)
+        padded_loss, padded_gradient = padded_gradients(made, padded(batch, shape(batch)))
+        assert abs(padded_loss - loss) <= 1e-6 * loss
+        assert error(padded_gradient, gradient) <= 2e-6
+
+
+def padded_gradients(made: CausalModel, batch: Micro) -> tuple[Tensor, Tensor]:
+    """As `gradients`, of all that is there: nothing is trimmed."""
+    assert made.adapter is not None
+    gradient = flat_gradient(made.adapter.named_parameters())
+    loss = made._placed_loss(placed(numbers(batch, 0), batch, longest=0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert gradient.any() or not loss
+    return loss.detach(), torch.cat([p.grad.flatten() for p in made.adapter.parameters() if p.grad is not None])
+
+
+def test_rows_that_padding_adds_lead_to_no_gradient() -> None:
+    batch = padded(many()[0], shape(many()[0]))
+    none = replace(batch, targets=torch.full_like(batch.targets, IGNORED))
+    loss, gradient = padded_gradients(model("llama", "eager"), none)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_all_that_a_gpu_is_told_comes_in_one_tensor() -> None:
+    batch = padded(many()[1], shape(many()[1]))
+    told = placed(numbers(batch, 77), batch, 512)
+    for name in ("ids", "positions", "rows", "targets"):
+        assert torch.equal(getattr(told, name), getattr(batch, name))
+    assert torch.equal(told.owners, batch.samples.repeat_interleave(torch.tensor(batch.bounds).diff()))
+    assert (told.edges.tolist(), told.edges.dtype) == (list(batch.bounds), torch.int32)
+    assert (told.key.tolist(), told.longest) == ([77], 512)
+
+
+# Graphs without a GPU: a replay runs the step again, on the tensors that it was recorded on.
+
+
+class Again:
+    """A recorder that counts."""
+
+    def __init__(self, fails: Exception | None = None) -> None:
+        self.fails, self.ran, self.recorded, self.replayed = fails, 0, 0, 0
+
+    def run(self, step: Callable[[], Tensor]) -> Tensor:
+        self.ran += 1
+        return step()
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if self.fails:
+            raise self.fails
+        self.recorded += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return step()
+
+        return replay
+
+
+def recording(made: CausalModel, fails: Exception | None = None) -> Again:
+    """Makes `made` record. On a CPU attention and dropout read the bounds and the step on the host: those of now."""
+    recorder = Again(fails)
+    steps = {made._key(replace(micro(), step=step)): step for step in range(10)}
+
+    def loss(told: Placed) -> Tensor:
+        now = replace(told, bounds=tuple(told.edges.tolist()), step=steps[int(told.key)])
+        return made._placed_loss(now)
+
+    assert made.decoder is not None
+    made.graphs = Graphs(loss, made.decoder.places, made.device, recorder)
+    return recorder
+
+
+def train(made: CausalModel, batches: list[Micro], scale: float = 1.0) -> list[Tensor]:
+    """The loss and the gradient of each batch. Between them the adapter changes, as by an optimizer."""
+    assert made.adapter is not None
+    flat, found = flat_gradient(made.adapter.named_parameters()), []
+    for number, batch in enumerate(batches):
+        loss = made.accumulate(replace(batch, step=number), scale)
+        assert not loss.requires_grad
+        found += [loss, flat.clone()]
+        for parameter in made.adapter.parameters():
+            assert parameter.grad is not None
+            parameter.data.sub_(parameter.grad, alpha=1e-3 / scale)
+        flat.zero_()
+    return found
+
+
+@pytest.mark.parametrize("adapter", [recipe.Lora(rank=4, alpha=8), DROPPING], ids=["plain", "dropping"])
+def test_replays_train_as_passes_do(adapter: Any) -> None:
+    one, two, three = micro((300, 250, 40)), micro((9, 200)), micro((100, 31, 400, 2))
+    batches = [one, two, one, three, two, one, three, three]
+    made = model("llama", "eager", adapter)
+    recorder = recording(made)
+    for mine, wanted in zip(train(made, batches), train(model("llama", "eager", adapter), batches), strict=True):
+        assert error(mine, wanted) <= 1e-5
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (2, 2, 6)
+
+
+def test_another_gradient_is_recorded_anew() -> None:
+    made, plain = model("llama", "eager"), model("llama", "eager")
+    recorder = recording(made)
+    for count in (1, 2):
+        for mine, wanted in zip(train(made, [micro()] * 3), train(plain, [micro()] * 3), strict=True):
+            assert error(mine, wanted) <= 1e-5
+        assert recorder.recorded == count
+
+
+def test_another_scale_is_recorded_anew() -> None:
+    made, found = model("llama", "eager"), []
+    recorder = recording(made)
+    assert made.adapter is not None
+    flat = flat_gradient(made.adapter.named_parameters())
+    for scale in (1.0, 1.0, 0.25, 0.25):
+        flat.zero_()
+        made.accumulate(micro(), scale)
+        found.append(flat / scale)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
+    assert recorder.recorded == 2
+
+
+def test_so_many_shapes_are_recorded_and_others_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    made, batches = model("llama", "eager"), [micro((300,)), micro((600,))] * 3
+    recorder = recording(made)
+    for mine, wanted in zip(train(made, batches), train(model("llama", "eager"), batches), strict=True):
+        assert error(mine, wanted) <= 1e-5
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (4, 1, 2)
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("it waits")])
+def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(fault: RuntimeError) -> None:
+    made, batches = model("llama", "eager"), [micro()] * 4
+    recorder = recording(made, fault)
+    with pytest.warns(UserWarning, match=str(fault)) as said:
+        found = train(made, batches)
+    for mine, wanted in zip(found, train(model("llama", "eager"), batches), strict=True):
+        assert error(mine, wanted) <= 1e-5
+    assert (recorder.ran, len(said)) == (4, 1)
+
+
+def test_a_pass_that_runs_out_of_memory_lets_the_graphs_go() -> None:
+    made = model("llama", "eager")
+    recording(made)
+    train(made, [micro()] * 2)
+    assert made.graphs is not None
+    assert made.graphs.recorded
+    made.graphs.loss = out_of_memory
+    with pytest.warns(UserWarning, match="launched one by one"), pytest.raises(torch.OutOfMemoryError):
+        made.accumulate(micro((600,)))
+    assert not made.graphs.recorded
+
+
+def out_of_memory(micro: Placed) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
