@@ -11,16 +11,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from luthier.data.packing import micro_batches
 from luthier.data.store import TokenStore
-from luthier.data.stream import Sample, Stream, collate
+from luthier.data.stream import Micro, Sample, Stream, collate
 from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
+from luthier.train.batch import Batch, batch, packed
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
@@ -63,8 +65,9 @@ class Trainer:
         self.emit = emit if engine.rank == 0 else lambda event: None
         self.checkpoints, self.journal = folder / "checkpoints", Journal(folder / "metrics.jsonl")
         self.gradient = optim.flat_gradient(self.adapter.named_parameters())
-        self.optimizer = optim.optimizer(self.adapter.named_parameters(), recipe.train, self._say)
+        self.optimizer = optim.optimizer(self.adapter.named_parameters(), self.gradient, recipe.train, self._say)
         self.steps, self._peak, self.progress = stream.steps, 0, Progress(step=0, micro_tokens=micro_tokens)
+        self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine))  # a step's rows, and ahead of it the next's
         self.resumed_from = self.saved = self._resume()
 
     def __iter__(self) -> Iterator[Step]:
@@ -82,26 +85,25 @@ class Trainer:
                 yield self.step()
 
     def step(self) -> Step:
-        """One update from one set of rows: counted, cut, summed, divided once, checked, clipped, applied."""
+        """One update from one set of rows: counted, cut, summed, divided once, checked, clipped, applied. The host
+        waits once, when all of that is launched and the next step's rows are packed."""
         started = time.perf_counter()
-        train, store, number = self.recipe.train, self.stream.store, self.progress.step
-        samples = self.stream.step(number)
-        tokens = sum(int(store.lengths[sample.row]) for sample in samples)
-        targets = max(1, sum(store.targets(sample.row) for sample in samples))
-        loss, cuts, peak = self._gradient_of(samples, targets)
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        if not math.isfinite(norm) and self.recipe.model.compute == "float16" and self.progress.rescale():
+        train, number = self.recipe.train, self.progress.step
+        rows, total = self._gradient_of(number)
+        cuts, peak = (int(x) for x in self.engine.total(len(rows.micros), self._peak))
+        lr = optim.rate(train, number, self.steps)
+        told = optim.finish(self.optimizer, self.gradient, total / rows.targets, lr=lr, max_norm=train.max_norm)
+        if number + 1 < self.steps:
+            self._batch(number + 1, self.progress.micro_tokens)
+        loss, norm = told()
+        if not math.isfinite(norm) and self.model.dtype == torch.float16 and self.progress.rescale():
             return self.step()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._not_finite(samples, loss, norm)
-        if train.max_norm is not None and norm > train.max_norm:
-            self.gradient.mul_(train.max_norm / norm)
-        lr = optim.rate(train, number, self.steps)
-        optim.update(self.optimizer, lr)
+            raise self._not_finite(rows.samples, loss, norm)
         self.progress.step = number + 1
         seconds = time.perf_counter() - started
-        epoch = (samples[-1].index + 1) / self.stream.epoch_samples
-        step = Step(number + 1, epoch, loss, norm, lr, tokens, targets, seconds, tokens / seconds, peak, cuts)
+        epoch, speed = (rows.samples[-1].index + 1) / self.stream.epoch_samples, rows.tokens / seconds
+        step = Step(number + 1, epoch, loss, norm, lr, rows.tokens, rows.targets, seconds, speed, peak, cuts)
         self._log("step", asdict(step))
         return step
 
@@ -112,9 +114,10 @@ class Trainer:
         piece = 4 * self.recipe.train.samples_per_step
         for start in range(0, len(self.heldout), piece):
             rows = range(start, min(start + piece, len(self.heldout)))
-            cuts = self._cut(self.heldout, [Sample(row, row, epoch=0) for row in rows])
+            samples = [Sample(row, row, epoch=0) for row in rows]
+            micros = packed(self.heldout, self.engine, samples, self.progress.step, self.progress.micro_tokens)
             with torch.no_grad():
-                mine = sum(float(self.model.loss(collate(self.heldout, cut, self.progress.step))) for cut in cuts)
+                mine = sum(float(self.model.loss(micro)) for micro in micros)
             loss += self.engine.total(mine)[0]
             targets += sum(self.heldout.targets(row) for row in rows)
             if self.engine.highest(self.interrupt.signal):
@@ -159,14 +162,14 @@ class Trainer:
         step = self.progress.step
         return self.finished or step == self.progress.best_step or step % self.recipe.run.save.every == 0
 
-    def _gradient_of(self, samples: list[Sample], targets: int) -> tuple[float, int, int]:
-        """Leaves the step's gradient in `self.gradient`; returns its loss, micro-batches and peak bytes. If memory runs
-        out on any process, all drop what they have and redo the same step with half the token budget."""
+    def _gradient_of(self, number: int) -> tuple[Batch, Tensor]:
+        """Leaves the gradient of step `number` in `self.gradient`; returns its rows and their summed loss, fp64. If
+        memory runs out on any process, all drop what they have and redo the same step with half the token budget."""
         while True:
+            rows, short = self._batch(number, self.progress.micro_tokens), False
             self.gradient.zero_()
-            cuts, loss, short = self._cut(self.stream.store, samples), 0.0, False
             try:
-                loss = self._accumulate(cuts)
+                loss = self._accumulate(rows.micros)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -175,33 +178,22 @@ class Trainer:
             if not self.engine.highest(short):
                 self._peak = settled(self._peak)
                 self.engine.reduce(self.gradient)
-                self.gradient.div_(targets * self.progress.scale)
-                total, count, peak = self.engine.total(loss, len(cuts), self._peak)
-                return total / targets, int(count), int(peak)
+                self.engine.reduce(loss)
+                self.gradient.div_(rows.targets * self.progress.scale)
+                return rows, loss
             release()
-            self._halve(samples, cuts)
+            self._halve(rows)
 
-    def _cut(self, store: TokenStore, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """This process's share of the samples, as micro-batches of at most `micro_tokens` tokens."""
-        lengths = [int(store.lengths[sample.row]) for sample in samples]
-        mine = self.engine.share(lengths)
-        packs = micro_batches([lengths[i] for i in mine], self.progress.micro_tokens)
-        return [[samples[mine[i]] for i in pack] for pack in packs]
+    def _accumulate(self, micros: list[Micro]) -> Tensor:
+        """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""
+        losses = [self.model.accumulate(micro, self.progress.scale) for micro in micros]
+        return torch.stack(losses).double().sum() if losses else self.gradient.new_zeros((), dtype=torch.float64)
 
-    def _accumulate(self, cuts: list[list[Sample]]) -> float:
-        """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum."""
-        losses = []
-        for cut in cuts:
-            loss = self.model.loss(collate(self.stream.store, cut, self.progress.step))
-            (loss * self.progress.scale).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        return float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
-
-    def _halve(self, samples: list[Sample], cuts: list[list[Sample]]) -> None:
+    def _halve(self, rows: Batch) -> None:
         """Takes half of the largest micro-batch that any process tried as the budget."""
         lengths = self.stream.store.lengths
-        largest = self.engine.highest(max((int(sum(lengths[s.row] for s in cut)) for cut in cuts), default=0))
-        longest = max(samples, key=lambda sample: lengths[sample.row])
+        largest = self.engine.highest(max((len(micro.ids) for micro in rows.micros), default=0))
+        longest = max(rows.samples, key=lambda sample: lengths[sample.row])
         if largest <= lengths[longest.row]:
             raise MemoryPlanError(
                 f"a row of {largest} tokens does not fit into memory by itself",

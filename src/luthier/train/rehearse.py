@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
-from luthier.train import optim
 from luthier.train.memory import out_of_memory, peak_bytes, release
 
 if TYPE_CHECKING:
@@ -20,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def rehearse(trainer: Trainer) -> int:
-    """Runs the largest micro-batch that can come, all of it supervised, and an update, and leaves weights, optimizer
-    and generators as they were, to the bit, and a gradient of zero. Where memory runs out on any process, all try half
-    the tokens, and train with these.
+    """Runs the largest micro-batch that can come, all of it supervised. An update would take no more: the optimizer has
+    its moments from the start. Leaves torch's generators as they were, and a gradient of zero. Where memory runs out on
+    any process, all try half the tokens, and train with these.
 
     Returns the peak bytes of all processes. Raises MemoryPlanError if one row alone does not fit.
     """
@@ -58,47 +54,14 @@ def worst(store: TokenStore, tokens: int) -> Micro:
 
 
 def _runs_out(trainer: Trainer, micro: Micro) -> bool:
+    generators = torch.get_rng_state()
     try:
-        with _unchanged(trainer.optimizer):
-            trainer.model.loss(micro).backward()  # type: ignore[no-untyped-call]
-            trainer.gradient.zero_()
-            optim.update(trainer.optimizer, lr=0.0)  # without gradient, decay or step: it only takes its memory
+        trainer.model.accumulate(micro, 1.0)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         return True
     finally:
+        torch.set_rng_state(generators)
         trainer.gradient.zero_()
     return False
-
-
-@contextmanager
-def _unchanged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Gives the optimizer's state, learning rates and torch's generators back. What state there is, after a resume,
-    waits in host memory; a parameter that had none has none again."""
-    before = {p: {name: _kept(value) for name, value in state.items()} for p, state in optimizer.state.items()}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    generators = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        for parameter in list(optimizer.state):
-            if parameter not in before:
-                del optimizer.state[parameter]
-        for parameter, state in before.items():
-            _give_back(optimizer.state[parameter], state)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        torch.set_rng_state(generators)
-
-
-def _kept(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _give_back(state: dict[str, Any], kept: dict[str, Any]) -> None:
-    for name, value in kept.items():
-        if isinstance(value, Tensor):
-            state[name].copy_(value)
-        else:
-            state[name] = value

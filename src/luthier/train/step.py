@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from luthier.adapters.method import Adapter
@@ -17,9 +18,14 @@ class Model(Protocol):
     """What the loop needs of a `CausalModel`."""
 
     adapter: Adapter | None
+    dtype: torch.dtype  # of the products
 
     def loss(self, micro: Micro, /) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`, differentiable in the adapter."""
+
+    def accumulate(self, micro: Micro, scale: float, /) -> Tensor:
+        """Adds the gradient of that loss times `scale` to the `.grad` of the adapter's parameters; returns the loss,
+        without gradient."""
 
 
 @dataclass(frozen=True)

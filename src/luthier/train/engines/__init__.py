@@ -28,8 +28,8 @@ class Engine(Protocol):
     def share(self, lengths: Sequence[int]) -> list[int]:
         """Which of a step's rows, given by their lengths, this process works on."""
 
-    def reduce(self, gradient: Tensor) -> None:
-        """Sums `gradient` (fp32, flat) over the processes, in place, in an order that is the same each time."""
+    def reduce(self, values: Tensor) -> None:
+        """Sums `values` (flat, or a scalar) over the processes, in place, in an order that is the same each time."""
 
     def total(self, *values: float) -> list[float]:
         """The sums of `values` over the processes, in float64."""

@@ -35,8 +35,8 @@ class DataParallel:
     def share(self, lengths: Sequence[int]) -> list[int]:
         return share(lengths, self.ranks)[self.rank]
 
-    def reduce(self, gradient: Tensor) -> None:
-        dist.all_reduce(gradient)
+    def reduce(self, values: Tensor) -> None:
+        dist.all_reduce(values)
 
     def total(self, *values: float) -> list[float]:
         sums = torch.tensor(values, dtype=torch.float64)

@@ -14,7 +14,7 @@ class Local:
     def share(self, lengths: Sequence[int]) -> list[int]:
         return list(range(len(lengths)))
 
-    def reduce(self, gradient: Tensor) -> None:
+    def reduce(self, values: Tensor) -> None:
         pass
 
     def total(self, *values: float) -> list[float]:
