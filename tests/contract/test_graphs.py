@@ -179,6 +179,21 @@ def test_another_gradient_is_recorded_anew() -> None:
         assert recorder.recorded == count
 
 
+def test_parameters_that_lie_elsewhere_are_recorded_anew() -> None:
+    """Another trainer's gradient may begin where the last one's did."""
+    made = model("llama", "eager")
+    recorder = recording(made)
+    assert made.adapter is not None
+    flat_gradient(made.adapter.named_parameters())
+    for count in (1, 2):
+        for _ in range(3):
+            made.accumulate(micro(), 1.0)
+        assert recorder.recorded == count
+        elsewhere = [(parameter, parameter.data.clone()) for parameter in made.adapter.parameters()]
+        for parameter, values in elsewhere:
+            parameter.data = values
+
+
 def test_another_scale_is_recorded_anew() -> None:
     made, found = model("llama", "eager"), []
     recorder = recording(made)

@@ -106,17 +106,17 @@ class CausalModel:
         """Adds the gradient of the loss times `scale` to the `.grad` of the adapter's parameters; returns the loss,
         without gradient. By a CUDA graph, where `record` was called before."""
         assert self.adapter is not None
-        gradient = next(self.adapter.parameters()).grad
-        if self.graphs is None or gradient is None:
+        parameter = next(self.adapter.parameters())
+        if self.graphs is None or parameter.grad is None:
             return backward(self.loss(micro), scale)
         assert self.decoder is not None
         micro = trim(micro)
         self.decoder.check(micro)
-        return self.graphs.accumulate(micro, self._key(micro), scale, gradient)
+        return self.graphs.accumulate(micro, self._key(micro), scale, (parameter, parameter.grad))
 
     def record(self) -> None:
-        """Makes `accumulate` record its launches, and replay them. It must run our decoder, where `graphs.hindrance`
-        names none, and nobody may use the GPU's memory by another way than torch's allocator."""
+        """Makes `accumulate` record its launches on a GPU, and replay them. Our decoder must run the model, in 16 bits
+        and by flash attention; `plan` knows where."""
         assert self.decoder is not None
         self.graphs = Graphs(self._placed_loss, self.decoder.places, self.device, CudaRecorder())
 
@@ -216,6 +216,7 @@ def build(
     offload: int = 0,
     recompute_gate_up: int = 0,
     unpacked: int = 0,
+    graphs: bool = False,
     loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
@@ -223,6 +224,7 @@ def build(
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
     block, for the families in `families.py`. `recompute`, `recompute_gate_up`, `unpacked`: as in `CausalModel`. With
     `offload`, so many of the first decoder blocks stay in host memory and stream to `device`.
+    With `graphs`, launches are recorded on a GPU (see `CausalModel.record`).
     `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
     shared (see `shell`).
 
@@ -249,6 +251,8 @@ def build(
         built = CausalModel(module, attached, kernels=kernels, **options)
     if kernels != "reference":
         keep_freed_memory()
+    if graphs:
+        built.record()
     return built
 
 

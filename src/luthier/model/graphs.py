@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -82,18 +82,19 @@ class Graphs:
     ) -> None:
         self.loss, self.reads, self.device, self.recorder = loss, reads, device, recorder
         self.recorded: dict[Shape, _Recorded] = {}
-        self.on, self._longest, self._made_for = True, 1, (0.0, 0)
+        self.on, self._longest = True, 1
+        self._made_for: tuple[float, ...] = ()
         self._times: Counter[Shape] = Counter()
 
-    def accumulate(self, micro: Micro, key: int, scale: float, gradient: Tensor) -> Tensor:
+    def accumulate(self, micro: Micro, key: int, scale: float, places: Iterable[Tensor]) -> Tensor:
         """Adds the gradient of the loss times `scale`, and returns the loss.
 
         Args:
             micro: on the host, trimmed.
             key: dropout's, of seed and step.
-            gradient: the `.grad` of a parameter, by which a graph knows that it adds to the right place.
+            places: a parameter and its `.grad`, by which a graph knows that it reads and adds at the right places.
         """
-        self._check((scale, gradient.data_ptr()))
+        self._check((scale, *(tensor.data_ptr() for tensor in places)))
         chosen = shape(micro, self._longest)
         micro, self._longest = padded(micro, chosen), chosen.longest
         told = numbers(micro, key)
@@ -116,8 +117,8 @@ class Graphs:
         """Lets all graphs go, and their memory."""
         self.recorded.clear()
 
-    def _check(self, made_for: tuple[float, int]) -> None:
-        """A graph holds the scale as a number, and where gradients are."""
+    def _check(self, made_for: tuple[float, ...]) -> None:
+        """A graph holds the scale as a number, and where parameters and gradients are."""
         if made_for != self._made_for:
             self.forget()
             self._made_for = made_for
