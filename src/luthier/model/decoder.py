@@ -22,7 +22,9 @@ from luthier.model.block import Block, Kept, Pack
 from luthier.model.families import Family, window
 from luthier.model.heads import Segments
 from luthier.model.merged import MergedLinear
-from luthier.model.recompute import blocks_of
+from luthier.model.pack import Placed
+from luthier.model.shape import blocks_of
+from luthier.model.updates import Updates
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
@@ -37,12 +39,6 @@ class Decoder:
     def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, unpacked: int = 0) -> None:
         base = module.base_model
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
-        if (
-            self.norm.weight.dtype
-            != self.embed(torch.zeros(1, dtype=torch.int64, device=self.embed.weight.device)).dtype
-        ):
-            what = "our decoder block does not compute norms that are finer than the products (model.norms=float32)"
-            raise ModelError(what, fix="set run.kernels to auto or reference")
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, family, module.config, pointwise) for layer in layers]
@@ -50,6 +46,7 @@ class Decoder:
         for block in self.blocks[:unpacked]:
             for linear in block.linears:
                 linear.keep()
+        self.updates = Updates(self._linears)
         self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
 
     def recompute(self, whole: bool | int, gate_up: int = 0) -> None:
@@ -64,28 +61,34 @@ class Decoder:
 
         With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
         """
-        if self.window and int(micro.positions.max()) >= self.window:
-            fix = f"lower data.length to the model's attention window of {self.window} tokens"
-            raise ModelError("a row is longer than the model sees", fix=fix)
-        self._refresh()
+        self.updates.refresh(self._linears)
         x: Tensor = self.embed(micro.ids)
         cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
-        pack = Pack(Segments(cos, sin, micro.bounds, prefix), noise)
+        told = (micro.edges, micro.longest) if isinstance(micro, Placed) else None
+        pack = Pack(Segments(cos, sin, micro.bounds, prefix, told=told), noise)
         last = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
         for block in self.blocks:
             pack = last if block is self.blocks[-1] else pack
-            x = _Layer.apply(x, block, pack, *block.parameters)  # type: ignore[no-untyped-call]
-        return self.norm(x)  # type: ignore[no-any-return]
+            wanted = x.requires_grad
+            if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
+                x = self.updates.collected(x)
+            x = _Layer.apply(x, block, pack, wanted)  # type: ignore[no-untyped-call]
+        # Where norms are finer than the products (model.norms=float32), so is the head.
+        return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
 
-    def _refresh(self) -> None:
-        """Takes the adapters' present values, those of all layers in a few launches."""
-        copies = [copy for block in self.blocks for linear in block.linears for copy in linear.refresh()]
-        if not copies:
-            return
-        sources, scales, places = (list(column) for column in zip(*copies, strict=True))
-        if any(scale != 1 for scale in scales):
-            sources = torch._foreach_mul(sources, scales)  # type: ignore[assignment]
-        torch._foreach_copy_(places, sources)
+    def check(self, micro: Micro) -> None:
+        """Raises ModelError where a row of `micro`, on the host, is longer than the model sees."""
+        if self.window and len(micro.positions) and int(micro.positions.max()) >= self.window:
+            fix = f"lower data.length to the model's attention window of {self.window} tokens"
+            raise ModelError("a row is longer than the model sees", fix=fix)
+
+    def places(self) -> list[object]:
+        """Where the adapters' values are kept in the dtype of the products, and their gradients."""
+        return [self.updates.values, self.updates.gradients]
+
+    @property
+    def _linears(self) -> list[MergedLinear]:
+        return [linear for block in self.blocks for linear in block.linears]
 
 
 def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
@@ -110,11 +113,11 @@ def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool) -> Tensor:
         y, kept, inner = block.forward(x, pack)
         *tensors, attention = block.kept_of(kept)
         ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
-        ctx.block, ctx.pack = block, pack
+        ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
         return y
 
     @staticmethod
@@ -124,5 +127,4 @@ class _Layer(torch.autograd.Function):
         x, inner, *rest = ctx.saved_tensors
         parts = len(Kept._fields) - 1
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
-        dx, found = block.backward(dy, x, kept, inner, pack, ctx.needs_input_grad[0])
-        return dx, None, None, *(found.get(p) for p in block.parameters)
+        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -15,8 +15,6 @@ from luthier.adapters.lora import LoraLinear
 from luthier.adapters.method import Noise
 from luthier.kernels.place import on_gpu
 
-Gradients = dict[Tensor, Tensor]
-
 
 class Update(NamedTuple):
     """One adapted layer of a merged product."""
@@ -24,7 +22,13 @@ class Update(NamedTuple):
     layer: LoraLinear
     columns: slice  # its outputs among the merged ones
     inner: slice  # its ranks among the merged ones
-    B: Tensor  # [out, rank], in the dtype of the products
+
+
+class Matrices(NamedTuple):
+    """A and B of the updates of a merged product, or their gradients, in the dtype of the products."""
+
+    A: Tensor  # [P, K]
+    B: list[Tensor]  # of each update, [out, rank]
 
 
 class MergedLinear:
@@ -36,15 +40,18 @@ class MergedLinear:
     """
 
     scratch: Tensor | None = None
+    values: Matrices
+    gradients: Matrices  # where `backward_inner` and `backward_adapters` put them
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = layers
         self.bases = [cast(Any, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
         packed = any(is_quantized(base) for base in self.bases)
         self.dense = None if packed else _merge([base.weight for base in self.bases])
         self.bias = None if self.bases[0].bias is None else _merge([base.bias for base in self.bases])
         self.columns = _slices([base.out_features for base in self.bases])
         self.features = self.bases[0].in_features
+        pairs = zip(layers, self.columns, strict=True)
+        self.adapted = [(layer, columns) for layer, columns in pairs if isinstance(layer, LoraLinear)]
         self.updates: list[Update] = []
 
     def keep(self) -> None:
@@ -65,63 +72,39 @@ class MergedLinear:
             _write(base, merged[part])
         return merged
 
-    def parameters(self) -> Iterator[Tensor]:
-        for layer in self.layers:
-            if isinstance(layer, LoraLinear):
-                yield from (layer.A, layer.B)
-
     @property
     def dtype(self) -> torch.dtype:
         packed = next((base for base in self.bases if is_quantized(base)), None)
         return self.bases[0].weight.dtype if packed is None else packed.compute_dtype  # type: ignore[no-any-return]
 
-    def refresh(self) -> Iterator[tuple[Tensor, float, Tensor]]:
-        """What has to be copied for the adapters' present values to be here, in the dtype of the products: (source,
-        factor, place). Places are kept from one time to the next."""
-        live = [
-            (x, c) for x, c in zip(self.layers, self.columns, strict=True) if isinstance(x, LoraLinear) and x.enabled
-        ]
-        if not self._has_places([layer for layer, _ in live]):
-            self._make_places(live)
-        for update in self.updates:
-            yield update.layer.A.detach(), update.layer.scale, self.A[update.inner]
-            yield update.layer.B.detach(), 1.0, update.B
-
-    def _has_places(self, live: Sequence[LoraLinear]) -> bool:
-        """Whether there are places for these layers. Those made in inference mode can be written to only there."""
-        ranks = [(update.layer, len(self.A[update.inner])) for update in self.updates]
-        inference = not self.updates or self.A.is_inference() == torch.is_inference_mode_enabled()
-        return inference and ranks == [(layer, layer.rank) for layer in live]
-
-    def _make_places(self, live: Sequence[tuple[LoraLinear, slice]]) -> None:
-        inner, like = _slices([layer.rank for layer, _ in live]), self.bases[0].weight
-        make = partial(torch.empty, dtype=self.dtype, device=like.device)
-        places = [make(layer.B.shape) for layer, _ in live]
-        self.updates = [Update(x, c, i, B) for (x, c), i, B in zip(live, inner, places, strict=True)]
-        self.A = make(inner[-1].stop if inner else 0, self.features)  # [P, K]
+    def choose(self) -> list[Update]:
+        """Takes the updates of the layers whose adapter is enabled. They need `values` then, and `gradients`."""
+        live = [(layer, columns) for layer, columns in self.adapted if layer.enabled]
+        inner = _slices([layer.rank for layer, _ in live])
+        self.updates = [Update(*pair, ranks) for pair, ranks in zip(live, inner, strict=True)]
+        return self.updates
 
     def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
-        """x [T, K] to y [T, N], and the updates' inner values scale · x Aᵀ [T, P]."""
+        """x [T, K] to y [T, N], and the updates' inner values x · Aᵀ [T, P]."""
         weight = self.weight
         y = torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
         if not self.updates:
             return y, None
-        inner = x.new_empty(len(x), len(self.A))
-        for part, drop in self._readers(noise):
-            torch.mm(drop(x) if drop else x, self.A[part].t(), out=inner[:, part])
-        for update in self.updates:
-            y[:, update.columns].addmm_(inner[:, update.inner], update.B.t())
+        A, drops = self.values.A, self._drops(noise)
+        inner = torch.cat([torch.mm(drop(x), A[i].t()) for i, drop in drops], 1) if drops else torch.mm(x, A.t())
+        for (layer, columns, ranks), B in zip(self.updates, self.values.B, strict=True):
+            y[:, columns].addmm_(inner[:, ranks], B.t(), alpha=layer.scale)
         return y, inner
 
-    def backward_inner(self, dy: Tensor, inner: Tensor | None, found: Gradients) -> Tensor | None:
-        """The gradient of the inner values; that of each B goes to `found`."""
+    def backward_inner(self, dy: Tensor, inner: Tensor | None) -> Tensor | None:
+        """The gradient of the inner values; that of each B goes to its place."""
         if inner is None:
             return None
         dinner = torch.empty_like(inner)
-        for update in self.updates:
-            part = dy[:, update.columns]
-            torch.mm(part, update.B, out=dinner[:, update.inner])
-            found[update.layer.B] = torch.mm(inner[:, update.inner].t(), part).t()
+        for (layer, columns, ranks), B, dB in zip(self.updates, self.values.B, self.gradients.B, strict=True):
+            part = dy[:, columns]
+            _multiply(part, B, layer.scale, dinner[:, ranks])
+            _multiply(part.t(), inner[:, ranks], layer.scale, dB)
         return dinner
 
     def backward_input(self, dy: Tensor, dinner: Tensor | None, noise: Noise | None) -> Tensor:
@@ -129,29 +112,32 @@ class MergedLinear:
         dx = torch.mm(dy, self.weight)
         if dinner is None:
             return dx
-        for part, drop in self._readers(noise):
-            if drop is None:
-                dx.addmm_(dinner[:, part], self.A[part])
-            else:
-                dx.add_(drop(torch.mm(dinner[:, part], self.A[part])))
-        return dx
+        A, drops = self.values.A, self._drops(noise)
+        for ranks, drop in drops:
+            dx.add_(drop(torch.mm(dinner[:, ranks], A[ranks])))
+        return dx if drops else dx.addmm_(dinner, A)
 
-    def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None, found: Gradients) -> None:
-        """Puts the gradient of each A into `found`."""
+    def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None) -> None:
+        """Puts the gradient of each A into its place."""
         if dinner is None:
             return
-        dA = torch.empty_like(self.A)
-        for part, drop in self._readers(noise):
-            torch.mm(dinner[:, part].t(), drop(x) if drop else x, out=dA[part])
-        for update in self.updates:
-            found[update.layer.A] = dA[update.inner].mul_(update.layer.scale)
+        dA, drops = self.gradients.A, self._drops(noise)
+        for ranks, drop in drops:
+            torch.mm(dinner[:, ranks].t(), drop(x), out=dA[ranks])
+        if not drops:
+            torch.mm(dinner.t(), x, out=dA)
 
-    def _readers(self, noise: Noise | None) -> list[tuple[slice, Callable[[Tensor], Tensor] | None]]:
-        """Which ranks read x, and what is done to it before: all at once if nothing is dropped, else each layer's own
-        values are."""
+    def _drops(self, noise: Noise | None) -> list[tuple[slice, Callable[[Tensor], Tensor]]]:
+        """What each layer does to x before it reads it, and its ranks. Empty where nothing is dropped: then all read x
+        at once."""
         if noise is None or noise.samples is None or not any(u.layer.dropout for u in self.updates):
-            return [(slice(None), None)]
+            return []
         return [(u.inner, partial(noise.dropped, module=u.layer.index, p=u.layer.dropout)) for u in self.updates]
+
+
+def _multiply(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    """scale · a b, rounded once."""
+    out.addmm_(a, b, beta=0, alpha=scale)
 
 
 def _slices(sizes: list[int]) -> list[slice]:
