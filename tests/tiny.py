@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.adapters.lora import attach
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
-from luthier.data.stream import Stream
+from luthier.data.stream import Micro, Stream
 from luthier.model.causal import CausalModel, Kernels
+from luthier.model.graphs import backward
 from luthier.recipe import Recipe
 from luthier.runs import Run
 from luthier.train.engines import Engine
@@ -50,15 +52,26 @@ def config() -> Any:
     )
 
 
-def model(recipe: Recipe, *, kernels: Kernels = "reference", recompute: bool = False) -> CausalModel:
+def model(
+    recipe: Recipe, *, kernels: Kernels = "reference", recompute: bool = False, dtype: torch.dtype = torch.float32
+) -> CausalModel:
     """A tiny Llama of random weights, the same each time, with the recipe's adapter."""
     from transformers import LlamaForCausalLM
 
     from luthier.model import attention
 
     torch.manual_seed(0)
-    module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval()
+    module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval().to(dtype)
     return CausalModel(module, attach(module, recipe.adapter, recipe.train.seed), kernels=kernels, recompute=recompute)
+
+
+class Around:
+    """What a test puts in the place of a model whose loss it changes."""
+
+    loss: Any
+
+    def accumulate(self, micro: Micro, scale: float) -> Tensor:
+        return backward(self.loss(micro), scale)
 
 
 def base(folder: Path) -> Path:

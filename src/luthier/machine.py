@@ -81,6 +81,12 @@ class Gpu:
         """Whether it multiplies bfloat16 in hardware: Ampere and later."""
         return self.capability >= (8, 0)
 
+    @property
+    def float16(self) -> bool:
+        """Whether its tensor cores multiply float16 and add up in float32: Volta and later. Before, most do it at a
+        small part of their rate in float32."""
+        return self.capability >= (7, 0)
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -15,13 +15,13 @@ from luthier.train import checkpoint, optim
 from luthier.train.launch import train
 
 
-class Poisoned:
+class Poisoned(tiny.Around):
     """A model for which the loss of sample 26 (of the fourth step), or if `sample` is None that step's gradient, is
     `value`."""
 
     def __init__(self, recipe: Any, value: float, sample: int | None) -> None:
         self.model = tiny.model(recipe)
-        self.adapter, self.value, self.sample = self.model.adapter, value, sample
+        self.adapter, self.dtype, self.value, self.sample = self.model.adapter, self.model.dtype, value, sample
 
     def loss(self, micro: Any) -> torch.Tensor:
         loss = self.model.loss(micro)
@@ -82,7 +82,9 @@ class Narrow(torch.autograd.Function):
         return torch.where(gradient.abs() > ctx.most, math.inf, gradient), None
 
 
-class Overflowing:
+class Overflowing(tiny.Around):
+    dtype = torch.float16
+
     def __init__(self, recipe: Any, most: float) -> None:
         self.model = tiny.model(recipe)
         self.adapter, self.most = self.model.adapter, most
@@ -94,7 +96,7 @@ class Overflowing:
 
 def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_path: Path) -> None:
     """The scale is a power of two, so that in float32 the run is the one without an overflow, bit for bit."""
-    recipe = tiny.recipe("train.epochs=2", "model.compute=float16")
+    recipe = tiny.recipe("train.epochs=2")
     plain = tiny.trainer(tmp_path / "plain", recipe)
     scaled = tiny.trainer(tmp_path / "scaled", recipe, causal=Overflowing(recipe, most=2.0**-7))
     assert [step.loss for step in plain] == [step.loss for step in scaled]
@@ -105,9 +107,23 @@ def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_pat
 
 
 def test_no_scale_saves_a_gradient_that_is_never_finite(tmp_path: Path) -> None:
-    recipe = tiny.recipe("train.epochs=2", "model.compute=float16")
+    recipe = tiny.recipe("train.epochs=2")
     with pytest.raises(NotFiniteError, match="step 3 "):
         list(tiny.trainer(tmp_path, recipe, causal=Overflowing(recipe, most=0.0)))
+
+
+@pytest.mark.parametrize("kernels", ["reference", "eager"])
+def test_a_run_in_float16_learns_what_one_in_float32_does_from_whatever_scale(tmp_path: Path, kernels: Any) -> None:
+    recipe = tiny.recipe("train.epochs=2")
+    exact = tiny.trainer(tmp_path / "exact", recipe, causal=tiny.model(recipe, kernels=kernels))
+    half = tiny.trainer(tmp_path / "half", recipe, causal=tiny.model(recipe, kernels=kernels, dtype=torch.float16))
+    half.progress.scale = 2.0**24  # beyond float16 itself
+    begin = _copies(exact.adapter.state_dict())
+    losses = [step.loss for step in exact]
+    assert [step.loss for step in half] == pytest.approx(losses, rel=1e-3)
+    assert 1 < half.progress.scale < 2.0**16
+    changes = [torch.cat([(x - begin[k]).flatten() for k, x in t.adapter.state_dict().items()]) for t in (exact, half)]
+    assert (changes[0] - changes[1]).norm() < 0.1 * changes[0].norm()
 
 
 def poisoned(folder: Path, value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> Path:

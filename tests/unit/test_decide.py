@@ -156,11 +156,6 @@ def test_blocks_that_stream_are_the_modules_own() -> None:
     assert (made.kernels, "stream" in made.why["kernels"]) == ("reference", True)
 
 
-def test_a_gpu_older_than_ampere_takes_float32() -> None:
-    old = replace(GPU, gpus=(named_gpu("T4"),))
-    assert decided("run.place=cuda", facts=old, config=PHI).dtype == "float32"
-
-
 def test_a_gpu_that_torch_does_not_reach_is_left_alone() -> None:
     made = decided(facts=GPU)
     assert made.place == ("cuda" if torch.cuda.is_available() else "cpu")

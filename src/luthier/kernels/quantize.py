@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels.place import on_gpu
+from luthier.kernels.place import capability, on_gpu
 
 BLOCK = 64  # weights to a scale
 NESTED = 256  # scales to a scale of theirs
@@ -219,10 +219,10 @@ def int8_linear(
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """int8 [m, k] times the transpose of int8 [n, k]: int32 [m, n], exact.
 
-    On a GPU cuBLAS multiplies integers where its shapes allow. Elsewhere fp32 products of 1,024 columns at a time are
-    exact too, since 1024 · 127² < 2²⁴.
+    On a GPU since Turing cuBLAS multiplies integers where its shapes allow. Elsewhere fp32 products of 1,024 columns at
+    a time are exact too, since 1024 · 127² < 2²⁴.
     """
-    if on_gpu(a) and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+    if on_gpu(a) and capability(a) >= (7, 5) and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
         missing = max(0, 17 - len(a))  # cuBLAS takes no fewer rows
         return torch._int_mm(F.pad(a, (0, 0, 0, missing)) if missing else a, b.T)[: len(a)]
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)

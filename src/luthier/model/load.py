@@ -301,9 +301,12 @@ def dtype_name(wanted: str, place: str, facts: Machine) -> tuple[str, str]:
         return wanted, "as the recipe says"
     if place == "mps":
         return "bfloat16", "Apple's GPU multiplies bfloat16"
-    if facts.gpus[0].bfloat16 if facts.gpus else _torch_multiplies_bfloat16():
+    bfloat16, float16 = (facts.gpus[0].bfloat16, facts.gpus[0].float16) if facts.gpus else _torch_multiplies()
+    if bfloat16:
         return "bfloat16", "the GPU multiplies bfloat16"
-    return "float32", "the GPU does not multiply bfloat16"
+    if float16:
+        return "float16", "the GPU multiplies float16 but no bfloat16; gradients beyond its range are scaled"
+    return "float32", "the GPU has no fast products in 16 bits"
 
 
 def _cpu_dtype(wanted: str, facts: Machine) -> tuple[str, str]:
@@ -315,11 +318,13 @@ def _cpu_dtype(wanted: str, facts: Machine) -> tuple[str, str]:
     return "float32", f"in place of {name}, which this processor multiplies several times more slowly"
 
 
-def _torch_multiplies_bfloat16() -> bool:
+def _torch_multiplies() -> tuple[bool, bool]:
+    """Whether the GPU that torch reaches multiplies bfloat16, and float16."""
     import torch
 
-    supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-    return supported
+    if not torch.cuda.is_available():
+        return False, False
+    return torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_capability() >= (7, 0)
 
 
 def _one_line(error: BaseException) -> str:
