@@ -14,28 +14,42 @@ from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
 from luthier.model import attention
 from luthier.model.causal import CausalModel
+from luthier.model.load import norms_in_float32
 from luthier.model.quantize import quantize_module
 
 pytestmark = pytest.mark.gpu
 VOCAB = 1000
 ADAPTER = recipe.Lora(rank=8, alpha=16)
 NF4 = recipe.FourBit(kind="nf4")
+SPECIAL: dict[str, dict[str, Any]] = {
+    "falcon": {"bias": True, "alibi": False},
+    "glm": {"head_dim": 64, "attention_bias": True},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+}
 
 
-def base(dtype: torch.dtype) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def base(dtype: torch.dtype, family: str = "llama") -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).to(dtype).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "sliding_window": None,
+        **SPECIAL.get(family, {}),
+    }
+    how = "sdpa" if family == "falcon" else attention.NAME
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation=how)
+    for parameter in made.parameters():
+        if parameter.dim() == 1:  # norms and biases, which are 1 and 0 at the start
+            parameter.data.add_(torch.empty_like(parameter).normal_(0, 0.1))
+    return made.to(dtype).eval()
 
 
 def model(module: Any, kernels: Any, adapter: recipe.Lora = ADAPTER, **options: Any) -> CausalModel:
@@ -65,9 +79,9 @@ def gradients(made: CausalModel, batch: Micro) -> tuple[float, Tensor]:
     return float(loss.detach()), torch.cat([g.flatten().float().cpu() for g in flat])
 
 
-def wanted(packed: bool) -> tuple[float, Tensor]:
+def wanted(packed: bool, family: str = "llama") -> tuple[float, Tensor]:
     """fp32 on the CPU; with packed weights, of the values they unpack to in bfloat16."""
-    module = base(torch.bfloat16)
+    module = base(torch.bfloat16, family)
     if packed:
         other = copy.deepcopy(module)
         for name in quantize_module(other, NF4, torch.bfloat16):
@@ -86,6 +100,37 @@ def test_loss_and_gradients_are_those_of_the_reference(packed: bool, kernels: st
     expected_loss, expected = wanted(packed)
     assert loss == pytest.approx(expected_loss, rel=2e-3)
     assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("family", ["phi", "falcon", "glm", "phi3"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_family_has_the_loss_and_gradients_of_the_reference(family: str, packed: bool, recompute: bool) -> None:
+    module = base(torch.bfloat16, family)
+    if packed:
+        quantize_module(module, NF4, torch.bfloat16)
+    loss, gradient = gradients(model(module.cuda(), "compiled", recompute=recompute), micro())
+    expected_loss, expected = wanted(packed, family)
+    assert loss == pytest.approx(expected_loss, rel=2e-3)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("family", ["phi", "falcon", "glm", "phi3"])
+def test_a_family_is_exact_in_float32(family: str) -> None:
+    found = gradients(model(base(torch.float32, family).cuda(), "compiled"), micro())
+    expected = gradients(model(base(torch.float32, family), "reference"), micro())
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_norms_that_are_finer_than_the_products(family: str) -> None:
+    module = base(torch.bfloat16, family).cuda()
+    norms_in_float32(module, torch.bfloat16)
+    loss, gradient = gradients(model(module, "compiled"), micro())
+    expected_loss, expected = wanted(False, family)
+    assert loss == pytest.approx(expected_loss, rel=2e-3)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.03
 
 
 @pytest.mark.parametrize("kernels", ["reference", "compiled"])

@@ -104,6 +104,89 @@ def find(config: Any) -> Family | None:
 def of_file(config: Mapping[str, Any]) -> Family | None:
     """The family of a model's `config.json`; transformers is asked only for what the file leaves out."""
     rows = FAMILIES.get(config["model_type"], ())
+    said = all(name in config for row in rows for name in (row.act, *row.needs))
+    return find(SimpleNamespace(**config) if said else _whole(config))
+
+
+def window_of_file(config: Mapping[str, Any]) -> int | None:
+    """`window` of a model's `config.json`."""
+    return window(_whole(config)) if config.get("sliding_window") else None
+
+
+def _whole(config: Mapping[str, Any]) -> Any:
+    """The transformers config of a `config.json`, with the defaults of what that leaves out."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+
+
+def is_llama(self) -> bool:
+        """Whether a layer computes what Llama's does, with separate layers for q, k and v, for gate and for up."""
+        plain = Family()
+        shape = ("parallel", "gated", "grouped", "neighbours")
+        return len(self.qkv) == 3 and all(getattr(self, name) == getattr(plain, name) for name in shape)
+
+
+_LLAMA = Family()
+_MERGED = Family(gate_up=("mlp.gate_up_proj",))
+
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "phi": (
+        Family(
+            norm="final_layernorm",
+            out="self_attn.dense",
+            mlp_norm=None,
+            gate_up=("mlp.fc1",),
+            down="mlp.fc2",
+            eps="layer_norm_eps",
+            gated=False,
+            parallel=True,
+            needs={"qk_layernorm": False},
+        ),
+    ),
+    "falcon": (
+        Family(
+            layers="h",
+            norm="ln_f",
+            qkv=("self_attention.query_key_value",),
+            out="self_attention.dense",
+            mlp_norm=None,
+            gate_up=("mlp.dense_h_to_4h",),
+            down="mlp.dense_4h_to_h",
+            eps="layer_norm_epsilon",
+            act="activation",
+            gated=False,
+            parallel=True,
+            needs={"alibi": False, "new_decoder_architecture": False, "parallel_attn": True, "multi_query": True},
+        ),
+    ),
+    "glm": (replace(_MERGED, neighbours=True),),
+    "phi3": (replace(_MERGED, qkv=("self_attn.qkv_proj",)),),
+}
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""By transformers' names; those of the same function differ in how they write it."""
+
+
+def find(config: Any) -> Family | None:
+    """The family of a transformers config, or None if our block does not compute what that model does."""
+    rows = FAMILIES.get(config.model_type, ())
+    return next((row for row in rows if _fits(row, config)), None)
+
+
+def of_file(config: Mapping[str, Any]) -> Family | None:
+    """The family of a model's `config.json`; transformers is asked only for what the file leaves out."""
+    rows = FAMILIES.get(config["model_type"], ())
     if all(name in config for row in rows for name in (row.act, *row.needs)):
         return find(SimpleNamespace(**config))
     from transformers import CONFIG_MAPPING
