@@ -21,6 +21,7 @@ _OPTIONAL = {
     "trackio": "the trackio tracker",
     "mlflow": "the mlflow tracker",
     "peft": "reading our adapters elsewhere",
+    "cudnn": "faster attention on Hopper and Blackwell (luthier[cudnn])",
 }
 
 

@@ -28,7 +28,10 @@ from typing import Any
 from luthier.errors import RunError
 from luthier.recipe import Recipe
 
-_PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rouge-score")
+_PACKAGES = (
+    *("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rouge-score"),
+    "nvidia-cudnn-frontend",  # computes attention where it is installed
+)
 
 # What prepared data depends on: sources and their treatment, the tokenizer, and the seed of the split.
 _PREPARED_BY = ("data.", "model.base", "model.revision", "adapter.new_tokens", "train.seed")

@@ -12,7 +12,16 @@ from test_cudnn_on_gpu import ends, error, made
 from torch import Tensor
 
 from luthier.kernels import cudnn
+from luthier.kernels.varlen_backward import Blocks, varlen_backward
 
+BLOCKS = (
+    (Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    (Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 1)),
+    (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    (Blocks(64, 32, 4, 3), Blocks(64, 64, 8, 2)),
+    (Blocks(128, 32, 8, 3), Blocks(32, 128, 8, 3)),
+)
 CHAT = (303,) * 5 + (120, 77, 410, 654, 198, 350, 90, 515, 260, 330) * 2 + (669,)
 
 
@@ -69,6 +78,18 @@ def costs(shape: tuple[int, int, int], name: str, lengths: tuple[int, ...]) -> N
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         tell("flash backward, one order", flash_backward)
+        for queries, keys in BLOCKS:
+            work = partial(varlen_backward, do, q, k, v, o, sums, edges, longest, scale, queries, keys)
+            found = tell(f"own backward {tuple(queries)} {tuple(keys)}", work)
+            if found is not None:
+                apart = [round(error(a, b.float()), 5) for a, b in zip(found, free, strict=False)]
+                parts = dict.fromkeys(("queries", "keys_and_values"), 0.0)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                    work()
+                    torch.cuda.synchronize()
+                for event in seen.key_averages():
+                    parts[event.key] = round(event.device_time_total)
+                print(f"    apart from flash's: {apart}; {parts}")
         tell("ours forward", lambda: cudnn.forward(q, k, v, edges, longest, scale))
         if cudnn.machine(q.device).frontend:
             tell("ours forward packed", lambda: cudnn._packed(q, k, v, edges, longest, scale))
