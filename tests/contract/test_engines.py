@@ -26,12 +26,15 @@ def member(name: str) -> dict[str, Any]:
     engine = ENGINES.get(name)()
     gradient = torch.arange(4.0) + 10 * engine.rank
     engine.reduce(gradient)
+    loss = torch.tensor(1e-9 + engine.rank, dtype=torch.float64)
+    engine.reduce(loss)
     answers = {
         "rank": engine.rank,
         "ranks": engine.ranks,
         "share": engine.share(LENGTHS),
         "nothing": engine.share([]),
         "reduced": gradient.tolist(),
+        "loss": float(loss),
         "total": engine.total(1e-9 + engine.rank, 1.0),
         "highest": engine.highest(15 * engine.rank),
     }
@@ -68,6 +71,11 @@ def test_every_row_of_a_step_is_some_ranks_and_only_one_s(answers: list[dict[str
 def test_gradients_are_summed_on_every_rank(answers: list[dict[str, Any]]) -> None:
     tens = 10.0 * sum(range(len(answers)))
     assert all(a["reduced"] == [len(answers) * i + tens for i in range(4)] for a in answers)
+
+
+def test_a_loss_is_summed_in_double_precision(answers: list[dict[str, Any]]) -> None:
+    expected = sum(1e-9 + rank for rank in range(len(answers)))
+    assert all(a["loss"] == pytest.approx(expected, rel=1e-14) for a in answers)
 
 
 def test_totals_are_sums_in_double_precision(answers: list[dict[str, Any]]) -> None:

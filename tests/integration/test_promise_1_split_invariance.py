@@ -1,5 +1,6 @@
 """Promise 1: a step is a set of samples. How it is cut never changes what is learned, dropout included."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from luthier.train.engines.local import Local
 from luthier.train.launch import train
 from luthier.train.step import Step
 
@@ -65,10 +67,26 @@ def test_the_gradient_of_a_cut_step_is_that_of_the_whole_step(tmp_path: Path) ->
     assert all(torch.linalg.vector_norm(g - gradients[0]) / scale < 1e-5 for g in gradients[1:])
 
 
+class Counting(Local):
+    """One process, that counts how often a step's rows are packed."""
+
+    packed = 0
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        self.packed += 1
+        return super().share(lengths)
+
+
+def test_the_rows_of_the_next_step_are_packed_before_a_step_ends_and_no_step_s_twice(tmp_path: Path) -> None:
+    engine = Counting()
+    trainer = tiny.trainer(tmp_path, tiny.recipe("train.max_steps=3"), engine=engine)
+    assert [(step.step, engine.packed) for step in trainer] == [(1, 2), (2, 3), (3, 3)]
+
+
 def test_a_mean_of_means_would_fail_this(tmp_path: Path, whole: list[Step]) -> None:
     """The usual mistake, dividing each micro-batch by its own targets, is far outside the tolerance."""
 
-    class MeanOfMeans:
+    class MeanOfMeans(tiny.Around):
         def __init__(self, model: Any) -> None:
             self.model, self.adapter = model, model.adapter
 

@@ -118,6 +118,21 @@ def test_the_moments_go_round_trip_and_the_next_update_is_the_same(name: str) ->
     assert same(optim.moments(first), optim.moments(second))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_the_moments_are_there_before_the_first_update(name: str) -> None:
+    """So a rehearsal takes the memory that a step takes."""
+    if name != "adamw":
+        pytest.importorskip("bitsandbytes")
+    weight = nn.Parameter(torch.ones(64, 80))
+    _, optimizer = made([("w", weight)], optimizer=name)
+    begun = copies(optim.moments(optimizer))
+    optim.update(optimizer, 0.1, GO)
+    assert begun["0.step"] == 0
+    assert {name: tensor.shape for name, tensor in begun.items()} == {
+        name: tensor.shape for name, tensor in optim.moments(optimizer).items()
+    }
+
+
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
