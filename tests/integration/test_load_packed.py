@@ -178,6 +178,44 @@ def test_a_damaged_part_of_a_stored_weight_is_refused_by_its_name(stored: tuple[
         load.load_causal(tmp_path, as_stored(tmp_path), device="cpu", dtype=torch.float32)
 
 
+def test_a_tensor_that_several_threads_read_is_the_one_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from luthier.model import weights
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    shapes: dict[str, tuple[int, ...]] = {"wide": (30, 421), "one": (), "none": (0, 4), "odd": (3333,)}
+    tensors = {
+        f"{name} {dtype}": torch.randint(0, 200, shape).to(dtype)
+        for name, shape in shapes.items()
+        for dtype in weights._DTYPES.values()
+    }
+    tensors["rare"] = torch.rand(30, 40).to(torch.float8_e4m3fn)  # safetensors reads it
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    with weights.handles([tmp_path / "a.safetensors"], copied=True) as found:
+        assert found.keys() == tensors.keys()
+        assert sum(isinstance(handle, weights.Handle) for handle in found.values()) == len(tensors) - 1
+        for name, tensor in load_file(tmp_path / "a.safetensors").items():
+            read = found[name][...]
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(read.float(), tensor.float())
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from luthier.model import weights
+
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(1000)}, path, {"format": "pt"})
+    with weights.handles([path], copied=True) as found:
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(OSError, match="ends within x"):
+            found["x"][...]
+
+
 MEASURE = """
 import sys
 from pathlib import Path

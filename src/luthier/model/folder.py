@@ -49,7 +49,7 @@ def _packed_problems(folder: Path) -> Iterator[str]:
     if isinstance(config, dict) and "quantization_config" in config:
         return
     for path in sorted(folder.glob("*.safetensors")):
-        header = _safetensors_header(path)
+        header = safetensors_header(path)
         tensors = header.items() if isinstance(header, dict) else ()
         odd = sorted(n for n, t in tensors if n.endswith("weight") and str(t.get("dtype", ""))[:1] in ("I", "U"))
         if odd:
@@ -163,7 +163,7 @@ def _index_problems(folder: Path, index: Path) -> Iterator[str]:
 
 def _shard_problems(path: Path, names: set[str] | dict[str, Any]) -> Iterator[str]:
     """What is wrong with one safetensors file, by its first bytes and its size; `names` are tensors it should hold."""
-    header = _safetensors_header(path)
+    header = safetensors_header(path)
     if isinstance(header, str):
         yield header
         return
@@ -172,7 +172,7 @@ def _shard_problems(path: Path, names: set[str] | dict[str, Any]) -> Iterator[st
         yield f"{path.name} lacks {some(missing)}"
 
 
-def _safetensors_header(path: Path) -> dict[str, Any] | str:
+def safetensors_header(path: Path) -> dict[str, Any] | str:
     """The header of a safetensors file, or what is wrong with the file."""
     if not path.is_file():
         return f"{path.name} is missing"

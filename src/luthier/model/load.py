@@ -238,17 +238,19 @@ def _filled(folder: Path, empty: Any, placing: Placing | None, dtype: torch.dtyp
     from luthier.model.weights import handles
 
     own = (folder / "generation_config.json").is_file()
-    done: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
-        None,
-        config=empty.config,
-        state_dict=handles(shards(folder), copied=placing is not None),
-        dtype=dtype,
-        attn_implementation=empty.config._attn_implementation,
-        quantization_config=placing,
-        generation_config=GenerationConfig.from_pretrained(folder, local_files_only=True) if own else None,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the information
-    )
+    on_gpu = placing is not None and placing.place("").type == "cuda"
+    with handles(shards(folder), copied=placing is not None, pinned=on_gpu) as weights:
+        done: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=weights,
+            dtype=dtype,
+            attn_implementation=empty.config._attn_implementation,
+            quantization_config=placing,
+            generation_config=GenerationConfig.from_pretrained(folder, local_files_only=True) if own else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the information
+        )
     return done
 
 

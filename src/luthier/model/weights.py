@@ -8,8 +8,15 @@ and little more than one tensor, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,23 +29,90 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.adapters.linears import features, is_transposed
 from luthier.errors import ModelError
+from luthier.model.folder import safetensors_header
 from luthier.model.quantize import packable_names
 
 NAME = "luthier"
 _STATE = ".quant_state.bitsandbytes__"
+_READERS = min(8, os.cpu_count() or 1)  # threads
+_PIECE = 4 << 20  # bytes that one of them reads at a time
+_PINNED = 256 << 20  # bytes of the largest tensor that is read into pinned memory
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 Pack = Callable[[Tensor], nn.Module]
 Unpack = Callable[[Mapping[str, Tensor], str], nn.Module]
 
 
-def handles(paths: Iterable[Path], *, copied: bool) -> dict[str, Any]:
+@contextmanager
+def handles(paths: Iterable[Path], *, copied: bool, pinned: bool = False) -> Iterator[dict[str, Any]]:
     """Name -> handle of every tensor of some files; `handle[...]` reads it. Tensors in bitsandbytes' 4 bits are one
-    `Stored` each. `copied`: into memory of their own, else as a view of the mapped file, which costs nothing until used
-    but counts as memory from then on."""
+    `Stored` each. `copied`: into memory of their own, which `Handle` reads inside the context, else as a view of the
+    mapped file, which costs nothing until used but counts as memory from then on. `pinned`: as of `Handle`."""
     found: dict[str, Any] = {}
-    for path in paths:
-        file: Any = safe_open(path, framework="pt", backend="pread" if copied else "mmap")
-        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return _grouped(found)
+    with ExitStack() as stack:
+        readers = stack.enter_context(ThreadPoolExecutor(_READERS, "reader"))
+        for path in paths:
+            mapped: Any = safe_open(path, framework="pt", backend="pread" if copied else "mmap")
+            found |= {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118 (no mapping)
+            if copied:
+                file = stack.enter_context(path.open("rb", buffering=0))
+                found |= {t.name: t for t in _handles(path, file, readers, pinned)}
+        yield _grouped(found)
+
+
+def _handles(path: Path, file: FileIO, readers: ThreadPoolExecutor, pinned: bool) -> Iterator[Handle]:
+    """Those of one file's tensors, but for rare dtypes, which safetensors itself reads."""
+    header = safetensors_header(path)
+    assert isinstance(header, dict), "safetensors has read it"
+    header.pop("__metadata__", None)
+    first = path.stat().st_size - max(tensor["data_offsets"][1] for tensor in header.values())
+    for name, tensor in header.items():
+        if dtype := _DTYPES.get(tensor["dtype"]):
+            yield Handle(name, file, first + tensor["data_offsets"][0], dtype, tensor["shape"], readers, pinned)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A tensor in a safetensors file, from the byte `start` on, that `handle[...]` reads by several threads at once.
+
+    One thread would be bound by how fast it copies and how fast the system hands out pages. `pinned`: tensors that are
+    not too large are read into memory that a GPU copies from by itself; torch lends it again when a tensor is gone, so
+    that the system hands it out once.
+    """
+
+    name: str
+    file: FileIO
+    start: int
+    dtype: torch.dtype
+    shape: list[int]
+    readers: ThreadPoolExecutor
+    pinned: bool
+
+    def __getitem__(self, index: EllipsisType) -> Tensor:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        out = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned and size <= _PINNED)
+        view = out.numpy().data
+        for _ in self.readers.map(lambda at: self._fill(view[at : at + _PIECE], at), range(0, size, _PIECE)):
+            pass  # raises what a reader raised
+        return out.view(self.dtype).view(self.shape)
+
+    def _fill(self, piece: memoryview, at: int) -> None:
+        """Reads the bytes from `at` on into `piece`."""
+        done = 0
+        while done < len(piece):
+            count = os.preadv(self.file.fileno(), [piece[done:]], self.start + at + done)
+            if count == 0:
+                raise OSError(f"{self.file.name} ends within {self.name}")
+            done += count
 
 
 class Stored:
