@@ -1,0 +1,154 @@
+"""The adapters' values and gradients in one piece of memory: parameters are given what autograd would give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_block import ALL, error, gradients, micro, model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from luthier import recipe
+from luthier.model.causal import CausalModel
+from luthier.train import optim
+
+ODD = recipe.Lora(rank=3, alpha=5, ranks={"q_proj": 5, "up_proj": 1}, alphas={"v_proj": 7})
+DROPPING = recipe.Lora(rank=4, alpha=6, dropout=0.3)
+
+
+def parameters(made: CausalModel) -> list[Tensor]:
+    assert made.adapter is not None
+    return list(made.adapter.parameters())
+
+
+def buffer(made: CausalModel) -> Tensor:
+    assert made.adapter is not None
+    return optim.flat_gradient(made.adapter.named_parameters())
+
+
+def learn(made: CausalModel, *lengths: tuple[int, ...]) -> list[Tensor | None]:
+    """The gradients that these micro-batches add up to."""
+    for batch in map(micro, lengths):
+        made.loss(batch).backward()  # type: ignore[no-untyped-call]
+    return [parameter.grad for parameter in parameters(made)]
+
+
+def same(ones: list[Tensor | None], others: list[Tensor | None]) -> bool:
+    pairs = zip(ones, others, strict=True)
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", [ALL, ODD, DROPPING], ids=["alike", "odd", "dropping"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_that_are_added_to_one_buffer_have_the_bits_of_those_that_autograd_adds(
+    adapter: recipe.Lora, dtype: torch.dtype, recompute: bool
+) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "recompute": recompute}
+    plain, flat = (model("llama", "eager", adapter, **options) for _ in range(2))
+    total = buffer(flat)
+    batches = (7, 2, 150), (30, 60)
+    assert same(learn(plain, *batches), learn(flat, *batches))
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in parameters(plain))
+    assert float(total.norm()) > 0
+
+
+class Writes(TorchDispatchMode):
+    """Counts the operations that write into the memory of a tensor."""
+
+    def __init__(self, watched: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watched, self.count = watched.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0][0] if args and isinstance(args[0], list | tuple) else args[0] if args else None
+        if op._schema.is_mutable and isinstance(first, Tensor):
+            self.count += first.untyped_storage().data_ptr() == self.watched
+        return op(*args, **(kwargs or {}))
+
+
+def test_one_operation_adds_the_gradients_of_a_micro_batch_and_one_takes_the_values() -> None:
+    made, train = model("llama", "eager", ODD), recipe.Train()
+    gradient = buffer(made)
+    assert made.adapter is not None
+    assert made.decoder is not None
+    optim.optimizer(made.adapter.named_parameters(), gradient, train)
+    learn(made, (9,))
+    for watched in (gradient, made.decoder.updates.values):
+        with Writes(watched) as writes:
+            learn(made, (7, 30))
+        assert writes.count == 1
+
+
+def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:
+    made = model("llama", "eager")
+    wanted = gradients(made, micro())[1]
+    for parameter in parameters(made):
+        parameter.grad = None
+    found = torch.autograd.grad(made.loss(micro()), parameters(made))
+    assert torch.equal(torch.cat([g.flatten() for g in found]), wanted)
+    again = torch.autograd.grad(made.loss(micro((9, 20))), parameters(made))
+    assert torch.equal(torch.cat([g.flatten() for g in found]), wanted), "the next backward pass wrote into these"
+    assert not torch.equal(again[0], found[0])
+
+
+def test_two_losses_in_one_backward_pass_are_both_learned_from() -> None:
+    made = model("llama", "eager")
+    wanted = sum((gradients(made, micro(lengths))[1] for lengths in ((7, 40), (9, 20))), torch.zeros(()))
+    total = buffer(made)
+    (made.loss(micro((7, 40))) + made.loss(micro((9, 20)))).backward()
+    assert error(torch.cat([g.flatten() for p in parameters(made) if (g := p.grad) is not None]), wanted) < 1e-6
+    assert float(total.norm()) > 0
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_disabled_layer_between_others_is_left_alone(flat: bool) -> None:
+    names = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
+    made, reference = model("llama", "eager", ODD), model("llama", "reference", ODD)
+    total = buffer(made) if flat else None
+    learn(made, (9,))  # all were enabled before
+    for one in (made, reference):
+        assert one.adapter is not None
+        for name in names:
+            one.adapter.layers[name].enabled = False
+        for parameter in parameters(one) if total is None else ():
+            parameter.grad = None
+    if total is not None:
+        total.zero_()
+    found, wanted = learn(made, (7, 150)), learn(reference, (7, 150))
+    assert [g is None or not g.any() for g in found] == [g is None for g in wanted]
+    assert sum(g is None for g in wanted) == 4
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a is not None and b is not None]
+    assert all(error(a, b) < 1e-5 for a, b in pairs)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_pass_without_gradient_before_changes_none(mode: Any) -> None:
+    made, fresh = model("llama", "eager", ODD), model("llama", "eager", ODD)
+    assert made.adapter is not None
+    with mode():
+        before = made.loss(micro())
+        with made.adapter.disabled():
+            assert not torch.equal(made.loss(micro()), before)
+    assert same(learn(made, (7, 150)), learn(fresh, (7, 150)))
+    with mode():
+        assert torch.equal(made.loss(micro()), before)
+
+
+def test_values_that_move_to_other_memory_are_found_there() -> None:
+    made = model("llama", "eager")
+    assert made.adapter is not None
+    with torch.no_grad():
+        apart = model("llama", "eager").loss(micro())
+        optim.optimizer(made.adapter.named_parameters(), buffer(made), recipe.Train())  # puts them side by side
+        assert torch.equal(made.loss(micro()), apart)
+        for parameter in parameters(made):
+            parameter.data = parameter.detach() * 2
+        assert not torch.equal(made.loss(micro()), apart)
+
+
+def test_scales_of_a_product_that_differ_are_each_their_own() -> None:
+    made, reference = model("llama", "eager", ODD), model("llama", "reference", ODD)
+    assert error(gradients(made, micro())[1], gradients(reference, micro())[1]) < 1e-5
