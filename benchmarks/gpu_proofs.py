@@ -18,7 +18,7 @@ memory      60 steps, before 20 of which memory is cut to less than the step nee
             runs out each time, nothing crashes, and the change of the adapter is off by at most 1.5 times what that of
             a run is off which is left alone and cuts its steps otherwise.
             --full: 10 steps of the NF4 model, 3 of them squeezed.
-budgets     LoRA gradients with no, half and all blocks recomputed are the same bits.
+budgets     LoRA gradients with no, half and all blocks recomputed, all of them or gate|up alone, are the same bits.
 
 The factors are room for chance: two roundings of the same sums differ so much among themselves. The command ends with 1
 where a proof fails.
@@ -56,6 +56,7 @@ from luthier.data import stream
 from luthier.kernels.loss import token_losses
 from luthier.model.causal import CausalModel
 from luthier.recipe import Recipe
+from luthier.train import optim
 from luthier.train.decide import Decisions
 from luthier.train.reproducible import reproducible
 from luthier.train.worker import model_of
@@ -126,15 +127,15 @@ class Ours(NamedTuple):
     steps: list[Step]
 
 
-def ours(bench: Bench, folder: Path, workload: Workload, *, recompute: Any = None) -> Ours:
-    """`recompute`: other than decided. Raises RuntimeError where a GPU would not run our block."""
+def ours(bench: Bench, folder: Path, workload: Workload, **other: Any) -> Ours:
+    """`other` than decided. Raises RuntimeError where a GPU would not run our block."""
     chosen = steps(workload, config(folder)["vocab_size"])
     # What is tried on a CPU takes few short steps, too few for the chances of bfloat16 to even out.
     overrides = ["model.compute=float32"] if bench.dry else []
     recipe, decisions = decided(folder, workload, chosen, memory="free", overrides=overrides)
     if decisions.place == "cuda" and decisions.kernels != "compiled":
         raise RuntimeError(f"the fast path is not run: {decisions.why['kernels']}")
-    decisions = decisions if recompute is None else replace(decisions, recompute=recompute)
+    decisions = replace(decisions, **other)
     return Ours(recipe, decisions, model_of(recipe, decisions, folder), chosen)
 
 
@@ -205,14 +206,13 @@ def learned_by_ours(side: Ours, start: Tensors) -> Learned:
     assert side.model.adapter is not None
     parameters = dict(side.model.adapter.named_parameters())
     begin(parameters, start)
-    for parameter in parameters.values():
-        parameter.grad = None
+    optim.flat_gradient(parameters.items())
     with tempfile.TemporaryDirectory() as place, reproducible(side.decisions.place):
         store = store_of(side.steps[:1], Path(place) / "rows")
         micro = stream.collate(store, [stream.Sample(row, row, 0) for row in range(len(store))], 0)
         with torch.no_grad():
             losses = token_losses(side.model.hidden(micro), side.model.head, micro.targets.to(side.model.device))
-        side.model.loss(micro).backward()  # type: ignore[no-untyped-call]
+        side.model.accumulate(micro)
     return Learned(losses, flat(parameters))
 
 
@@ -269,22 +269,23 @@ def gradients(bench: Bench) -> Found:
 def budgets(bench: Bench) -> Found:
     folder, workload = bench.folder(nf4=True), bench.workload("W1", 1, nf4=True)
     found, unlike = list[Learned](), list[str]()
-    for recompute in recomputed(config(folder)["num_hidden_layers"]):
-        side = ours(bench, folder, workload, recompute=recompute)
+    for whole, gate_up in recomputed(config(folder)["num_hidden_layers"]):
+        side = ours(bench, folder, workload, recompute=whole, recompute_gate_up=gate_up)
         found.append(learned_by_ours(side, start_of(side.model, 0, spread=0.01)))
         del side
         if not (torch.equal(found[-1].gradient, found[0].gradient) and bool(found[0].gradient.any())):
-            unlike.append(str(recompute))
+            unlike.append(f"{whole} whole, gate|up of {gate_up}")
     count = found[0].gradient.numel()
     said = f"{count} values of the gradient at {len(found)} budgets: " + (
-        f"not the same with recompute={', '.join(unlike)}" if unlike else "the same bits"
+        f"others with blocks recomputed: {'; '.join(unlike)}" if unlike else "the same bits"
     )
     return Found(not unlike, said, {"values": count, "budgets": len(found), "unlike": unlike})
 
 
-def recomputed(blocks: int) -> list[Any]:
-    """None, half and all of the blocks, in what `build` takes."""
-    return [False, True]
+def recomputed(blocks: int) -> list[tuple[int, int]]:
+    """Of how many blocks all is made again, and of how many gate|up alone: none, half and all of them."""
+    half = blocks // 2
+    return [(0, 0), (half, 0), (blocks, 0), (0, blocks), (half, blocks - half)]
 
 
 # ------------------------------------------------------------------------------------------------ curves
