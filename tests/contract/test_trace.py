@@ -20,6 +20,7 @@ from luthier.model import attention
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.quantize import quantize_module
 from luthier.model.trace import outline, trace
+from luthier.train.optim import flat_gradient
 
 Sizes = dict[str, Any]
 SMALL: Sizes = {
@@ -87,8 +88,9 @@ def lived(
         quantize_module(module, NF4, torch.float32)
     model = CausalModel(module, attach(module, adapter, seed=0), kernels=kernels, recompute=recompute)
     assert model.adapter is not None
-    for parameter in model.adapter.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    if model.decoder is not None:
+        model.decoder.places()  # they stay from one step to the next
+    flat_gradient(model.adapter.named_parameters())
     batch = micro(lengths, sizes["vocab_size"])
     with Live() as live:
         model.loss(batch).backward()  # type: ignore[no-untyped-call]
@@ -134,20 +136,25 @@ def test_dropout_is_traced_too(kernels: Kernels) -> None:
 def test_parts_for_a_gpu_make_what_their_twins_make() -> None:
     """Shapes and dtypes on tensors without data, where they stand for themselves in a trace."""
     x, dy, gate_up = (torch.empty(7, n, dtype=torch.bfloat16, device="meta") for n in (12, 12, 24))
-    weight, scale = x[0], torch.empty(7, 1, device="meta")
+    weight, scale, moments = x[0], torch.empty(7, 1, device="meta"), torch.empty(7, 2, device="meta")
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("rms_norm", (x, weight, 1e-5)),
         ("add_rms_norm", (x, dy, weight, 1e-5)),
         ("rms_norm_backward", (dy, x, scale, weight, dy)),
-        ("swiglu", (gate_up,)),
-        ("swiglu_backward", (dy, gate_up)),
+        ("layer_norm", (x, weight, weight, 1e-5)),
+        ("layer_norm_backward", (dy, x, moments, weight, weight, dy)),
+        ("activate", (gate_up, "silu", True)),
+        ("activate", (gate_up, "gelu", False)),
+        ("activate_backward", (dy, gate_up, "gelu_tanh", True)),
+        ("activate_backward", (dy, x, "gelu", False)),
     ]
     for name, arguments in calls:
         made, twins = (getattr(parts, name)(*arguments) for parts in (fused.parts(), pointwise.EAGER))
         for one, twin in zip(tree_leaves(made), tree_leaves(twins), strict=True):
             assert (one.shape, one.dtype) == (twin.shape, twin.dtype), name
     x.requires_grad_()
-    dropped = drop.drop(x, 3, torch.empty(7, dtype=torch.int64), torch.empty(7, dtype=torch.int64), 0.1)
+    key, samples, positions = (torch.empty(n, dtype=torch.int64) for n in (1, 7, 7))
+    dropped = drop.drop(x, key, samples, positions, 3, 0.1)
     dropped.sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert dropped.shape == x.grad.shape == x.shape

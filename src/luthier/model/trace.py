@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from luthier import recipe
 from luthier.adapters.linears import features, linear_names
 from luthier.adapters.lora import Lora
-from luthier.adapters.method import attach
+from luthier.adapters.method import Adapter, attach
 from luthier.adapters.start import check_rank
 from luthier.data.stream import Micro
 from luthier.errors import LuthierError, ModelError
@@ -164,10 +164,7 @@ def trace(
     parameters, meter = list(model.adapter.parameters()), Meter()
     for part, tensor in _fixed(model):
         meter.see(part, tensor)
-    meter.take("gradients", sum(p.numel() * 4 for p in parameters))
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-        meter.known.add(id(parameter.grad.untyped_storage()))  # a view of the one buffer of all gradients
+    meter.see("gradients", _flat_gradient(model.adapter))
     paged = 0
     for size in chain.from_iterable(_state(p.numel(), optimizer, capability) for p in parameters):
         if optimizer.startswith("paged") and capability is not None:
@@ -357,8 +354,20 @@ def _fixed(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
             if tensor is not None:
                 part = "adapter" if id(tensor) in trained else _part(module, name)
                 yield part, tensor
-    if model.decoder is not None and model.decoder.scratch is not None:
-        yield "workspace", model.decoder.scratch
+    if model.decoder is not None:
+        yield "adapter", model.decoder.updates.values
+        yield "gradients", model.decoder.updates.gradients
+        if model.decoder.scratch is not None:
+            yield "workspace", model.decoder.scratch
+
+
+def _flat_gradient(adapter: Adapter) -> Tensor:
+    """As that of `train/optim.py`: the block's backward pass looks at how gradients lie."""
+    named = sorted(adapter.named_parameters(), key=lambda named: named[0].endswith("lora_B.weight"))
+    flat = torch.empty(sum(p.numel() for _, p in named), device=META)
+    for (_, parameter), part in zip(named, torch.split(flat, [p.numel() for _, p in named]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 def _part(module: nn.Module, name: str) -> str:
