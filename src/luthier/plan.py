@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import GIB, Gpu, Machine
 from luthier.model.families import is_llama
-from luthier.model.shape import blocks_of, shape
+from luthier.model.shape import blocks_of, padded_tokens, shape
 from luthier.recipe import Full, Lora, Recipe, Run
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _LOGIT_ROWS = 256  # rows of the head computed at once (kernels/loss.py)
 _LONGEST_USEFUL = {"cpu": 4096, "cuda": 16384, "mps": 4096}  # tokens of a micro-batch beyond which steps get no faster
 _MOST_CUTS = 16  # micro-batches of a step that are considered
 _ROOM = 33 / 32  # of a micro-batch beyond its part of a step, so that rows fit
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for all rows
 _SUPERVISED = 0.3  # share of the tokens that are learned, where the data is not known yet
 
 # Sustained FLOP/s of a training step per core, measured on SmolLM2-135M (docs/log.md), by dtype and instruction set.
@@ -62,6 +63,7 @@ class _Sustained(NamedTuple):
     products: float = 0.7  # of the dense rate, LoRA's small products included
     bandwidth: float = 0.7
     launch: float = 30e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
+    replay: float = 6e-6  # seconds from one operation of a CUDA graph to the next
 
 
 _GPU = _Sustained()
@@ -97,6 +99,8 @@ class Plan:
     """Decoder blocks after those that compute the product gate|up alone again."""
     unpacked: int = 0
     """Decoder blocks of whose packed weights the values are kept beside."""
+    graphs: bool = False
+    """Whether launches are recorded as CUDA graphs, and replayed."""
     kernels: Kernels = "reference"
     advice: tuple[str, ...] = ()
     dtype: str = ""
@@ -152,11 +156,24 @@ class _Cost(NamedTuple):
 
     parts: dict[str, int]
     outside: int  # bytes of them that torch cannot see
-    seconds: Callable[[float, float, int], float]  # of a step: its tokens, micro-batches and unpacked blocks
+    seconds: Callable[[float, float, int], _Seconds]  # of a step: its tokens, micro-batches and unpacked blocks
 
     @property
     def bytes(self) -> int:
         return sum(self.parts.values())
+
+    def recorded(self, tokens: int) -> int:
+        """What micro-batches of so many tokens take besides, if they are recorded: memory of their own for all that
+        comes and goes in a pass, and more of it for what they are padded with. A tenth for holes: a guess."""
+        passing = sum(self.parts.get(name, 0) for name in ("activations", "logits", "backward"))
+        return int(passing * (2 * padded_tokens(tokens) / tokens - 1) * 1.1)
+
+
+class _Seconds(NamedTuple):
+    """Of a step's work, and of its launches: one waits for the other."""
+
+    work: float
+    launches: float = 0.0
 
 
 _Estimate = Callable[[int, _Keeping], _Cost]  # of the worst micro-batch of so many tokens
@@ -174,6 +191,8 @@ class _Estimator:
     """Bytes of a block's weights."""
     values: int = 0
     """Bytes of the values of a block's packed weights, which our decoder can keep beside."""
+    unrecorded: str = "they are our block's steps on a GPU alone"
+    """Why launches cannot be recorded, or nothing."""
 
 
 class _Found(NamedTuple):
@@ -182,6 +201,8 @@ class _Found(NamedTuple):
     keeping: _Keeping
     unpacked: int
     cost: _Cost
+    graphs: int = 0  # bytes, where launches are recorded
+    why: str = ""  # they are, or are not
 
 
 def parse_bytes(text: str) -> int:
@@ -315,8 +336,24 @@ class _Search:
 
     def found(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> _Found:
         cost, step = estimate(tokens, keeping), self.step
-        unpacked = self.unpacked(self.room - cost.bytes)
-        return _Found(cost.seconds(step.tokens, step.cuts(tokens), unpacked), tokens, keeping, unpacked, cost)
+        left, cuts = self.room - cost.bytes, step.cuts(tokens)
+        graphs, why = self.graphs(cost, tokens, left, cost.seconds(step.tokens, cuts, self.unpacked(left)))
+        unpacked = self.unpacked(left - graphs)
+        work, launches = cost.seconds(step.tokens, cuts, unpacked)
+        seconds = max(work, launches * _GPU.replay / _GPU.launch if graphs else launches)
+        return _Found(seconds, tokens, keeping, unpacked, cost, graphs, why)
+
+    def graphs(self, cost: _Cost, tokens: int, left: float, seconds: _Seconds) -> tuple[int, str]:
+        """The bytes that recorded launches take, 0 where none are recorded, and why they are or are not."""
+        if self.run.graphs is False:
+            return 0, "as the recipe says"
+        if self.estimator.unrecorded:
+            return 0, self.estimator.unrecorded
+        times = f"a step's launches take the host {seconds.launches:.2g} s, its work takes the GPU {seconds.work:.2g} s"
+        if self.run.graphs == "auto" and seconds.launches <= seconds.work:
+            return 0, times
+        taken = cost.recorded(max(tokens, self.step.longest))
+        return (taken, times) if taken <= left else (0, f"{times}, but {taken / GIB:.1f} GiB for them are not there")
 
     @property
     def room(self) -> float:
@@ -349,6 +386,7 @@ class _Search:
     def planned(self, found: _Found) -> Plan:
         processes, values = self.setting.processes, self.estimator.values
         parts = found.cost.parts | ({"unpacked": found.unpacked * values} if values else {})
+        parts |= {"graphs": found.graphs} if found.graphs else {}
         parts = {name: amount * processes for name, amount in parts.items()}
         peak, whole = sum(parts.values()), found.keeping.whole
         return Plan(
@@ -363,6 +401,8 @@ class _Search:
             measurable_bytes=peak - found.cost.outside * processes,
             recompute_gate_up=found.keeping.gate_up,
             unpacked=found.unpacked,
+            graphs=found.graphs > 0,
+            why={"graphs": found.why} if self.setting.place == "cuda" else {},
         )
 
 
@@ -442,7 +482,7 @@ def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Ma
         kept = tokens * model.token_bytes(size, min(tokens, step.longest), rank, *keeping)
         activations = max(loading, math.ceil(kept * (1 + _HOLES)))
         flops = model.token_flops(adapter, step.mean, _SUPERVISED, *keeping)
-        return _Cost({**fixed, "activations": activations}, 0, lambda tokens, *_: tokens * flops / rate)
+        return _Cost({**fixed, "activations": activations}, 0, lambda tokens, *_: _Seconds(tokens * flops / rate))
 
     return _Estimator(model.layers, estimate, estimate, has_gate_up=True)
 
@@ -487,7 +527,23 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
     found = model.module.get_submodule(blocks_name(model.module))
     blocks, frozen = len(found), sum(p.nbytes for p in found[0].parameters() if not p.requires_grad)
     values = sum(getattr(layer, "kept_bytes", 0) for layer in found[0].modules()) if ours else 0
-    return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values)
+    why = _unrecorded(config, setting, facts)
+    return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values, why)
+
+
+def _unrecorded(config: dict[str, Any], setting: Setting, facts: Machine) -> str:
+    """Why a micro-batch's launches cannot be recorded, or nothing: then no launch depends on what the rows hold."""
+    if setting.place != "cuda" or setting.kernels == "reference":
+        return _Estimator.unrecorded
+    if setting.dtype == "float32" or _gpu(facts).capability < (8, 0):
+        return "attention of packed rows is one launch in 16 bits on GPUs since Ampere"
+    heads = config.get("num_attention_heads") or 1
+    size = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    if size % 8 or size > 256:
+        return f"attention of packed rows is not one launch for heads of {size} features"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return "" if kind in _FIXED_ROTATIONS else f"'{kind}' positions depend on the longest row"
 
 
 def _traced_cost(found: Trace, setting: Setting, facts: Machine, share: float) -> _Cost:
@@ -542,7 +598,7 @@ def _trace(
     return trace(model, lengths, optimizer=optimizer, capability=capability)
 
 
-def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float, float, int], float]:
+def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float, float, int], _Seconds]:
     """Each phase's products and other operations take as long as their arithmetic or their traffic, whichever is more;
     and no step is shorter than the host needs to launch it. Packed weights are unpacked once a micro-batch, whatever
     its tokens."""
@@ -558,9 +614,9 @@ def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float,
         busy, unpacking = (busy, unpacking + took) if kind_of == "unpacking" else (busy + took, unpacking)
         launches += work.launches
 
-    def seconds(tokens: float, cuts: float, unpacked: int) -> float:
+    def seconds(tokens: float, cuts: float, unpacked: int) -> _Seconds:
         packed = cuts * unpacking * (1 - unpacked / found.blocks)
-        return max(busy * tokens / found.tokens + packed, cuts * launches * launch)
+        return _Seconds(busy * tokens / found.tokens + packed, cuts * launches * launch)
 
     return seconds
 

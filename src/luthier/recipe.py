@@ -486,6 +486,9 @@ class Run(Section):
     unpacked: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Of how many of the model's 4-bit blocks the values are kept beside, not unpacked each time, where our own block
     runs; `auto`: as many as half of the room that is left holds on a GPU, none on a CPU."""
+    graphs: Literal["auto"] | bool = "auto"
+    """Record a micro-batch's launches on a GPU and replay them, where our own block runs: true, wherever the memory is
+    enough; `auto`: where launching takes the host longer than the work takes the GPU."""
     kernels: Literal["auto", "reference", "eager", "compiled"] = "auto"
     """`reference`: the transformers module; `eager`: our block; `compiled`: our block with a C++ compiler's help."""
     log_every: int = Field(1, ge=1)

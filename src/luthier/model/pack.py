@@ -12,9 +12,9 @@ from torch import Tensor
 
 from luthier.data.stream import Micro
 from luthier.kernels.loss import IGNORED
+from luthier.model.shape import padded_tokens, power_of_2
 
 WORTH = 0.05  # share of the tokens that sharing must save to be worth the copies of keys and values it costs
-STEP = 512  # padded micro-batches have a multiple of so many tokens, or of a 16th of the next power of two
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def shape(micro: Micro, longest: int = 1) -> Shape:
     them; above, a 16th of the next power of two is at most an eighth and in the mean 4 % more than needed.
     """
     count = len(micro.ids)
-    tokens = _multiple(count, max(STEP, power_of_2(count) // 16))
-    rows = _multiple(len(micro.rows), tokens // 8)
+    tokens = padded_tokens(count)
+    rows = -(-len(micro.rows) // (tokens // 8)) * (tokens // 8)
     longest = max(128, longest, power_of_2(max(b - a for a, b in pairwise(micro.bounds))))
     more = -(-(tokens - count) // longest)
     segments = power_of_2(max(8, tokens // 128, len(micro.bounds) - 1 + more))
@@ -118,16 +118,6 @@ def placed(numbers: Tensor, micro: Micro, longest: int) -> Placed:
     ids, positions, owners, places, targets, edges, key = numbers.split([tokens] * 3 + [rows] * 2 + [bounds, 1])
     rest = micro.samples, micro.step, owners, edges.int(), longest, key
     return Placed(ids, positions, micro.bounds, places, targets, *rest)
-
-
-def power_of_2(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()
-
-
-def _multiple(number: int, of: int) -> int:
-    """The least that is not below `number`."""
-    return -(-number // of) * of
 
 
 def _common(micro: Micro) -> int:

@@ -11,6 +11,7 @@ from luthier.errors import ModelError
 from luthier.recipe import Lora
 
 _TILE, _KEPT = 128, 512  # as BLOCK and KEEP of kernels/attention.py, which needs torch
+_STEP = 512  # tokens: the least that a recorded step has
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ class Shape:
 def blocks_of(recompute: bool | int, blocks: int) -> int:
     """How many of so many blocks, the first ones, `run.recompute` means: True all, False none."""
     return blocks if recompute is True else min(int(recompute), blocks)
+
+
+def padded_tokens(count: int) -> int:
+    """Tokens that a micro-batch of `count` is padded to where its step is recorded: see `pack.shape`."""
+    step = max(_STEP, power_of_2(count) // 16)
+    return -(-count // step) * step
+
+
+def power_of_2(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def kept_keys(longest: int) -> float:

@@ -42,6 +42,7 @@ class Decisions:
     offload: int = 0
     recompute_gate_up: int = 0
     unpacked: int = 0
+    graphs: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,7 +103,9 @@ def decide(
         offload=planned.offload,
         recompute_gate_up=planned.recompute_gate_up,
         unpacked=planned.unpacked,
+        graphs=planned.graphs,
         why={
+            **planned.why,
             "place": place_why,
             "dtype": dtype_why,
             "engine": layout.why,
@@ -137,7 +140,7 @@ def arrange(
     recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, *, place: str, dtype: str
 ) -> tuple[_Layout, Plan]:
     """The first arrangement of processes that fits the memory, else the smallest one."""
-    kernels, why = _path(recipe, config, facts, place)
+    kernels, why = _path(recipe, config, facts, rows, place)
     for layout in _layouts(recipe, facts, place):
         setting = Setting(place, dtype, kernels, layout.processes, layout.threads)
         if rows:
@@ -150,12 +153,12 @@ def arrange(
             planned = plan(recipe, config, streamed, facts, longest=longest, mean_length=mean)
         if planned.fits:
             break
-    return layout, replace(planned, dtype=dtype, why={"kernels": why})
+    return layout, replace(planned, dtype=dtype, why=planned.why | {"kernels": why})
 
 
-def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, place: str) -> tuple[Kernels, str]:
+def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, place: str) -> tuple[Kernels, str]:
     """What runs the model, and why; on a CPU our block by its eager parts, which `_kernels` may have compiled."""
-    if why := _unblocked(recipe, config, facts, place):
+    if why := _unblocked(recipe, config, facts, place) or _out_of_window(config, rows):
         return "reference", why
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
@@ -238,6 +241,14 @@ def _has_triton() -> bool:
     import torch
 
     return find_spec("triton") is not None or torch.version.cuda is None
+
+
+def _out_of_window(config: dict[str, Any], rows: Rows | None) -> str:
+    """Why rows are longer than our block's attention, or nothing."""
+    window = families.window_of_file(config)
+    if rows is None or window is None or rows.longest <= window:
+        return ""
+    return f"our block does not compute attention windows, and rows of {rows.longest} tokens leave that of {window}"
 
 
 def _beyond_our_block(recipe: Recipe) -> str:

@@ -161,6 +161,7 @@ def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = N
         offload=decisions.offload,
         recompute_gate_up=decisions.recompute_gate_up,
         unpacked=decisions.unpacked,
+        graphs=decisions.graphs,
         loaded=loaded,
     )
 
