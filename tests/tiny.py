@@ -70,6 +70,9 @@ class Around:
 
     loss: Any
 
+    def ready(self, micro: Micro) -> Micro:
+        return micro
+
     def accumulate(self, micro: Micro, scale: float) -> Tensor:
         return backward(self.loss(micro), scale)
 

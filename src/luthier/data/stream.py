@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,7 @@ class Micro:
     targets: Tensor  # int64 [S]: that next token
     samples: Tensor  # int64 [n]: the identity of each segment's sample
     step: int
+    trimmed: bool = field(default=False, kw_only=True)  # whether tokens that no supervised one sees are left out
 
 
 class Stream:

@@ -86,7 +86,7 @@ class CausalModel:
         """[S, H]: what reaches the head at `micro.rows`, differentiable in the adapter; the logits themselves, [S, V],
         where they are more than our loss computes (see `head.find`)."""
         if self.decoder is not None:
-            micro = trim(micro)  # before it is moved: a GPU would have to be waited for
+            micro = self.ready(micro)  # before it is moved: a GPU would have to be waited for
             self.decoder.check(micro)
             if on_gpu(self.module.get_input_embeddings().weight):
                 told = _moved(numbers(micro, self._key(micro)), self.device)
@@ -97,6 +97,10 @@ class CausalModel:
             return self.decoder.hidden(micro, noise, prefix)
         micro = _all_moved(micro, self.device)
         return self._packed(micro) if self.layout == "packed" else self._padded(trim(micro))
+
+    def ready(self, micro: Micro) -> Micro:
+        """`micro` as the other methods need it on the host; they take one that is ready, too."""
+        return micro if self.decoder is None or micro.trimmed else replace(trim(micro), trimmed=True)
 
     def loss(self, micro: Micro) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`."""
@@ -110,7 +114,7 @@ class CausalModel:
         if self.graphs is None or parameter.grad is None:
             return backward(self.loss(micro), scale)
         assert self.decoder is not None
-        micro = trim(micro)
+        micro = self.ready(micro)
         self.decoder.check(micro)
         return self.graphs.accumulate(micro, self._key(micro), scale, (parameter, parameter.grad))
 

@@ -67,7 +67,7 @@ class Trainer:
         self.gradient = optim.flat_gradient(self.adapter.named_parameters())
         self.optimizer = optim.optimizer(self.adapter.named_parameters(), self.gradient, recipe.train, self._say)
         self.steps, self._peak, self.progress = stream.steps, 0, Progress(step=0, micro_tokens=micro_tokens)
-        self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine))  # a step's rows, and ahead of it the next's
+        self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine, model))  # of a step, and ahead of it the next
         self.resumed_from = self.saved = self._resume()
 
     def __iter__(self) -> Iterator[Step]:
@@ -192,7 +192,7 @@ class Trainer:
     def _halve(self, rows: Batch) -> None:
         """Takes half of the largest micro-batch that any process tried as the budget."""
         lengths = self.stream.store.lengths
-        largest = self.engine.highest(max((len(micro.ids) for micro in rows.micros), default=0))
+        largest = self.engine.highest(rows.largest)
         longest = max(rows.samples, key=lambda sample: lengths[sample.row])
         if largest <= lengths[longest.row]:
             raise MemoryPlanError(

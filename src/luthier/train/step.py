@@ -20,6 +20,9 @@ class Model(Protocol):
     adapter: Adapter | None
     dtype: torch.dtype  # of the products
 
+    def ready(self, micro: Micro, /) -> Micro:
+        """The same for the other methods, which have less to do with it: made while a GPU works on another one."""
+
     def loss(self, micro: Micro, /) -> Tensor:
         """fp32 scalar: the sum of the losses of `micro.targets`, differentiable in the adapter."""
 
