@@ -12,14 +12,17 @@ from torch import Tensor
 from luthier import recipe
 from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
+from luthier.kernels import fused, pointwise
 from luthier.model import attention
 from luthier.model.causal import CausalModel
 from luthier.model.load import norms_in_float32
 from luthier.model.quantize import quantize_module
+from luthier.train.optim import flat_gradient
 
 pytestmark = pytest.mark.gpu
 VOCAB = 1000
 ADAPTER = recipe.Lora(rank=8, alpha=16)
+ODD = recipe.Lora(rank=3, alpha=5, ranks={"q_proj": 5, "up_proj": 1}, alphas={"v_proj": 7})
 NF4 = recipe.FourBit(kind="nf4")
 SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"bias": True, "alibi": False},
@@ -157,3 +160,40 @@ def test_the_same_step_gives_the_same_bits(kernels: str) -> None:
         made = model(base(torch.bfloat16).cuda(), kernels)
         first, second = (gradients(made, micro((1500, 900, 700)))[1] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, ODD], ids=["alike", "odd"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_that_are_added_to_one_buffer_are_those_that_autograd_adds(
+    adapter: recipe.Lora, recompute: bool
+) -> None:
+    from luthier.train.reproducible import reproducible
+
+    def learned(made: CausalModel, flat: bool) -> Tensor:
+        assert made.adapter is not None
+        if flat:
+            flat_gradient(made.adapter.named_parameters())
+        for lengths in ((70, 2, 515, 33), (300, 40)):
+            made.loss(micro(lengths)).backward()  # type: ignore[no-untyped-call]
+        return torch.cat([p.grad.flatten().cpu() for p in made.adapter.parameters() if p.grad is not None])
+
+    options: dict[str, Any] = {"adapter": adapter, "recompute": recompute}
+    with reproducible("cuda"):
+        plain, flat = (learned(model(base(torch.bfloat16).cuda(), "compiled", **options), how) for how in (False, True))
+    assert torch.equal(plain, flat)
+    expected = learned(model(base(torch.float32), "reference", adapter), False)
+    assert float((flat - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize(("heads", "turned"), [(40, 64), (12, 32), (72, 32), (34, 16), (1, 40)])
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("back", [False, True])
+def test_heads_are_turned_in_place_as_on_a_cpu(heads: int, turned: int, neighbours: bool, back: bool) -> None:
+    """`turned` pairs of the 128 features of each head; what lies beside the heads is left alone."""
+    torch.manual_seed(0)
+    whole, cos, sin = torch.randn(300, heads + 8, 128).bfloat16(), torch.randn(300, turned), torch.randn(300, turned)
+    made, twin = whole.cuda(), whole.float()
+    fused.turn(made[:, :heads], cos.cuda(), sin.cuda(), back, neighbours)
+    pointwise.turn(twin[:, :heads], cos, sin, back, neighbours)
+    assert float((made.cpu().float() - twin).norm() / twin.norm()) < 3e-3
+    assert torch.equal(made[:, heads:].cpu(), whole[:, heads:])
