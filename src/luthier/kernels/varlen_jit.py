@@ -27,13 +27,13 @@ def _write(x, values, first, step, count, at, SIZE: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def queries(  # type: ignore
-    do, q, k, v, o, sums, edges, dq, inner, scale, tokens, q_step, k_step, v_step, o_step, dq_step,
+    do, q, k, v, o, sums, edges, dq, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and `inner`, the products of rows of `do` and `o`."""
-    head, start = tl.program_id(1), tl.load(edges + tl.program_id(2)).to(tl.int64)
-    count = (tl.load(edges + tl.program_id(2) + 1) - start).to(tl.int32)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # those with most keys before the others
+    head, start = tl.program_id(0), tl.load(edges + tl.program_id(1)).to(tl.int64)
+    count = (tl.load(edges + tl.program_id(1) + 1) - start).to(tl.int32)
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS  # those with most keys before the others
     if first < count:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         k += start * k_step + head // GROUP * SIZE
@@ -54,18 +54,18 @@ def queries(  # type: ignore
             share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
             slope = share * (tl.dot(above, tl.trans(value), input_precision="ieee") - level[:, None])
             found = tl.dot(slope.to(key.dtype), key, found, input_precision="ieee")
-        _write(dq + start * dq_step + head * SIZE, found * scale, first, dq_step, count, rows, SIZE, WIDE)
+        _write(dq + start * dy_step + head * SIZE, found * scale, first, dy_step, count, rows, SIZE, WIDE)
 
 
 @triton.jit
 def keys_and_values(  # type: ignore
-    do, q, k, v, sums, edges, dk, dv, inner, scale, tokens, q_step, k_step, v_step, o_step, dk_step, dv_step,
+    do, q, k, v, sums, edges, dk, dv, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values, from all query heads that share them, one after the other."""
-    group, start = tl.program_id(1), tl.load(edges + tl.program_id(2)).to(tl.int64)
-    count = (tl.load(edges + tl.program_id(2) + 1) - start).to(tl.int32)
-    low = tl.program_id(0) * KEYS
+    group, start = tl.program_id(0), tl.load(edges + tl.program_id(1)).to(tl.int64)
+    count = (tl.load(edges + tl.program_id(1) + 1) - start).to(tl.int32)
+    low = tl.program_id(2) * KEYS  # those that most queries see before the others
     if low < count:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         key = _read(k + start * k_step + group * SIZE, low, k_step, count, keys, SIZE, WIDE)
@@ -85,5 +85,5 @@ def keys_and_values(  # type: ignore
             value_slope = tl.dot(share.to(value.dtype), above, value_slope, input_precision="ieee")
             slope = share * (tl.dot(value, tl.trans(above), input_precision="ieee") - level[None, :])
             key_slope = tl.dot(slope.to(query.dtype), query, key_slope, input_precision="ieee")
-        _write(dk + start * dk_step + group * SIZE, key_slope * scale, low, dk_step, count, keys, SIZE, WIDE)
-        _write(dv + start * dv_step + group * SIZE, value_slope, low, dv_step, count, keys, SIZE, WIDE)
+        _write(dk + start * dy_step + group * SIZE, key_slope * scale, low, dy_step, count, keys, SIZE, WIDE)
+        _write(dv + start * dy_step + group * SIZE, value_slope, low, dy_step, count, keys, SIZE, WIDE)

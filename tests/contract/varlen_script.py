@@ -1,0 +1,47 @@
+"""Run by test_varlen_backward.py: prints, for each gradient, its relative distance from autograd's."""
+
+import builtins
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from luthier.kernels import reference
+from luthier.kernels.varlen_backward import Blocks, launched
+
+# The interpreter of Triton 3.6 reads arrays of one value as numbers, which numpy 2.4 no longer allows.
+interpreter.range = lambda *ends: builtins.range(
+    *(int(x.handle.data.item()) if hasattr(x, "handle") else x for x in ends)
+)
+
+LENGTHS = (1, 7, 40, 0, 33, 16, 3)
+SCALE = 0.3
+
+
+def logarithms(q: Tensor, k: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """[Hq, T]: of the sums of exponentials."""
+    found = []
+    for start, end in pairwise(bounds):
+        keys = k[start:end].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * SCALE
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        found.append(scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
+    return torch.cat(found, 1)
+
+
+torch.manual_seed(0)
+bounds = (0, *accumulate(LENGTHS))
+edges = torch.tensor(bounds, dtype=torch.int32)
+for heads, groups, size in ((4, 2, 16), (3, 3, 24), (4, 1, 32)):
+    merged = torch.randn(bounds[-1], heads + 2 * groups, size)
+    q, k, v = torch.split(merged, [heads, groups, groups], 1)
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    filled = tuple(dict.fromkeys(bounds))
+    o, do = reference.segment_attention(*leaves, filled, SCALE), torch.randn(bounds[-1], heads, size)
+    wanted = torch.autograd.grad(o, leaves, do)
+    sums = logarithms(q, k, filled)
+    for queries, keys in ((Blocks(32, 16, 1, 1), Blocks(16, 32, 1, 1)), (Blocks(16, 16, 1, 1), Blocks(16, 16, 1, 1))):
+        dy = launched(do, q, k, v, o.detach(), sums, edges, max(LENGTHS) + 5, SCALE, queries, keys)
+        for name, one, other in zip("qkv", torch.split(dy, [heads, groups, groups], 1), wanted, strict=True):
+            print(f"{heads}.{groups}.{queries.rows}.{name}", float((one - other).norm() / other.norm()))
