@@ -87,7 +87,6 @@ class Bench:
 
     models: Path
     dry: bool
-    full: bool
 
     @property
     def place(self) -> str:
@@ -136,6 +135,7 @@ def ours(bench: Bench, folder: Path, workload: Workload, **other: Any) -> Ours:
     if decisions.place == "cuda" and decisions.kernels != "compiled":
         raise RuntimeError(f"the fast path is not run: {decisions.why['kernels']}")
     decisions = replace(decisions, **other)
+    torch.set_num_threads(decisions.threads)
     return Ours(recipe, decisions, model_of(recipe, decisions, folder), chosen)
 
 
@@ -552,7 +552,7 @@ def main(given: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         models = options.models or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_proofs_")))
-        bench = Bench(models.absolute(), options.dry, options.full)
+        bench = Bench(models.absolute(), options.dry)
         for name, proof in chosen.items():
             row = shown(name, proof, bench)
             failed = failed or not row["passed"]

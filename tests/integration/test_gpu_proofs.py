@@ -1,0 +1,85 @@
+"""benchmarks/gpu_proofs.py, tiny and on a CPU: every proof runs, and each can fail."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_proofs  # type: ignore[import-not-found]
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and bitsandbytes, on their way to other versions
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gpu_proofs.Bench(tmp_path_factory.mktemp("models"), dry=True)
+
+
+def test_every_proof_holds_and_leaves_a_row(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    for more in ([], ["--full"]):
+        assert gpu_proofs.main(["--dry", "--models", str(bench.models), "--out", str(out), *more]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["proof"] for row in rows] == ["gradients", "curves", "memory", "budgets", "curves-8b", "memory-8b"]
+    assert all(row["passed"] and row["dry"] for row in rows)
+    memory = rows[2]
+    assert memory["ran_out"] >= len(memory["limits_gib"]) == 4
+    assert 0 < memory["backward"] < memory["ran_out"]
+    assert max(memory["cuts"]) > 1
+
+
+def test_a_proof_that_cannot_be_made_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = gpu_proofs.Bench(tmp_path, dry=True)
+    (bench.folder(nf4=True) / "config.json").write_text("{}")
+    assert gpu_proofs.main(["--dry", "--models", str(tmp_path), "--only", "budgets"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_proof_that_does_not_exist_is_named() -> None:
+    with pytest.raises(SystemExit, match="no proof is called speed; there are gradients, curves"):
+        gpu_proofs.main(["--dry", "--only", "speed"])
+
+
+def test_a_gradient_that_lacks_a_sample_is_not_taken_for_ours(bench: Any) -> None:
+    side, other = _learned(bench, ()), _learned(bench, (0,))
+    assert gpu_proofs.error(other.gradient, side.gradient) > 0.01
+
+
+def _learned(bench: Any, without: tuple[int, ...]) -> Any:
+    side = gpu_proofs.ours(bench, bench.folder(nf4=False), bench.workload("W1", 1, nf4=False))
+    rows = [tuple(s for i, s in enumerate(row) if i not in without) for row in side.steps[0]]
+    start = gpu_proofs.start_of(side.model, 0, spread=0.01)
+    return gpu_proofs.learned_by_ours(side._replace(steps=[tuple(rows)]), start)
+
+
+@given(st.lists(st.integers(1000, 9000), min_size=20, max_size=60), st.integers(500, 700), st.integers(1, 5))
+def test_a_squeezed_step_lacks_memory_and_its_smallest_pass_does_not(needed: list[int], least: int, count: int) -> None:
+    limits = gpu_proofs.squeezes(needed, least, count)
+    assert len(limits) == count
+    assert all(least < amount < needed[step] for step, amount in limits.items())
+
+
+def test_where_nothing_lies_between_a_step_and_its_smallest_pass_there_is_no_proof() -> None:
+    with pytest.raises(RuntimeError, match="1 steps need clearly more"):
+        gpu_proofs.squeezes([1000, 1000, 1200], 1000, 2)
+
+
+def test_the_distance_of_curves_is_that_of_their_running_means() -> None:
+    flat = [1.0] * 30
+    assert gpu_proofs.furthest([*flat[:29], 2.0], flat) == pytest.approx(1 / gpu_proofs.SMOOTH)
+    assert gpu_proofs.furthest([x + 0.5 for x in flat], flat) == pytest.approx(0.5)
+
+
+def test_memory_that_is_held_beyond_its_limit_runs_out_on_both_ways() -> None:
+    room, x = gpu_proofs.HeldMemory(), torch.ones(100, requires_grad=True)
+    for where in ("forward", "backward"):
+        room.limit(500)
+        with torch.autograd.graph.saved_tensors_hooks(room.keep, room.take), pytest.raises(torch.OutOfMemoryError):
+            (x.exp() * x).sum().backward()
+        assert room.spent[-1] == where
