@@ -62,6 +62,7 @@ class _Sustained(NamedTuple):
 
     products: float = 0.7  # of the dense rate, LoRA's small products included
     bandwidth: float = 0.7
+    edge: float = 2e-6  # seconds that an operation loses at its begin and end
     launch: float = 30e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
     replay: float = 6e-6  # seconds from one operation of a CUDA graph to the next
 
@@ -604,9 +605,11 @@ def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float,
     its tokens."""
     if setting.place == "cuda":
         kind = _gpu(facts).known
-        rate, bandwidth, launch = kind.tflops * 1e12 * _GPU.products, kind.bandwidth * 1e9 * _GPU.bandwidth, _GPU.launch
+        rate, bandwidth = kind.tflops * 1e12 * _GPU.products, kind.bandwidth * 1e9 * _GPU.bandwidth
+        edge, launch = _GPU.edge, _GPU.launch
     else:
-        rate, bandwidth, launch = _rate(setting.dtype, facts, setting.threads), _CPU_BANDWIDTH * setting.threads, 0.0
+        rate, bandwidth = _rate(setting.dtype, facts, setting.threads), _CPU_BANDWIDTH * setting.threads
+        edge, launch = 0.0, 0.0
     busy, unpacking, launches = 0.0, 0.0, 0.0
     for (phase, kind_of), work in found.work.items():
         share = _SUPERVISED if phase == "logits" else 1.0  # the trace supervises every token
@@ -615,8 +618,8 @@ def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float,
         launches += work.launches
 
     def seconds(tokens: float, cuts: float, unpacked: int) -> _Seconds:
-        packed = cuts * unpacking * (1 - unpacked / found.blocks)
-        return _Seconds(busy * tokens / found.tokens + packed, cuts * launches * launch)
+        whole = unpacking * (1 - unpacked / found.blocks) + launches * edge
+        return _Seconds(busy * tokens / found.tokens + cuts * whole, cuts * launches * launch)
 
     return seconds
 

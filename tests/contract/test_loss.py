@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from luthier.kernels import reference
 from luthier.kernels.loss import IGNORED, Head, linear_cross_entropy, token_losses
-from luthier.kernels.pointwise import EAGER
+from luthier.kernels.pointwise import EAGER, exponentials
 
 # Relative to the norm of the whole tensor; bf16 rounds logits, probabilities and products once each.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
@@ -84,6 +87,19 @@ def test_an_ignored_row_that_is_not_finite_leaves_the_loss_and_the_gradients_of_
     assert loss.isfinite()
     assert gradient.isfinite().all()
     assert not gradient[3].any()
+
+
+def test_nothing_is_left_of_a_chunk_s_logits_when_the_next_ones_come() -> None:
+    left: list[weakref.ref[Tensor]] = []
+
+    def watched(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert [ref for ref in left if ref() is not None] == []
+        found = exponentials(logits)
+        left.extend([weakref.ref(logits), weakref.ref(found[0])])
+        return found
+
+    linear_cross_entropy(*made("plain", torch.float32, trained=False), replace(EAGER, exponentials=watched))
+    assert len(left) == 2 * 3
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -50,9 +50,33 @@ def test_a_micro_batch_holds_the_longest_row_and_keeps_to_the_memory() -> None:
     assert large.peak_bytes <= 12 * GIB
 
 
+def keeping(plan: Plan) -> tuple[int, int]:
+    """How many blocks recompute all, and gate|up alone."""
+    return plan.recompute, plan.recompute_gate_up
+
+
 def test_activations_are_recomputed_only_where_memory_is_short() -> None:
-    assert not planned("data.length=2048").recompute
-    assert planned("data.length=2048", "run.memory=2.5GiB").recompute
+    assert keeping(planned("data.length=2048")) == (False, 0)
+    some, more, most = (planned("data.length=2048", f"run.memory={n}GiB") for n in (2.5, 1.9, 1.43))
+    assert keeping(some)[0] == 0 < keeping(some)[1] < 30  # gate|up costs the least for the memory it frees
+    assert 0 < keeping(more)[0] < 30
+    assert keeping(most)[0] > 25  # the last one, whose turn comes at once, keeps everything for nothing
+    assert all(plan.fits for plan in (some, more, most))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["run.recompute=false"], (False, 0)),
+        (["run.recompute=7"], (7, 0)),
+        (["run.recompute=99"], (True, 0)),
+        (["run.recompute_gate_up=30"], (False, 30)),
+        (["run.recompute=7", "run.recompute_gate_up=99"], (7, 23)),
+    ],
+    ids=str,
+)
+def test_a_recipe_may_say_of_how_many_blocks_what_is_recomputed(changes: list[str], expected: tuple[int, int]) -> None:
+    assert keeping(planned(*changes)) == expected
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change() -> None:
@@ -157,19 +181,89 @@ def test_recomputing_keeps_less() -> None:
 LLAMA = TINY | {"model_type": "llama", "hidden_act": "silu"}
 
 
+def test_a_step_is_the_faster_the_more_memory_it_may_use_and_never_uses_more() -> None:
+    def made(*more: str) -> Plan:
+        return traced("run.micro_tokens=4096", "run.graphs=false", *more, config=LLAMA, kernels="compiled")
+
+    roomy, least = made(), made("run.recompute=true")
+    budgets = [roomy.peak_bytes - (roomy.peak_bytes - least.peak_bytes) * part // 8 for part in range(9)]
+    plans = [made(f"run.memory='{budget}'") for budget in budgets]
+    assert all(plan.fits and plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
+    assert [plan.seconds_per_step for plan in plans] == sorted(plan.seconds_per_step for plan in plans)
+    assert keeping(plans[0]) == (False, 0)
+    assert len({keeping(plan) for plan in plans}) > 4
+
+
+def test_a_step_is_cut_where_that_costs_less_than_to_recompute() -> None:
+    """Two micro-batches hold half of the activations, and only unpack the weights once more."""
+    wide = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
+
+    def made(memory: int, *more: str) -> Plan:
+        changes = ["train.samples_per_step=64", "run.unpacked=0", "run.graphs=false", "model.quantize={kind: nf4}"]
+        return traced(*changes, *more, f"run.memory='{memory}'", config=wide, vram=99 * GIB, kernels="compiled")
+
+    whole = made(99 * GIB)
+    assert (whole.micro_tokens, keeping(whole)) == (64 * 256, (False, 0))
+    cut, again = (made(whole.peak_bytes * 2 // 3, *more) for more in ([], ["run.micro_tokens=16384"]))
+    assert (cut.fits, keeping(cut)) == (True, (False, 0))
+    assert 256 < cut.micro_tokens < 64 * 256
+    assert again.micro_tokens == 64 * 256
+    assert sum(keeping(again)) > 0
+    assert whole.seconds_per_step < cut.seconds_per_step < again.seconds_per_step
+
+
+def test_launches_are_recorded_where_they_take_longer_than_the_work() -> None:
+    wide = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    large = ["train.samples_per_step=64", "run.recompute=false"]
+    small, off = (traced(*more, config=LLAMA, kernels="compiled") for more in ([], ["run.graphs=false"]))
+    assert (small.graphs, off.graphs) == (True, False)
+    assert "launches take the host" in small.why["graphs"]
+    assert small.peak_bytes == off.peak_bytes + small.parts["graphs"]
+    assert small.parts["graphs"] > off.parts["activations"]
+    assert small.seconds_per_step < off.seconds_per_step / 2
+    kept = traced(*large, config=wide, vram=99 * GIB, kernels="compiled")
+    assert not kept.graphs
+    assert traced(*large, "run.graphs=true", config=wide, vram=99 * GIB, kernels="compiled").graphs
+
+
+def test_launches_are_not_recorded_where_the_memory_for_it_is_not_there() -> None:
+    none = traced("run.graphs=false", config=LLAMA, kernels="compiled")
+    tight = traced(
+        f"run.memory='{none.peak_bytes}'", "run.graphs=true", "run.recompute=false", config=LLAMA, kernels="compiled"
+    )
+    assert tight.fits
+    assert not tight.graphs
+    assert "GiB for them are not there" in tight.why["graphs"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels", "why"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "compiled", "'dynamic' pos"),
+        ({"num_attention_heads": 16, "head_dim": 4}, "compiled", "heads of 4 features"),
+        ({}, "reference", "our block's steps on a GPU alone"),
+    ],
+    ids=str,
+)
+def test_launches_that_depend_on_the_rows_are_not_recorded(changes: dict[str, Any], kernels: Kernels, why: str) -> None:
+    made = traced("run.graphs=true", config=LLAMA | changes, kernels=kernels)
+    assert (made.graphs, "graphs" in made.parts) == (False, False)
+    assert why in made.why["graphs"]
+
+
 @pytest.mark.parametrize("quantize", ["null", "{kind: nf4}"])
 def test_our_block_keeps_less_than_the_module_on_a_gpu(quantize: str) -> None:
     changes = [f"model.quantize={quantize}", "run.recompute=false", "run.micro_tokens=4096"]
     ours, module = (traced(*changes, config=LLAMA, kernels=kernels) for kernels in ("compiled", "reference"))
     assert ours.parts["weights"] == module.parts["weights"]
-    assert ours.parts["adapter"] == module.parts["adapter"]
+    assert ours.parts["adapter"] == 1.5 * module.parts["adapter"]  # in the dtype of the products, too
     came = [sum(plan.parts[part] for part in ("activations", "logits", "backward")) for plan in (ours, module)]
     assert came[0] < 0.7 * came[1]
     assert ours.kernels == "compiled"
 
 
 def test_values_of_packed_blocks_are_kept_where_half_of_the_room_holds_them() -> None:
-    changes = ["model.quantize={kind: nf4}", "run.micro_tokens=512", "run.recompute=false"]
+    changes = ["model.quantize={kind: nf4}", "run.micro_tokens=512", "run.recompute=false", "run.graphs=false"]
 
     def made(*more: str, kernels: Kernels = "compiled") -> Plan:
         return traced(*changes, *more, config=LLAMA, kernels=kernels)
@@ -254,6 +348,33 @@ def test_a_few_blocks_tell_what_all_take(monkeypatch: pytest.MonkeyPatch) -> Non
     assert few.work == every.work
 
 
+@pytest.mark.parametrize("counts", [(3, 0), (0, 5), (2, 3), (7, 1), (1, 0)])
+def test_traces_of_blocks_that_keep_alike_make_that_of_blocks_that_do_not(counts: tuple[int, int]) -> None:
+    import torch
+
+    from luthier.model import trace
+
+    model = trace.outline(LLAMA, Recipe.parse("model: {base: b}\ndata: {train: [{path: a}]}").model, Lora(),
+                          dtype=torch.float32, recompute=False, kernels="eager")  # fmt: skip
+    assert model.decoder is not None
+    alike = []
+    for whole, gate_up in ((8, 0), (0, 8), (0, 0)):
+        model.decoder.recompute(whole, gate_up)
+        alike.append(trace.trace(model, [40, 30]))
+    model.decoder.recompute(*counts)
+    mixed = trace.mixed(list(zip(alike, (*counts, 8 - sum(counts)), strict=True)))
+    assert mixed.peak == pytest.approx(_every_block(model).peak)
+
+
+def _every_block(model: Any) -> Any:
+    """The trace of a run of all blocks, of which each keeps what it does."""
+    from luthier.model import trace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "_FEW", 8)
+        return trace.trace(model, [40, 30])
+
+
 def test_the_allocator_grows_by_pages_and_fills_its_holes() -> None:
     followed = Segments()
     followed.take(1, 30 << 20)
@@ -284,7 +405,7 @@ def test_what_is_free_at_the_segments_end_is_taken_last() -> None:
     assert followed.tops[False] == (40 + 2 + 30) << 20
 
 
-@pytest.mark.parametrize(("kernels", "share"), [("reference", 0.035), ("compiled", 0.025)])
+@pytest.mark.parametrize(("kernels", "share"), [("reference", 0.01), ("compiled", 0.025)])
 def test_a_gpu_is_given_room_for_what_no_trace_follows(kernels: Kernels, share: float) -> None:
     parts = traced("run.recompute=false", config=LLAMA, kernels=kernels).parts
     followed = sum(parts.values()) - parts["context"]

@@ -86,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weights, largest, mass = parts.exponentials(logits)
             total += (mass.log() + largest - picked).masked_fill_(ignored[rows], 0).sum()
             gradients.add(rows, frozen, targets[rows], weights, mass, slope, ignored[rows])
+            del logits, weights, slope  # the next rows' come before the names are taken again
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total
 
