@@ -42,6 +42,11 @@ def compare_all(width: int) -> None:
         fused.rms_norm_backward(dy.clone(), x, scale, weight, residual),
         pointwise.rms_norm_backward(dy.clone(), x, scale, weight, residual),
     )
+    compare(
+        "rms_norm_backward_alone",
+        fused.rms_norm_backward(dy.clone(), x, scale, weight, None),
+        pointwise.rms_norm_backward(dy.clone(), x, scale, weight, None),
+    )
     bias, finer = made(width), torch.randn(width)
     moments = pointwise.layer_norm(x, weight, bias, 1e-5)[1]
     for kind, factor in (("", weight), ("_finer", finer)):

@@ -102,7 +102,7 @@ def test_the_block_is_compiled_only_where_that_pays() -> None:
 
 
 def test_a_family_that_our_block_does_not_run_takes_the_reference_path() -> None:
-    assert decided(config={**SMOL, "model_type": "gpt_neox"}).kernels == "reference"
+    assert decided(config={**SMOL, "model_type": "olmo2"}).kernels == "reference"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,17 @@ def test_a_family_that_our_block_does_not_run_takes_the_reference_path() -> None
 )
 def test_what_our_block_does_not_compute_takes_the_reference_path(override: str) -> None:
     assert decided(override).kernels == "reference"
+
+
+def test_rows_that_leave_the_attention_window_take_the_reference_path() -> None:
+    mistral = SMOL | {"model_type": "mistral", "sliding_window": 256}
+    assert decided(config=mistral).kernels != "reference"
+    longer = decided(config=mistral, rows=replace(ROWS, longest=257))
+    assert (longer.kernels, "window" in longer.why["kernels"]) == ("reference", True)
+
+
+def test_norms_that_are_finer_than_the_products_are_our_blocks_too() -> None:
+    assert decided("model.norms=float32", "model.compute=bfloat16").kernels != "reference"
 
 
 GPU = Machine(**{**vars(IDLE), "gpus": (named_gpu("RTX 4090"),)})
@@ -134,8 +145,13 @@ def test_a_gpu_runs_one_process_in_bfloat16() -> None:
 
 
 def test_a_gpu_runs_our_block_where_it_knows_the_family_and_says_why_where_not() -> None:
-    ours, other = (decided("run.place=cuda", facts=GPU, config=config) for config in (NARROW, PHI))
-    assert (ours.kernels, ours.why["kernels"]) == ("compiled", "our block runs this family, in less memory and time")
+    olmo = NARROW | {"model_type": "olmo2"}
+    phi, ours, other = (decided("run.place=cuda", facts=GPU, config=config) for config in (PHI, NARROW, olmo))
+    for made in (phi, ours):
+        assert (made.kernels, made.why["kernels"]) == (
+            "compiled",
+            "our block runs this family, in less memory and time",
+        )
     assert (other.kernels, other.why["kernels"]) == ("reference", "our block does not run this family")
     assert planned(tiny.recipe(), NARROW, GPU, "cuda").kernels == "compiled"
 

@@ -45,10 +45,12 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
     return update, out, scales
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of x [T, H], plus `residual`; and the norm's output again, for the adapters that read it."""
-    dx, out = torch.empty_like(x), torch.empty_like(x)
-    _rows("rms_norm_backward", x, dy, x, scale, weight, residual, dx, out, x.shape[1])
+    dx, out, add = torch.empty_like(x), torch.empty_like(x), residual is not None
+    _rows("rms_norm_backward", x, dy, x, scale, weight, residual if add else x, dx, out, x.shape[1], ADD=add)
     return dx, out
 
 

@@ -28,7 +28,9 @@ def rms_norm(x, update, weight, out, scales, width, eps, ADD: tl.constexpr, BLOC
 
 
 @triton.jit
-def rms_norm_backward(dy, x, scales, weight, residual, dx, out, width, BLOCK: tl.constexpr):  # type: ignore
+def rms_norm_backward(  # type: ignore
+    dy, x, scales, weight, residual, dx, out, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -39,8 +41,10 @@ def rms_norm_backward(dy, x, scales, weight, residual, dx, out, width, BLOCK: tl
     factor = stored.to(tl.float32)
     gradient = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32) * factor
     inner = tl.sum(gradient * normed) / width
-    more = tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
-    tl.store(dx + row * width + at, (gradient - normed * inner) * scale + more, inside)
+    change = (gradient - normed * inner) * scale
+    if ADD:
+        change += tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * width + at, change, inside)
     tl.store(out + row * width + at, normed.to(stored.dtype).to(tl.float32) * factor, inside)
 
 

@@ -63,13 +63,13 @@ void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, 
     }
 }
 
-// With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)) + residual; and y again.
+// With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)), + residual if there is one; and y again.
 template <class S>
 void rms_norm_backward(const S* dy, const S* x, const float* scale, const float* weight, const S* residual, S* dx,
                        S* y, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
-        const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * width;
+        const S *d = dy + t * width, *in = x + t * width;
         S *out = dx + t * width, *normed = y + t * width;
         float r = scale[t], inner = 0;
 #pragma omp simd reduction(+ : inner)
@@ -78,7 +78,8 @@ void rms_norm_backward(const S* dy, const S* x, const float* scale, const float*
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
             float n = load(in + i) * r, w = weight[i];
-            store(out + i, r * (load(d + i) * w - n * mean) + load(rest + i));
+            float change = r * (load(d + i) * w - n * mean);
+            store(out + i, residual ? change + load(residual + t * width + i) : change);
             store(normed + i, n * w);
         }
     }

@@ -56,7 +56,9 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
     return update, y, scale
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dx, y = torch.empty_like(x), torch.empty_like(x)
     _call("rms_norm_backward", dy, x, scale, weight.float(), residual, dx, y, *x.shape)
     return dx, y

@@ -33,15 +33,18 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
     return total, *rms_norm(total, weight, eps)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of x, plus `residual`; and the norm's output again, for the adapters that read it.
 
-    With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)). `dy` may be overwritten.
+    With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)).
     """
     normed = x.float() * scale
     gradient = (dy * weight).float()
     inner = (gradient * normed).mean(-1, keepdim=True)
-    dx = gradient.sub_(normed * inner).mul_(scale).add_(residual)
+    dx = gradient.sub_(normed * inner).mul_(scale)
+    dx = dx if residual is None else dx.add_(residual)
     return dx.to(x.dtype), _weighted(normed, x, weight)
 
 
@@ -165,7 +168,9 @@ class Pointwise:
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] = add_rms_norm
-    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rms_norm_backward
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
+        rms_norm_backward
+    )
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = layer_norm
     layer_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         layer_norm_backward

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from luthier.adapters.method import Noise
 from luthier.kernels.pointwise import Activation, Pointwise
 from luthier.model.families import Family, activation
-from luthier.model.heads import Heads, Saved, Segments, attention_on
+from luthier.model.heads import Heads, NormedHeads, Saved, Segments, attention_on
 from luthier.model.merged import MergedLinear
+from luthier.model.norm import Norm
 
 Recompute = Literal["nothing", "gate_up", "all"]
 """What of a block's `Kept` is not kept, but made again in the backward pass; `gate_up`: that product alone."""
@@ -39,37 +41,15 @@ class Kept(NamedTuple):
     qkv_inner: Tensor | None
     attended: Tensor
     out_inner: Tensor | None
+    attention_added: Tensor | None  # what a norm is put to before it is added, and that norm's scale
+    attention_added_scale: Tensor | None
     middle: Tensor | None  # what `down` adds to; in a block that is not parallel what the MLP's norm reads
     mlp_scale: Tensor | None
     gate_up: Tensor
     gate_up_inner: Tensor | None
+    added: Tensor | None  # the same for the MLP; never made again
+    added_scale: Tensor | None
     attention: Saved
-
-
-class Norm:
-    """A norm with its weight [H] and, where it is a LayerNorm, its bias. What `forward` gives beside the output [T, H]
-    is 1 / rms of each row, fp32 [T, 1], of a LayerNorm 1 / std beside the mean, fp32 [T, 2]."""
-
-    def __init__(self, module: nn.Module, eps: float, pointwise: Pointwise) -> None:
-        self.weight, self.eps, self.pointwise = cast(Tensor, module.weight), eps, pointwise
-        self.bias = cast(Tensor, module.bias) if isinstance(module, nn.LayerNorm) else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.bias is None:
-            return self.pointwise.rms_norm(x, self.weight, self.eps)
-        return self.pointwise.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def forward_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x + update, in the place of `update`, and what `forward` gives of it."""
-        if self.bias is None:
-            return self.pointwise.add_rms_norm(x, update, self.weight, self.eps)
-        return update.add_(x), *self.forward(update)
-
-    def backward(self, dy: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of x, plus `residual`; and the output again. `dy` may be overwritten."""
-        if self.bias is None:
-            return self.pointwise.rms_norm_backward(dy, x, scale, self.weight, residual)
-        return self.pointwise.layer_norm_backward(dy, x, scale, self.weight, self.bias, residual)
 
 
 class Block:
@@ -82,8 +62,12 @@ class Block:
         self.act: Activation = activation(family, config)
         self.pointwise, self.gated, self.parallel = pointwise, family.gated, family.parallel
         eps = float(getattr(config, family.eps))
-        self.attention_norm = Norm(part(family.attention_norm), eps, pointwise)
-        self.mlp_norm = None if family.mlp_norm is None else Norm(part(family.mlp_norm), eps, pointwise)
+        norm = partial(Norm, eps=eps, gain=family.gain, pointwise=pointwise)
+        self.attention_norm = norm(part(family.attention_norm))
+        self.mlp_norm, self.attention_end, self.mlp_end, query_norm, key_norm = (
+            None if name is None else norm(part(name))
+            for name in (family.mlp_norm, family.attention_end, family.mlp_end, family.query_norm, family.key_norm)
+        )
         self.qkv = MergedLinear([part(name) for name in family.qkv])
         self.out = MergedLinear([part(family.out)])
         self.gate_up = MergedLinear([part(name) for name in family.gate_up])
@@ -91,14 +75,17 @@ class Block:
         self.linears = (self.qkv, self.out, self.gate_up, self.down)
         heads = _heads(family, config, self.qkv.columns[-1].stop)
         self.attention = attention_on(self.attention_norm.weight, heads, pointwise)
+        if query_norm is not None and key_norm is not None:
+            self.attention = NormedHeads(self.attention, heads, query_norm, key_norm)
 
     def forward(self, x: Tensor, pack: Pack) -> tuple[Tensor, Kept, Tensor | None]:
         """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed."""
         kept = self.until_down(x, pack)
         h = self.pointwise.activate(kept.gate_up, self.act, self.gated)
         y, inner = self.down.forward(h, self._noise(pack))
+        y, d, d_scale = _ended(self.mlp_end, y)
         y.add_(cast(Tensor, kept.middle))
-        return y, kept._replace(middle=None) if self.parallel else kept, inner
+        return y, kept._replace(middle=None if self.parallel else kept.middle, added=d, added_scale=d_scale), inner
 
     def until_down(self, x: Tensor, pack: Pack) -> Kept:
         noise, residual = self._noise(pack), _chosen(x, pack)
@@ -111,23 +98,27 @@ class Block:
         o, attention = self.attention.forward(y, pack.segments)
         del y
         middle, out_inner = self.out.forward(o, noise)
+        middle, z, z_scale = _ended(self.attention_end, middle)
         if self.parallel:
             middle.add_(residual)
         else:
             assert self.mlp_norm is not None
             middle, n, mlp_scale = self.mlp_norm.forward_sum(residual, middle)
             gate_up, gate_up_inner = self.gate_up.forward(n, noise)
-        return Kept(scale, qkv_inner, o, out_inner, middle, mlp_scale, gate_up, gate_up_inner, attention)
+        return Kept(
+            scale, qkv_inner, o, out_inner, z, z_scale, middle, mlp_scale, gate_up, gate_up_inner, None, None, attention
+        )
 
     def kept_of(self, kept: Kept) -> Iterator[Tensor | Saved | None]:
         """The parts of `kept`, None for those that `again` makes."""
-        remade = {"nothing": (), "gate_up": ("gate_up", "gate_up_inner"), "all": Kept._fields}[self.recompute]
+        every = [name for name in Kept._fields if name not in ("added", "added_scale")]
+        remade = {"nothing": [], "gate_up": ["gate_up", "gate_up_inner"], "all": every}[self.recompute]
         return (None if name in remade else part for name, part in zip(Kept._fields, kept, strict=True))
 
     def again(self, kept: Kept, x: Tensor, pack: Pack) -> Kept:
         """All of what was kept, to the bit: `kept` with what of it is missing."""
         if self.recompute == "all":
-            return self.until_down(x, pack)
+            return self.until_down(x, pack)._replace(added=kept.added, added_scale=kept.added_scale)
         if self.recompute == "gate_up":
             n = self._mlp_input(x, kept, pack)
             gate_up, inner = self.gate_up.forward(n, self._noise(pack))
@@ -161,6 +152,7 @@ class Block:
         self, dy: Tensor, kept: Kept, inner: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of what the MLP reads [Q, H] and of the inner values of `gate_up`."""
+        dy = _before_end(self.mlp_end, dy, kept.added, kept.added_scale)
         inner = self.down.backward_inner(dy, inner)
         dh = self.down.backward_input(dy, inner, noise)
         dg, h = self.pointwise.activate_backward(dh, kept.gate_up, self.act, self.gated)
@@ -174,6 +166,7 @@ class Block:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of what attention reads [T, H], None unless `wanted`, and of the inner values of `qkv`."""
         noise = self._noise(pack)
+        dz = _before_end(self.attention_end, dz, kept.attention_added, kept.attention_added_scale)
         inner = self.out.backward_inner(dz, kept.out_inner)
         self.out.backward_adapters(inner, kept.attended, noise)
         if not (wanted or self.qkv.updates):
@@ -191,6 +184,19 @@ class Block:
     def _noise(self, pack: Pack) -> Noise | None:
         """Past the attention of the last layer only the chosen rows exist."""
         return pack.noise if pack.noise is None or pack.rows is None else pack.noise.at(pack.rows)
+
+
+def _ended(norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What is added of a half's output x [Q, H], and what its gradient needs."""
+    if norm is None:
+        return x, None, None
+    n, scale = norm.forward(x)
+    return n, x, scale
+
+
+def _before_end(norm: Norm | None, dn: Tensor, x: Tensor | None, scale: Tensor | None) -> Tensor:
+    """The gradient of x of `_ended`."""
+    return dn if norm is None else norm.backward(dn, cast(Tensor, x), cast(Tensor, scale), None)[0]
 
 
 def _chosen(x: Tensor, pack: Pack) -> Tensor:

@@ -26,6 +26,7 @@ from luthier.kernels.attention import (
 from luthier.kernels.place import on_gpu
 from luthier.kernels.pointwise import Pointwise
 from luthier.kernels.varlen import takes, varlen_attention
+from luthier.model.norm import Norm
 
 Saved = tuple[Tensor | None, ...]
 """What an attention's backward pass needs of its forward pass, besides its output."""
@@ -169,6 +170,31 @@ class RowAttention:
         dy = self.heads.join(*torch.autograd.grad(whole, leaves, do.view_as(whole)))
         for heads in self.heads.turned(dy):
             self.point.turn(heads, segments.cos, segments.sin, True, self.heads.neighbours)
+        return dy
+
+
+class NormedHeads:
+    """An attention whose queries and keys go through a norm first, each head by itself."""
+
+    def __init__(self, attention: Attention, heads: Heads, query_norm: Norm, key_norm: Norm) -> None:
+        self.attention, self.heads, self.norms = attention, heads, (query_norm, key_norm)
+
+    def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
+        before: list[Tensor] = []
+        for part, norm in zip(self.heads.split(y), self.norms, strict=False):
+            x = part.clone(memory_format=torch.contiguous_format).view(-1, self.heads.size)
+            n, scale = norm.forward(x)
+            part.copy_(n.view(part.shape))
+            before += [x, scale]
+        o, saved = self.attention.forward(y, segments)
+        return o, (*before, *saved)
+
+    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
+        dy = self.attention.backward(do, o, saved[4:], segments)
+        before = cast(tuple[Tensor, ...], saved[:4])
+        for part, norm, x, scale in zip(self.heads.split(dy), self.norms, before[::2], before[1::2], strict=False):
+            dx, _ = norm.backward(part.reshape(x.shape), x, scale, None)
+            part.copy_(dx.view(part.shape))
         return dy
 
 
