@@ -128,7 +128,10 @@ def _common(micro: Micro) -> int:
 
 
 def _ranges(starts: Tensor, ends: Tensor) -> Tensor:
-    return torch.cat([torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+    """start, start + 1, … up to its end, for each start."""
+    lengths = ends - starts
+    shifts = starts - lengths.cumsum(0) + lengths
+    return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
 
 
 def _kept(micro: Micro, kept: Tensor, lengths: list[int], samples: Tensor) -> Micro:

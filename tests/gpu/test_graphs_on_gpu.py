@@ -1,0 +1,188 @@
+"""Recorded steps on a GPU: a replay is the pass that it was recorded from, and trains as passes do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_block_on_gpu import ADAPTER, NF4, base, micro, model
+from torch import Tensor
+
+from luthier import recipe
+from luthier.data.stream import Micro
+from luthier.model import attention, graphs
+from luthier.model.causal import CausalModel
+from luthier.model.quantize import quantize_module
+from luthier.train.optim import flat_gradient
+from luthier.train.reproducible import reproducible
+
+pytestmark = pytest.mark.gpu
+DROPPING = recipe.Lora(rank=8, alpha=16, dropout=0.2)
+LENGTHS = [(70, 2, 515, 33), (1500, 900, 700), (40, 30), (300, 400, 2, 9)]
+
+
+@pytest.fixture(autouse=True)
+def _same_bits() -> Iterator[None]:
+    with reproducible("cuda"):
+        yield
+
+
+def made(recorded: bool, adapter: recipe.Lora = ADAPTER, packed: bool = False, **options: Any) -> CausalModel:
+    module = base(torch.bfloat16)
+    if packed:
+        quantize_module(module, NF4, torch.bfloat16)
+    built = model(module.cuda(), "compiled", adapter, **options)
+    if recorded:
+        built.record()
+    return built
+
+
+def gradient_of(made: CausalModel) -> Tensor:
+    assert made.adapter is not None
+    return flat_gradient(made.adapter.named_parameters())
+
+
+def train(made: CausalModel, batches: list[Micro], flat: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The loss and the gradient of each batch, with an update between them. `flat`: the gradients' memory."""
+    assert made.adapter is not None
+    flat, found = gradient_of(made) if flat is None else flat, []
+    optimizer = torch.optim.AdamW(made.adapter.parameters(), lr=1e-3, fused=True)
+    for number, batch in enumerate(batches):
+        loss = made.accumulate(replace(batch, step=number))
+        found.append((loss.cpu(), flat.cpu()))
+        optimizer.step()
+        flat.zero_()
+    return found
+
+
+def error(made: Tensor, wanted: Tensor) -> float:
+    return float((made - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"packed": True}, {"adapter": DROPPING}], ids=str)
+def test_replays_train_as_passes_do(options: dict[str, Any]) -> None:
+    batches = [micro(lengths) for lengths in (LENGTHS + LENGTHS[::-1]) * 2]
+    recording = made(True, **options)
+    found, expected = train(recording, batches), train(made(False, **options), batches)
+    assert recording.graphs is not None
+    assert len(recording.graphs.recorded) == 3  # of four batches two have one shape
+    for (loss, gradient), (wanted_loss, wanted) in zip(found, expected, strict=True):
+        assert error(loss, wanted_loss) < 2e-3
+        assert error(gradient, wanted) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"packed": True}, {"adapter": DROPPING}], ids=str)
+def test_a_replay_has_the_bits_of_the_pass(options: dict[str, Any]) -> None:
+    """The first of each is a pass. Others come between, in the same memory."""
+    recording = made(True, **options)
+    flat, found = gradient_of(recording), []
+    for lengths in (LENGTHS[1], LENGTHS[0]) * 4:
+        flat.zero_()
+        found.append((recording.accumulate(micro(lengths)), flat.clone()))
+    assert recording.graphs is not None
+    assert len(recording.graphs.recorded) == 2
+    for place, (loss, gradient) in enumerate(found):
+        assert torch.equal(loss, found[place % 2][0])
+        assert torch.equal(gradient, found[place % 2][1])
+
+
+def test_what_the_model_does_between_two_replays_leaves_them_right() -> None:
+    """Evaluation, and a base side that has no adapter: it makes other places for the adapters' values."""
+    recording, plain = made(True), made(False)
+    batches, found = [micro((300, 400, 2, 9))] * 3, []
+    for side in (recording, plain):
+        flat = gradient_of(side)
+        train(side, batches, flat)
+        assert side.adapter is not None
+        with torch.inference_mode(), side.adapter.disabled():
+            side.loss(batches[0])
+        with torch.no_grad():
+            side.loss(micro((900, 20)))
+        found.append(train(side, batches, flat))
+    for (loss, gradient), (wanted_loss, wanted) in zip(*found, strict=True):
+        assert error(loss, wanted_loss) < 2e-3
+        assert error(gradient, wanted) < 0.03
+
+
+def test_beyond_the_limit_passes_are_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    recording, batches = made(True), [micro(LENGTHS[0]), micro(LENGTHS[1])] * 3
+    for (loss, gradient), (wanted_loss, wanted) in zip(
+        train(recording, batches), train(made(False), batches), strict=True
+    ):
+        assert error(loss, wanted_loss) < 2e-3
+        assert error(gradient, wanted) < 0.02
+    assert recording.graphs is not None
+    assert len(recording.graphs.recorded) == 1
+
+
+def test_a_loss_scale_in_float16_is_recorded_with_its_step() -> None:
+    module = base(torch.float16).cuda()
+    recording = model(module, "compiled")
+    recording.record()
+    flat, found = gradient_of(recording), []
+    for scale in (1024.0, 1024.0, 1024.0, 256.0, 256.0):
+        flat.zero_()
+        recording.accumulate(micro(), scale)
+        found.append(flat / scale)
+    assert all(error(gradient, found[0]) < 0.01 for gradient in found)
+
+
+def test_graphs_share_their_memory() -> None:
+    recording = made(True)
+    gradient_of(recording)
+    reserved = []
+    for lengths in [(2000, 1000), (1900, 600), (1500, 500), (900, 500)]:
+        for _ in range(2):
+            recording.accumulate(micro(lengths))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert recording.graphs is not None
+    assert len(recording.graphs.recorded) == 4
+    assert reserved[-1] < 1.2 * reserved[0]
+
+
+@pytest.mark.parametrize("tokens", [2560, 8192])
+def test_a_small_model_is_faster_by_replays(tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2-135M's shape, rows of 320 tokens. The times are printed; nothing depends on them."""
+    speeds = {}
+    for recorded in (False, True):
+        built = smollm2()
+        if recorded:
+            built.record()
+        gradient_of(built)
+        batch = micro((320,) * (tokens // 320))
+        for _ in range(4):
+            built.accumulate(batch)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(20):
+            built.accumulate(batch)
+        torch.cuda.synchronize()
+        speeds[recorded] = 20 / (time.perf_counter() - started)
+    with capsys.disabled():
+        rates = {recorded: f"{speed:.1f} steps/s, {speed * tokens:,.0f} tok/s" for recorded, speed in speeds.items()}
+        print(f"\n{tokens} tokens: launched one by one {rates[False]}; replayed {rates[True]}")
+
+
+def smollm2() -> CausalModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    module = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).to(torch.bfloat16).eval()
+    return model(module.cuda(), "compiled", recipe.Lora(rank=16, alpha=16))
