@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from luthier.data.stream import Sample, collate
 from luthier.train.engines.local import Local
 from luthier.train.launch import train
 from luthier.train.step import Step
@@ -81,6 +82,15 @@ def test_the_rows_of_the_next_step_are_packed_before_a_step_ends_and_no_step_s_t
     engine = Counting()
     trainer = tiny.trainer(tmp_path, tiny.recipe("train.max_steps=3"), engine=engine)
     assert [(step.step, engine.packed) for step in trainer] == [(1, 2), (2, 3), (3, 3)]
+
+
+def test_what_was_made_ready_ahead_of_its_turn_is_learned_as_what_was_not(tmp_path: Path) -> None:
+    model = tiny.model(tiny.recipe(), kernels="eager")
+    micro = collate(tiny.rows(tmp_path), [Sample(row, row, epoch=0) for row in range(4)], step=0)
+    ready = model.ready(micro)
+    assert len(ready.ids) == len(micro.ids) - 4  # nobody sees the last token of a row
+    assert model.ready(ready) is ready
+    assert torch.equal(model.loss(ready), model.loss(micro))
 
 
 def test_a_mean_of_means_would_fail_this(tmp_path: Path, whole: list[Step]) -> None:

@@ -187,7 +187,7 @@ class Trainer:
     def _accumulate(self, micros: list[Micro]) -> Tensor:
         """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""
         losses = [self.model.accumulate(micro, self.progress.scale) for micro in micros]
-        return torch.stack(losses).double().sum() if losses else self.gradient.new_zeros((), dtype=torch.float64)
+        return optim.precise(torch.stack(losses)).sum() if losses else torch.zeros((), dtype=torch.float64)
 
     def _halve(self, rows: Batch) -> None:
         """Takes half of the largest micro-batch that any process tried as the budget."""

@@ -63,7 +63,7 @@ def optimizer(
         for params, (times, group) in zip(updated, groups.items(), strict=True)
     ]
     made = (make or partial(torch.optim.AdamW, fused=True))(parts, betas=train.betas, weight_decay=train.weight_decay)
-    _begin(made, gradient)
+    _begin(made)
     return made
 
 
@@ -97,15 +97,16 @@ def _joined(groups: list[list[Parameter]], gradient: Tensor) -> Iterator[list[Pa
         yield [whole]
 
 
-def _begin(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+def _begin(optimizer: torch.optim.Optimizer) -> None:
     """Makes the state before a step takes the memory, among whose tensors it would lie otherwise."""
-    prepare = getattr(optimizer, "init_state", None)
-    if prepare is None:
-        update(optimizer, lr=0.0, skip=gradient.new_ones(()))
-        return
+    theirs = getattr(optimizer, "init_state", None)  # bitsandbytes': some of it is memory that only they can allocate
     for place, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            prepare(group, parameter, place, index)
+        for index, p in enumerate(group["params"]):
+            if theirs is not None:
+                theirs(group, p, place, index)
+            else:
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": p.new_zeros(()), **moments}
 
 
 def _from_bitsandbytes(
@@ -135,7 +136,7 @@ def finish(
 
     Returns a function that does: it gives the loss and the gradient's norm, before clipping.
     """
-    norm = torch.linalg.vector_norm(gradient).double()
+    norm = precise(torch.linalg.vector_norm(gradient))
     figures = torch.stack([loss, norm])
     told = _told(figures)
     if max_norm is not None:
@@ -143,6 +144,11 @@ def finish(
     skip = (figures - figures).isnan().any().float()  # x - x is 0, unless x is not finite
     update(optimizer, lr, skip)
     return told
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` in fp64; on the host, if Apple's GPU has it, which has no such numbers."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _told(figures: Tensor) -> Callable[[], list[float]]:
@@ -161,10 +167,11 @@ def _told(figures: Tensor) -> Callable[[], list[float]]:
 
 def update(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor) -> None:
     """One update at the learning rate `lr`, of which each group takes its multiple; nothing where `skip`, an fp32
-    scalar on the parameters' device, is 1. bitsandbytes' optimizers have to wait for it."""
+    scalar, is 1. Torch's fused kernel reads that where it lies beside the parameters; else the host waits for it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["times"]
-    if isinstance(optimizer, torch.optim.AdamW):
+    beside = skip.device == optimizer.param_groups[0]["params"][0].device
+    if isinstance(optimizer, torch.optim.AdamW) and beside:
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's GradScaler tells it
         optimizer.step()
     elif not skip:

@@ -1,0 +1,130 @@
+"""A step on a GPU: the host waits once, and its end is a few launches, however many parameters there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import tiny
+from luthier.adapters.lora import attach
+from luthier.model import attention
+from luthier.model.causal import CausalModel
+from luthier.recipe import Train
+from luthier.train import optim
+
+pytestmark = pytest.mark.gpu
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Raises where torch would wait for the GPU by itself; waiting for an event is not told."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Side:
+    """Parameters of one device with their gradient and optimizer, the same on each."""
+
+    def __init__(self, device: str, pairs: int = 20) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [((4, 64), (96, 4))[i % 2] for i in range(2 * pairs)]
+        starts = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.named = [
+            (f"{i // 2}.lora_{'AB'[i % 2]}.weight", nn.Parameter(start.to(device))) for i, start in enumerate(starts)
+        ]
+        self.gradient = optim.flat_gradient(self.named)
+        self.optimizer = optim.optimizer(self.named, self.gradient, Train(weight_decay=0.1))
+
+    def finish(self, slopes: torch.Tensor, loss: float = 1.5) -> list[float]:
+        self.gradient.copy_(slopes)
+        told = torch.full((), loss, dtype=torch.float64, device=self.gradient.device)
+        return optim.finish(self.optimizer, self.gradient, told, lr=0.01, max_norm=1.0)()
+
+    def state(self) -> list[torch.Tensor]:
+        parts = [*(p.detach() for _, p in self.named), *optim.moments(self.optimizer).values()]
+        return [part.to("cpu", copy=True) for part in parts]
+
+
+def test_updates_are_those_of_a_cpu() -> None:
+    sides = [Side("cuda"), Side("cpu")]
+    for _ in range(3):
+        slopes = torch.randn(sides[1].gradient.shape)
+        norms = [side.finish(slopes)[1] for side in sides]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for mine, wanted in zip(*(side.state() for side in sides), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "slope"), [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
+def test_no_bit_changes_where_loss_or_norm_is_not_finite(loss: float, slope: float) -> None:
+    side = Side("cuda")
+    slopes = torch.randn(side.gradient.shape)
+    side.finish(slopes)
+    before = side.state()
+    slopes[5] = slope
+    assert not all(math.isfinite(value) for value in side.finish(slopes, loss))
+    assert all(torch.equal(a, b) for a, b in zip(before, side.state(), strict=True))
+
+
+def test_the_end_of_a_step_waits_for_nothing_but_its_figures() -> None:
+    side = Side("cuda")
+    loss = torch.full((), 2.5, dtype=torch.float64, device="cuda")
+    side.gradient.fill_(1e-3)
+    norm = float(torch.linalg.vector_norm(side.gradient))
+    with nobody_waits():
+        told = optim.finish(side.optimizer, side.gradient, loss, lr=0.01, max_norm=1.0)
+    assert told() == [2.5, norm]
+
+
+def launches(pairs: int) -> int:
+    side = Side("cuda", pairs)
+    slopes = torch.randn(side.gradient.shape, device="cuda")
+    side.finish(slopes)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        side.finish(slopes)
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
+
+
+def test_the_end_of_a_step_is_as_many_launches_for_any_number_of_parameters() -> None:
+    few = launches(pairs=2)
+    assert 0 < few <= 40
+    assert launches(pairs=300) == few
+
+
+def model() -> CausalModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    module = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).bfloat16().eval().cuda()
+    return CausalModel(module, attach(module, tiny.recipe().adapter, 0), kernels="compiled")
+
+
+@pytest.mark.parametrize("micro_tokens", [1000, 60])
+def test_a_whole_step_waits_for_nothing_but_its_figures(tmp_path: Path, micro_tokens: int) -> None:
+    trainer = tiny.trainer(tmp_path, tiny.recipe("train.max_steps=9"), causal=model(), micro_tokens=micro_tokens)
+    losses = [trainer.step().loss for _ in range(3)]  # which compile, and choose
+    with nobody_waits():
+        losses += [trainer.step().loss for _ in range(3)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert trainer.progress.step == 6
