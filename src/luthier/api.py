@@ -149,6 +149,8 @@ def _print_plan(planned: Plan, console: Console) -> None:
     console.print(f"products in {planned.dtype}: {planned.why['dtype']}")
     path = "the transformers module" if planned.kernels == "reference" else "our decoder block"
     console.print(f"run by {path}: {planned.why['kernels']}")
+    if planned.graphs:
+        console.print(f"recorded as CUDA graphs: {planned.why['graphs']}")
     console.print(f"about {planned.seconds_per_step:.2g} s a step")
     if not planned.fits:
         console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))

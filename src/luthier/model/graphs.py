@@ -50,8 +50,12 @@ class CudaRecorder:
 
     def record(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with what they do on the GPU meanwhile.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        # Other threads may go on with what they do on the GPU meanwhile. The outer stream is that of now: a recording
+        # that fails would leave its own behind.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+        ):
             out = step()
 
         def replay() -> Tensor:

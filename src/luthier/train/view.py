@@ -121,7 +121,8 @@ def _remark(event: Event) -> str | None:
             who = f"{event['processes']} process(es) of {event['threads']} thread(s) on {event['place']}"
             why = event["why"]
             how = f"{event['dtype']} ({why['dtype']}), {event['kernels']} kernels ({why['kernels']})"
-            return f"{who} ({why['engine']}); {how}"
+            graphs = f"; recorded as CUDA graphs ({why['graphs']})" if event.get("graphs") else ""
+            return f"{who} ({why['engine']}); {how}{graphs}"
         case "rehearsal":
             took, planned = event["peak_bytes"] / _GIB, event["predicted_peak_bytes"] / _GIB
             return f"the worst step takes {took:.2f} GiB; {planned:.2f} were planned"

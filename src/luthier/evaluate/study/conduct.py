@@ -284,6 +284,7 @@ def _recipe_of(recipe: Recipe, over: str | None, at: Any, seed: int, folder: Pat
         f"run.kernels={decisions.kernels}",
         f"run.offload={decisions.offload}",
         f"run.unpacked={decisions.unpacked}",
+        f"run.graphs={json.dumps(decisions.graphs)}",
     ]
     return Recipe.parse(recipe.dump(), *changes)
 
