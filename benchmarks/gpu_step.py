@@ -97,6 +97,9 @@ def work(task: Task) -> dict[str, Any]:
     clock.phase("samples")
     limit_memory(task.cell.memory)
     if task.cell.ours:
+        from luthier.model import lean
+
+        lean.own_process = True  # as in a process of `luthier train`
         from peers import ours
 
         options: Any = {"memory": task.cell.memory, "overrides": list(task.cell.overrides)}

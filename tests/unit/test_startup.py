@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from ast import literal_eval
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,29 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     script = f"import sys, luthier; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What transformers would import if it is installed, for models of images and for ways of generating that are not ours.
+BESIDE = ("scipy", "sklearn", "pandas", "pyarrow", "torchvision")
+
+
+def imported_by_training(script: str, *command: str) -> list[str]:
+    script += "from transformers.models.llama import modeling_llama\n"
+    script += f"print([m for m in {BESIDE!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, *command, script], capture_output=True, text=True, check=True)
+    found: list[str] = literal_eval(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_process_of_ours_that_trains_imports_nothing_beside_what_models_of_text_need(tmp_path: Path) -> None:
+    command = tmp_path / "luthier"  # as an installed command is called
+    command.write_text("import sys\nimport luthier.train.worker\nexec(sys.argv[1])\n")
+    assert imported_by_training("", str(command)) == []
+
+
+def test_transformers_is_left_whole_where_others_may_want_it() -> None:
+    pytest.importorskip("scipy")
+    assert "scipy" in imported_by_training("import sys\nimport luthier.train.worker\n", "-c")
 
 
 def test_the_verbs_are_those_of_the_design() -> None:

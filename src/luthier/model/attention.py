@@ -22,14 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from luthier.errors import ModelError
 from luthier.kernels.attention import segment_attention
 from luthier.kernels.place import on_gpu
 from luthier.kernels.varlen import takes, varlen_attention
+from luthier.model import lean
+
+with lean.importing():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "luthier_packed"
 _bounds: ContextVar[tuple[int, ...] | None] = ContextVar("bounds", default=None)
