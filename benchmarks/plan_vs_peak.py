@@ -31,10 +31,12 @@ class Cell(NamedTuple):
     quantize: dict[str, Any] | None
     length: int
     rank: int
-    recompute: bool
+    recompute: bool | int
     rows: int  # of a micro-batch
     kernels: str = "reference"
     dropout: float = 0.05
+    gate_up: int = 0  # blocks that recompute that product alone
+    unpacked: int = 0
 
     @property
     def name(self) -> str:
@@ -57,6 +59,11 @@ CELLS = [
     Cell("llama-3.1-8b", None, 720, 16, True, 8, "compiled"),
     Cell("llama-3.1-8b", None, 720, 16, False, 4, "compiled"),
     Cell("llama-3.1-8b", NF4, 720, 16, False, 2, "eager"),
+    # What a budget of memory leads to, in between.
+    Cell("llama-3.1-8b", NF4, 687, 16, False, 8, "compiled", 0.0, unpacked=32),
+    Cell("llama-3.1-8b", NF4, 687, 16, 16, 8, "compiled", 0.0),
+    Cell("llama-3.1-8b", NF4, 687, 16, False, 8, "compiled", 0.0, gate_up=32),
+    Cell("llama-3.1-8b", NF4, 1024, 16, 8, 4, "compiled", 0.0, gate_up=12, unpacked=8),
     Cell("falcon-7b", NF4, 1024, 32, True, 16),
     Cell("falcon-7b", NF4, 1024, 32, False, 2),
     Cell("falcon-7b", None, 1024, 32, True, 4),
@@ -87,6 +94,7 @@ CPU_CELLS = [
     Cell("llama-3.1-8b", None, 512, 16, False, 4),
     Cell("llama-3.1-8b", None, 512, 16, True, 4),
     Cell("llama-3.1-8b", None, 512, 16, False, 4, "eager"),
+    Cell("llama-3.1-8b", None, 512, 16, 4, 4, "eager", gate_up=4),
     Cell("llama-3.1-8b", NF4, 512, 16, False, 4, "eager"),
     Cell("phi-2", None, 512, 16, False, 4),
     Cell("falcon-7b", None, 512, 16, False, 4),
@@ -168,14 +176,28 @@ def measure(cell: Cell, mode: str) -> dict[str, Any]:
             "adapter": {"rank": cell.rank, "dropout": cell.dropout},
             "data": {"train": [{"path": "none"}], "length": cell.length},
             "train": {"samples_per_step": cell.rows},
-            "run": {"recompute": cell.recompute, "micro_tokens": cell.rows * cell.length, "memory": "999GiB"},
+            "run": {
+                "recompute": cell.recompute,
+                "recompute_gate_up": cell.gate_up,
+                "unpacked": cell.unpacked,
+                "graphs": False,
+                "micro_tokens": cell.rows * cell.length,
+                "memory": "999GiB",
+            },
         }
     )
     (return_freed_memory if cell.kernels == "reference" else keep_freed_memory)()
     started = time.perf_counter()
     module = random_module(config, recipe, getattr(torch, dtype), place)
     kernels: Any = cell.kernels
-    model = CausalModel(module, attach(module, recipe.adapter, 0), kernels=kernels, recompute=cell.recompute)
+    model = CausalModel(
+        module,
+        attach(module, recipe.adapter, 0),
+        kernels=kernels,
+        recompute=cell.recompute,
+        recompute_gate_up=cell.gate_up,
+        unpacked=cell.unpacked,
+    )
     built = time.perf_counter() - started
     if place == "cuda":
         release()
