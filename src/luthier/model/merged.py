@@ -87,14 +87,26 @@ class MergedLinear:
     def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
         """x [T, K] to y [T, N], and the updates' inner values x · Aᵀ [T, P]."""
         weight = self.weight
-        y = torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
         if not self.updates:
-            return y, None
+            return (torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())), None
         A, drops = self.values.A, self._drops(noise)
         inner = torch.cat([torch.mm(drop(x), A[i].t()) for i, drop in drops], 1) if drops else torch.mm(x, A.t())
+        # The large product adds what is there as it writes; a product of a few ranks would take a pass for that.
+        return self._updated(inner).addmm_(x, weight.t()), inner
+
+    def _updated(self, inner: Tensor) -> Tensor:
+        """What y [T, N] gets besides x · Wᵀ."""
+        y = inner.new_empty(len(inner), self.columns[-1].stop)
+        for columns in self.columns:
+            if all(columns != update.columns for update in self.updates):
+                y[:, columns] = 0 if self.bias is None else self.bias[columns]
         for (layer, columns, ranks), B in zip(self.updates, self.values.B, strict=True):
-            y[:, columns].addmm_(inner[:, ranks], B.t(), alpha=layer.scale)
-        return y, inner
+            part = y[:, columns]
+            if self.bias is None:
+                _multiply(inner[:, ranks], B.t(), layer.scale, part)
+            else:
+                torch.addmm(self.bias[columns], inner[:, ranks], B.t(), alpha=layer.scale, out=part)
+        return y
 
     def backward_inner(self, dy: Tensor, inner: Tensor | None) -> Tensor | None:
         """The gradient of the inner values; that of each B goes to its place."""
@@ -109,13 +121,15 @@ class MergedLinear:
 
     def backward_input(self, dy: Tensor, dinner: Tensor | None, noise: Noise | None) -> Tensor:
         """The gradient of x [T, K]."""
-        dx = torch.mm(dy, self.weight)
         if dinner is None:
-            return dx
+            return torch.mm(dy, self.weight)
         A, drops = self.values.A, self._drops(noise)
+        if not drops:
+            return torch.mm(dinner, A).addmm_(dy, self.weight)
+        dx = torch.mm(dy, self.weight)
         for ranks, drop in drops:
             dx.add_(drop(torch.mm(dinner[:, ranks], A[ranks])))
-        return dx if drops else dx.addmm_(dinner, A)
+        return dx
 
     def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None) -> None:
         """Puts the gradient of each A into its place."""
