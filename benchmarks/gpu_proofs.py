@@ -14,9 +14,9 @@ curves      The loss over 200 steps from 3 seeds, the same three ways, as runnin
             ours gets from fp32 is at most 1.5 times the furthest that theirs gets.
             --full: 50 steps of the NF4 model, ours beside transformers + PEFT + bitsandbytes. The losses of a step
             differ by at most 4e-3 of their size.
-memory      60 steps, before 20 of which memory is cut to less than the step needs, beside the same run left alone. It
-            runs out each time, nothing crashes, and the change of the adapter is off by at most 1.5 times what that of
-            a run is off which is left alone and cuts its steps otherwise.
+memory      60 steps, in 20 of which memory is cut, before one of the passes, to less than this needs, beside the same
+            run left alone. It runs out each time, nothing crashes, and the change of the adapter is off by at most 1.5
+            times what that of a run is off which is left alone and has smaller passes.
             --full: 10 steps of the NF4 model, 3 of them squeezed.
 budgets     LoRA gradients with no, half and all blocks recomputed, all of them or gate|up alone, are the same bits.
 
@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +71,7 @@ GIB = 2**30
 SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 Tensors = Mapping[str, Tensor]
+Pass = tuple[int, int]  # step, and number in the step; of one that was made again, the passes of all tries are counted
 
 
 class Found(NamedTuple):
@@ -346,12 +347,12 @@ def curve_of_ours(side: Ours, start: Tensors) -> list[float]:
 
 
 @contextmanager
-def training(side: Ours, start: Tensors) -> Iterator[Any]:
-    """A trainer on the steps of `side`, at their beginning."""
+def training(side: Ours, start: Tensors, model: Any = None) -> Iterator[Any]:
+    """A trainer on the steps of `side`, at their beginning. `model`: in the place of its own."""
     assert side.model.adapter is not None
     begin(dict(side.model.adapter.named_parameters()), start)
     with tempfile.TemporaryDirectory() as place, reproducible(side.decisions.place):
-        yield trainer_of(side.recipe, side.decisions, side.model, side.steps, Path(place))
+        yield trainer_of(side.recipe, side.decisions, model or side.model, side.steps, Path(place))
 
 
 def curve_of_theirs(module: Any, chosen: list[Step], start: Tensors, dtype: torch.dtype) -> list[float]:
@@ -431,69 +432,94 @@ class HeldMemory:
 
 
 class Run(NamedTuple):
-    """A run of training, step by step."""
+    """A run of training."""
 
     change: Tensor  # of all of the adapter's values
-    tensors: list[int]  # the most bytes that tensors had
-    taken: list[int]  # and that were taken for them
-    cuts: list[int]  # passes
+    tensors: dict[Pass, int]  # the most bytes that tensors had
+    taken: dict[Pass, int]  # and that were taken for them
+    cuts: list[int]  # passes of each step
+
+
+class Watched:
+    """A model whose passes have their memory measured, and limited where `limits` says so: from the beginning of that
+    pass on, for as long as it takes to get through its step."""
+
+    def __init__(self, model: CausalModel, room: Any, limits: Mapping[Pass, float]) -> None:
+        self.model, self.room, self.limits = model, room, dict(limits)
+        self.found: dict[Pass, tuple[int, int]] = {}
+        self.step = self.passes = 0
+        self.squeezed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def begin(self, step: int) -> None:
+        self.step, self.passes, self.squeezed = step, 0, False
+
+    def accumulate(self, micro: Any, scale: float) -> Tensor:
+        number = self.step, self.passes
+        self.passes += 1
+        if not self.squeezed:
+            self.squeezed = number in self.limits
+            self.room.limit(self.limits.get(number))
+        loss = self.model.accumulate(micro, scale)
+        self.found[number] = self.room.needed()
+        return loss
 
 
 def memory(bench: Bench, *, full: bool = False) -> Found:
     count, squeezed = (10, 3) if full else (bench.count(60), 4 if bench.dry else 20)
-    side = ours(bench, bench.folder(nf4=True, full=full), bench.workload("W1", count, nf4=True))
+    workload = bench.workload("W1", count, nf4=True)
+    side = ours(bench, bench.folder(nf4=True, full=full), workload)
     start, most = start_of(side.model, 0), max(len(s.ids) for step in side.steps for s in samples_of(step))
     room: Any = GpuMemory() if bench.place == "cuda" else HeldMemory()
     run = partial(run_under, room, side, start)
-    whole, least = run(1 << 30, {}), run(most, {})
-    limits = squeezes(whole.tensors, max(least.taken), squeezed)
-    before = len(room.spent)
-    cut = run(1 << 30, limits)
+    whole, least = run(workload.packed, {}), run(most, {})
+    limits, before = squeezes(whole.tensors, max(least.taken.values()), squeezed), len(room.spent)
+    cut = run(workload.packed, limits)
     ends, spent = (error(cut.change, whole.change), error(least.change, whole.change)), room.spent[before:]
+    later, back = sum(number > 0 for _, number in limits), spent.count("backward")
+    amounts = {f"{step + 1}.{number + 1}": amount / GIB for (step, number), amount in limits.items()}
     said = (
-        f"{len(limits)} of {count} steps with {min(limits.values()) / GIB:.2f} to {max(limits.values()) / GIB:.2f} GiB "
-        f"of {max(whole.tensors) / GIB:.2f}: out of memory {len(spent)} times ({spent.count('backward')} going back), "
-        f"in up to {max(cut.cuts)} passes; change off by {ends[0]:.1e}, of otherwise cut runs {ends[1]:.1e}"
+        f"{len(limits)} of {count} steps squeezed, {later} of them after their first pass, to "
+        f"{min(amounts.values()):.2f} to {max(amounts.values()):.2f} GiB of {max(whole.tensors.values()) / GIB:.2f}: "
+        f"out of memory {len(spent)} times ({back} going back), made again in up to {max(cut.cuts)} passes; "
+        f"change off by {ends[0]:.1e}, that of a run with smaller passes {ends[1]:.1e}"
     )
     passed = before == 0 and len(spent) >= len(limits) > 0 and ends[0] <= CHANCE * ends[1]
-    figures: dict[str, Any] = {
-        "error": ends[0],
-        "tolerance": ends[1],
-        "bound": CHANCE,
-        "ran_out": len(spent),
-        "steps": count,
-    }
-    figures |= {"backward": spent.count("backward"), "limits_gib": {k: v / GIB for k, v in limits.items()}}
-    peaks = {"whole_gib": max(whole.tensors) / GIB, "least_gib": max(least.taken) / GIB, "cuts": cut.cuts}
+    figures = {"error": ends[0], "tolerance": ends[1], "bound": CHANCE, "steps": count, "limits_gib": amounts}
+    figures |= {"ran_out": len(spent), "backward": back, "later": later, "cuts": cut.cuts}
+    peaks = {"whole_gib": max(whole.tensors.values()) / GIB, "least_gib": max(least.taken.values()) / GIB}
     return Found(passed, said, figures | peaks)
 
 
-def squeezes(needed: Sequence[int], least: int, count: int) -> dict[int, float]:
-    """Bytes by step, for `count` steps at random: between what the smallest pass takes and what the step would."""
-    rng, large = np.random.default_rng(0), [i for i, amount in enumerate(needed) if amount > 1.1 * least]
-    if len(large) < count:
-        raise RuntimeError(f"{len(large)} steps need clearly more than the {least} bytes of their smallest pass")
-    chosen = rng.choice(large, count, replace=False)
-    return {int(step): rng.uniform(1.03 * least, 0.97 * needed[step]) for step in sorted(chosen)}
+def squeezes(needed: Mapping[Pass, int], least: int, count: int) -> dict[Pass, float]:
+    """Bytes by pass, for one pass of `count` steps at random: between what the smallest passes take and what it needs.
+    Raises RuntimeError where there are too few such steps."""
+    rng, large = np.random.default_rng(0), [key for key, amount in needed.items() if amount > 1.1 * least]
+    at = {key[0]: key for key in rng.permutation(large).tolist()} if large else {}
+    if len(at) < count:
+        raise RuntimeError(f"{len(at)} steps need clearly more than the {least} bytes of their smallest passes")
+    chosen = sorted(tuple(at[step]) for step in rng.choice(list(at), count, replace=False).tolist())
+    return {key: rng.uniform(1.03 * least, 0.97 * needed[key]) for key in chosen}
 
 
-def run_under(room: Any, side: Ours, start: Tensors, micro_tokens: int, limits: dict[int, float]) -> Run:
-    """Trains on the steps of `side`, with `limits` of memory at some. Each begins with `micro_tokens`, to which a run
-    does not return by itself."""
+def run_under(room: Any, side: Ours, start: Tensors, micro_tokens: int, limits: Mapping[Pass, float]) -> Run:
+    """Trains on the steps of `side`, with `limits` of memory. Each begins with `micro_tokens`, to which a run does not
+    return by itself."""
     hooks = torch.autograd.graph.saved_tensors_hooks
-    peaks, cuts = list[tuple[int, int]](), list[int]()
-    with training(side, start) as trainer, ExitStack() as stack:
+    watched, cuts = Watched(side.model, room, limits), list[int]()
+    with training(side, start, watched) as trainer, ExitStack() as stack:
         if isinstance(room, HeldMemory):
             stack.enter_context(hooks(room.keep, room.take))
         stack.callback(room.limit, None)
         for number in range(len(side.steps)):
             trainer.progress.micro_tokens = micro_tokens
-            room.limit(limits.get(number))
+            watched.begin(number)
             cuts.append(trainer.step().micro_batches)
-            peaks.append(room.needed())
         named = dict(trainer.adapter.named_parameters())
         change = torch.cat([(named[name].detach() - start[name]).flatten() for name in sorted(start)])
-    tensors, taken = (list(column) for column in zip(*peaks, strict=True))
+    tensors, taken = ({key: found[i] for key, found in watched.found.items()} for i in range(2))
     return Run(change, tensors, taken, cuts)
 
 

@@ -31,7 +31,7 @@ def test_every_proof_holds_and_leaves_a_row(bench: Any, tmp_path: Path) -> None:
     memory = rows[2]
     assert memory["ran_out"] >= len(memory["limits_gib"]) == 4
     assert 0 < memory["backward"] < memory["ran_out"]
-    assert max(memory["cuts"]) > 1
+    assert memory["later"] > 0
 
 
 def test_a_proof_that_cannot_be_made_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,14 +60,15 @@ def _learned(bench: Any, without: tuple[int, ...]) -> Any:
 
 @given(st.lists(st.integers(1000, 9000), min_size=20, max_size=60), st.integers(500, 700), st.integers(1, 5))
 def test_a_squeezed_step_lacks_memory_and_its_smallest_pass_does_not(needed: list[int], least: int, count: int) -> None:
-    limits = gpu_proofs.squeezes(needed, least, count)
-    assert len(limits) == count
-    assert all(least < amount < needed[step] for step, amount in limits.items())
+    passes = {(i // 3, i % 3): amount for i, amount in enumerate(needed)}
+    limits = gpu_proofs.squeezes(passes, least, count)
+    assert len({step for step, _ in limits}) == len(limits) == count
+    assert all(least < amount < passes[chosen] for chosen, amount in limits.items())
 
 
 def test_where_nothing_lies_between_a_step_and_its_smallest_pass_there_is_no_proof() -> None:
     with pytest.raises(RuntimeError, match="1 steps need clearly more"):
-        gpu_proofs.squeezes([1000, 1000, 1200], 1000, 2)
+        gpu_proofs.squeezes({(0, 0): 1000, (1, 0): 1200, (1, 1): 1200}, 1000, 2)
 
 
 def test_the_distance_of_curves_is_that_of_their_running_means() -> None:
