@@ -94,6 +94,16 @@ def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:
     assert not torch.equal(again[0], found[0])
 
 
+def test_a_gradient_whose_place_is_taken_away_meanwhile_is_not_lost_in_silence() -> None:
+    made = model("llama", "eager")
+    buffer(made)
+    loss = made.loss(micro())
+    for parameter in parameters(made):
+        parameter.grad = None
+    with pytest.raises(RuntimeError, match="incorrect number of gradients"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def test_two_losses_in_one_backward_pass_are_both_learned_from() -> None:
     made = model("llama", "eager")
     wanted = sum((gradients(made, micro(lengths))[1] for lengths in ((7, 40), (9, 20))), torch.zeros(()))
