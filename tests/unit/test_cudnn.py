@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.kernels import cudnn
+from luthier.kernels import cudnn, varlen_backward
 from luthier.kernels.cudnn import Machine, way
+from luthier.kernels.place import planned_for
+from luthier.kernels.varlen import varlen_attention
+from luthier.model.trace import Meter
 
 HOPPER = Machine(9, 91900, True)
 
@@ -52,3 +55,41 @@ def test_numbers_and_lengths_of_segments_share_few_plans() -> None:
 def test_elsewhere_than_on_a_gpu_nothing_is_computed() -> None:
     q = torch.empty(8, 2, 64, dtype=torch.bfloat16, device="meta")
     assert cudnn.forward(q, q, q, torch.tensor([0, 8], dtype=torch.int32), 8, 0.1) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "groups", "size", "wanted"),
+    [
+        ((9, 0), 32, 8, 128, True),
+        ((9, 0), 9, 3, 64, True),
+        ((9, 0), 32, 32, 80, True),
+        ((9, 0), 71, 1, 64, False),  # one program would go through 71 heads
+        ((9, 0), 8, 4, 256, False),
+        ((8, 9), 32, 8, 128, False),  # whose memory is too small for its blocks
+        ((10, 0), 32, 8, 128, False),
+    ],
+)
+def test_the_own_gradient_is_hoppers(
+    capability: tuple[int, int], heads: int, groups: int, size: int, wanted: bool
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    y = torch.empty(64, heads + 2 * groups, size, dtype=torch.bfloat16, device="meta")
+    parts = torch.split(y, [heads, groups, groups], 1)
+    with planned_for(capability):
+        assert varlen_backward.takes(*parts) == wanted
+        assert not varlen_backward.takes(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts))
+
+
+def test_a_plan_sees_the_own_gradients_memory_and_arithmetic() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    y = torch.empty(512, 12, 64, dtype=torch.bfloat16, device="meta")
+    edges = torch.empty(5, dtype=torch.int32, device="meta")
+    with planned_for((9, 0)), Meter().begun() as meter:
+        q, k, v = (x.detach().requires_grad_() for x in torch.split(y, [8, 2, 2], 1))
+        o = varlen_attention(q, k, v, edges, 128, 0.1)
+        meter.phase = "backward"
+        gradients = torch.autograd.grad(o, (q, k, v), torch.empty_like(o))
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+    assert all(x._base is gradients[0]._base for x in gradients)  # side by side, as a merged product wants them
+    assert meter.figures["work", "backward", "products", "flops"] == 7 * 512 * 128 * 8 * 64
+    assert meter.figures["live", "backward", "backward"] == y.nbytes + o.nbytes

@@ -1,8 +1,7 @@
 """Attention's forward pass by cuDNN, which has kernels of its own for Hopper and Blackwell; FlashAttention 2 has none.
 
-The backward pass stays torch's flash attention, which takes cuDNN's sums as its own: on Hopper cuDNN's would add up in
-any order (before 9.25 there is no other way for packed rows), and a resumed run would not be the run that was stopped.
-The forward pass has one order.
+The backward pass is not cuDNN's, but takes its sums: on Hopper cuDNN's would add up in any order (before 9.25 there is
+no other way for packed rows), and a resumed run would not be the run that was stopped. The forward pass has one order.
 
 Segments that are all as long are a batch, which torch computes by cuDNN itself. Others go through NVIDIA's frontend
 (nvidia-cudnn-frontend), where it is installed. It makes a plan for each number and length of segments, which takes
@@ -11,10 +10,10 @@ longer than a small model's step: both are rounded up to powers of two, so that 
 
 from __future__ import annotations
 
+import warnings
 from enum import IntEnum
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,8 +41,18 @@ def machine(place: torch.device) -> Machine:
 def _installed() -> tuple[int, bool]:
     cudnn: Any = torch.backends.cudnn
     version = None if torch.version.hip else cudnn.version()  # MIOpen's, on AMD's GPUs
-    frontend = find_spec("cudnn")
-    return version or 0, frontend is not None and frontend.origin is not None
+    return version or 0, _loads()
+
+
+def _loads() -> bool:
+    """Whether NVIDIA's frontend is there. Training does not need it, so that one that is broken stops nobody."""
+    try:
+        return hasattr(import_module("cudnn"), "pygraph")
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:
+        warnings.warn(f"nvidia-cudnn-frontend is installed, but cannot be loaded: {error}", stacklevel=2)
+        return False
 
 
 def way(at: Machine, size: int, tokens: int, segments: int, longest: int) -> Literal["batch", "packed"] | None:
@@ -104,11 +113,14 @@ class _Part(IntEnum):
     Q, K, V, OUT, SUMS, LENGTHS, Q_STARTS, K_STARTS, V_STARTS, OUT_STARTS, SUM_STARTS = range(1, 12)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
+def _packed(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor] | None:
     (tokens, heads, size), segments = q.shape, max(capacity(len(edges) - 1), 2)
     strides = tuple(x.stride(0) for x in (q, k, v))
     shape = _Shape(q.device, q.dtype, segments, max(capacity(longest), ROUND), heads, k.shape[1], size, strides, scale)
-    graph, workspace = plan(shape)
+    found = plan(shape)
+    if found is None:
+        return None
+    graph, workspace = found
     # The others are empty. One edge more than there is, as cuDNN reads numbers that begin at 16 bytes.
     edges = torch.cat([edges, edges[-1:].expand(segments + 2 - len(edges))])
     o, sums = q.new_empty(tokens, heads, size), q.new_empty(tokens, heads, dtype=torch.float32)
@@ -130,8 +142,16 @@ def _strides(shape: _Shape) -> Tensor:
 
 
 @cache
-def plan(shape: _Shape) -> tuple[Any, int]:
-    """cuDNN's plan, and the bytes that it needs meanwhile."""
+def plan(shape: _Shape) -> tuple[Any, int] | None:
+    """cuDNN's plan, and the bytes that it needs meanwhile; None where cuDNN has none."""
+    try:
+        return _planned(shape)
+    except Exception as error:  # its own kinds, and RuntimeError
+        warnings.warn(f"cuDNN has no attention for {shape}: {error}", stacklevel=2)
+        return None
+
+
+def _planned(shape: _Shape) -> tuple[Any, int]:
     cudnn: Any = import_module("cudnn")
     types = cudnn.data_type
     kind = {torch.bfloat16: types.BFLOAT16, torch.float16: types.HALF}[shape.dtype]

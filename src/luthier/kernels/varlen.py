@@ -1,5 +1,5 @@
 """Causal attention inside each segment of a packed row of tokens, for CUDA: torch's flash attention on packed rows, and
-cuDNN for the forward pass where it can (`cudnn.py`)."""
+where they are faster cuDNN's forward pass (`cudnn.py`) and a backward pass of our own (`varlen_backward.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels import cudnn
+from luthier.kernels import cudnn, varlen_backward
 from luthier.kernels.place import capability, on_gpu
 
 LARGEST = 256  # head size
@@ -72,13 +72,16 @@ class _Varlen(torch.autograd.Function):
             q, k, v, edges, longest, causal, options
         )
         ctx.save_for_backward(q, k, v, edges, o, sums)
-        ctx.longest, ctx.causal, ctx.options = longest, causal, options
+        ctx.longest, ctx.causal, ctx.scale, ctx.options = longest, causal, scale, options
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, edges, o, sums = ctx.saved_tensors
+        if ctx.causal and varlen_backward.takes(q, k, v):
+            dy = varlen_backward.gradients(do, q, k, v, o, sums, edges, ctx.longest, ctx.scale)
+            return *torch.split(dy, [q.shape[1], k.shape[1], v.shape[1]], 1), None, None, None, None
         seed = offset = edges.new_empty(0)  # of a dropout that there is not
         ends = (edges, edges, ctx.longest, ctx.longest)
         found = torch.ops.aten._flash_attention_backward(

@@ -83,6 +83,14 @@ class Heads:
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q|k|v [T, N] of what `split` gives."""
+        whole = q._base
+        if (
+            not self.grouped
+            and whole is not None
+            and whole is k._base is v._base
+            and whole.shape == (len(q), self.queries + 2 * self.keys, self.size)
+        ):
+            return whole.flatten(1)  # they lie so already
         return (torch.stack([q, k, v], 2) if self.grouped else torch.cat([q, k, v], 1)).flatten(1)
 
     def turned(self, y: Tensor) -> Sequence[Tensor]:
