@@ -32,12 +32,22 @@ LONG_ROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "original_max_position_embeddings": 100,
 }
+GEMMA_3 = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+    },
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"bias": True, "alibi": False},
     "glm": {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
     "glm4": {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 9, "attn_logit_softcapping": None, "sliding_window": 400},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 100, "sliding_window": 400, **GEMMA_3},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
     "phi3": {"pad_token_id": 0},
 }
 
@@ -163,6 +173,7 @@ def test_a_family_shares_a_prefix(family: str, kernels: Kernels) -> None:
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
         ("qwen3", {"attention_bias": True, "num_hidden_layers": 1}),
         ("gpt_neox", {"use_parallel_residual": False}),
+        ("smollm3", {"no_rope_layers": [0, 0, 0]}),
         ("gpt_neox", {"hidden_act": "gelu_fast", "attention_bias": False, "num_hidden_layers": 1}),
         ("stablelm", {"use_qkv_bias": True}),
         ("phi3", {"rope_parameters": LONG_ROPE, "max_position_embeddings": 512}),
@@ -181,6 +192,8 @@ def test_variants_of_families_agree(family: str, changes: dict[str, Any], kernel
         ("falcon", {"new_decoder_architecture": True}),
         ("falcon", {"parallel_attn": False}),
         ("falcon", {"multi_query": False}),
+        ("gemma2", {"attn_logit_softcapping": 50.0}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
         ("stablelm", {"qk_layernorm": True}),
         ("stablelm", {"use_parallel_residual": True}),
         ("llama", {"hidden_act": "relu"}),

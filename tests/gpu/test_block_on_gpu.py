@@ -13,7 +13,7 @@ from luthier import recipe
 from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
 from luthier.kernels import fused, pointwise
-from luthier.model import attention
+from luthier.model import attention, families
 from luthier.model.causal import CausalModel
 from luthier.model.load import norms_in_float32
 from luthier.model.quantize import quantize_module
@@ -26,7 +26,11 @@ ODD = recipe.Lora(rank=3, alpha=5, ranks={"q_proj": 5, "up_proj": 1}, alphas={"v
 NF4 = recipe.FourBit(kind="nf4")
 SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"bias": True, "alibi": False},
+    "gemma": {"head_dim": 64},
+    "gemma2": {"head_dim": 64, "attn_logit_softcapping": None, "query_pre_attn_scalar": 64, "sliding_window": 1024},
+    "gemma3_text": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 1024},
     "glm": {"head_dim": 64, "attention_bias": True},
+    "glm4": {"head_dim": 64, "attention_bias": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
 }
 
@@ -105,7 +109,7 @@ def test_loss_and_gradients_are_those_of_the_reference(packed: bool, kernels: st
     assert float((gradient - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("family", ["phi", "falcon", "glm", "phi3"])
+@pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_family_has_the_loss_and_gradients_of_the_reference(family: str, packed: bool, recompute: bool) -> None:
@@ -118,7 +122,7 @@ def test_a_family_has_the_loss_and_gradients_of_the_reference(family: str, packe
     assert float((gradient - expected).norm() / expected.norm()) < 0.03
 
 
-@pytest.mark.parametrize("family", ["phi", "falcon", "glm", "phi3"])
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_family_is_exact_in_float32(family: str) -> None:
     found = gradients(model(base(torch.float32, family).cuda(), "compiled"), micro())
     expected = gradients(model(base(torch.float32, family), "reference"), micro())

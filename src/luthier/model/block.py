@@ -57,8 +57,9 @@ class Block:
 
     recompute: Recompute = "nothing"
 
-    def __init__(self, layer: nn.Module, family: Family, config: Any, pointwise: Pointwise) -> None:
+    def __init__(self, layer: nn.Module, number: int, family: Family, config: Any, pointwise: Pointwise) -> None:
         part = layer.get_submodule
+        self.turned: str | int | None = None if family.turned is None else getattr(config, family.turned)[number]
         self.act: Activation = activation(family, config)
         self.pointwise, self.gated, self.parallel = pointwise, family.gated, family.parallel
         eps = float(getattr(config, family.eps))
@@ -222,4 +223,5 @@ def _heads(family: Family, config: Any, width: int) -> Heads:
     queries = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     keys = (width // size - queries) // 2
-    return Heads(queries, keys, size, size**-0.5, family.grouped, family.neighbours)
+    scale = float(size if family.scale is None else getattr(config, family.scale)) ** -0.5
+    return Heads(queries, keys, size, scale, family.grouped, family.neighbours)

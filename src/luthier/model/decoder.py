@@ -41,7 +41,7 @@ class Decoder:
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
-        self.blocks = [Block(layer, family, module.config, pointwise) for layer in layers]
+        self.blocks = [Block(layer, number, family, module.config, pointwise) for number, layer in enumerate(layers)]
         _leave_file(module, self.blocks)
         for block in self.blocks[:unpacked]:
             for linear in block.linears:
@@ -63,18 +63,28 @@ class Decoder:
         """
         self.updates.refresh(self._linears)
         x: Tensor = self.embed(micro.ids)
-        cos, sin = (table[0].chunk(2, -1)[0].contiguous() for table in self.rotary(x, micro.positions[None]))
         told = (micro.edges, micro.longest) if isinstance(micro, Placed) else None
-        pack = Pack(Segments(cos, sin, micro.bounds, prefix, told=told), noise)
-        last = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
+        packs = {
+            how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
+            for how in dict.fromkeys(block.turned for block in self.blocks)
+        }
         for block in self.blocks:
-            pack = last if block is self.blocks[-1] else pack
+            pack = packs[block.turned]
+            if block is self.blocks[-1]:
+                pack = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
             wanted = x.requires_grad
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
                 x = self.updates.collected(x)
             x = _Layer.apply(x, block, pack, wanted)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
         return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
+
+    def _tables(self, x: Tensor, positions: Tensor, how: str | int | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of rotary embedding, [T, n] for n pairs of features of a head; `how` as of `Family.turned`."""
+        if how == 0:
+            return x.new_empty(len(x), 0), x.new_empty(len(x), 0)
+        cos, sin = self.rotary(x, positions[None], *([how] if isinstance(how, str) else []))
+        return cos[0].chunk(2, -1)[0].contiguous(), sin[0].chunk(2, -1)[0].contiguous()
 
     def check(self, micro: Micro) -> None:
         """Raises ModelError where a row of `micro`, on the host, is longer than the model sees."""

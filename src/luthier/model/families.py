@@ -38,8 +38,10 @@ class Family:
     parallel: bool = False  # both halves read the layer's input, and both are added to it
     grouped: bool = False  # q|k|v holds query, key and value of one head, then those of the next
     gain: float = 0.0  # what is added to the weights of norms
+    scale: str | None = None  # of the config: 1 / scale² of attention, where that is not a head's size
+    turned: str | None = None  # of the config, for each layer: 0, whose heads are not turned, or what `rotary` is told
     neighbours: bool = False  # rotary embedding turns features 2i and 2i + 1 together, not the halves of a head
-    needs: Mapping[str, Any] = field(default_factory=dict)  # what the config has to say
+    needs: dict[str, Any] = field(default_factory=dict)  # what the config has to say
 
     @property
     def is_llama(self) -> bool:
@@ -50,6 +52,15 @@ class Family:
 
 
 _LLAMA = Family()
+_GEMMA_2 = Family(
+    attention_end="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_end="post_feedforward_layernorm",
+    act="hidden_activation",
+    gain=1.0,
+    scale="query_pre_attn_scalar",
+    needs={"attn_logit_softcapping": None},
+)
 _GLM = Family(gate_up=("mlp.gate_up_proj",), neighbours=True)
 _NEOX = Family(
     norm="final_layer_norm",
@@ -99,9 +110,20 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "gemma": (Family(gain=1.0),),
+    "gemma2": (_GEMMA_2,),
+    "gemma3_text": (
+        replace(
+            _GEMMA_2,
+            query_norm="self_attn.q_norm",
+            key_norm="self_attn.k_norm",
+            turned="layer_types",
+            needs=_GEMMA_2.needs | {"use_bidirectional_attention": False},
+        ),
+    ),
     "glm": (_GLM,),
     "glm4": (replace(_GLM, attention_end="post_self_attn_layernorm", mlp_end="post_mlp_layernorm"),),
     "gpt_neox": (_NEOX, replace(_NEOX, parallel=True, needs={"use_parallel_residual": True})),
+    "smollm3": (Family(turned="no_rope_layers"),),
     "stablelm": (Family(eps="layer_norm_eps", needs={"qk_layernorm": False, "use_parallel_residual": False}),),
 }
 

@@ -36,7 +36,7 @@ Saved = tuple[Tensor | None, ...]
 class Segments:
     """What attention is told about a micro-batch."""
 
-    cos: Tensor  # [T, n], of the n pairs of features of a head that rotary embedding turns
+    cos: Tensor  # [T, n], of the n pairs of features of a head that rotary embedding turns; perhaps none
     sin: Tensor
     bounds: tuple[int, ...]
     prefix: int  # tokens of the first segment that all others see too
@@ -163,8 +163,7 @@ class RowAttention:
 
     def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         assert not segments.prefix
-        for heads in self.heads.turned(y):
-            self.point.turn(heads, segments.cos, segments.sin, False, self.heads.neighbours)
+        self._turn(y, segments, False)
         with torch.enable_grad():
             q, k, v = (heads.detach().requires_grad_() for heads in self.heads.split(y))
             whole = _attend(q, k, v, segments, self.heads.scale)
@@ -176,9 +175,12 @@ class RowAttention:
         if segments.rows is not None:
             do = do.new_zeros(len(whole), do.shape[1]).index_copy_(0, segments.rows, do)
         dy = self.heads.join(*torch.autograd.grad(whole, leaves, do.view_as(whole)))
-        for heads in self.heads.turned(dy):
-            self.point.turn(heads, segments.cos, segments.sin, True, self.heads.neighbours)
+        self._turn(dy, segments, True)
         return dy
+
+    def _turn(self, y: Tensor, segments: Segments, back: bool) -> None:
+        for heads in self.heads.turned(y) if segments.cos.shape[1] else ():
+            self.point.turn(heads, segments.cos, segments.sin, back, self.heads.neighbours)
 
 
 class NormedHeads:
