@@ -128,6 +128,19 @@ def test_a_step_takes_what_is_traced_without_data(
 
 
 @pytest.mark.parametrize("kernels", ["eager", "reference"])
+def test_the_arithmetic_of_a_step_is_traced(kernels: Kernels) -> None:
+    """2 FLOPs a weight and token forward and 2 backward, where weights are frozen, and 6 for an adapter's."""
+    model = outline(WIDE, recipe.Model(base="b"), recipe.Lora(rank=4), dtype=torch.float32, recompute=False,
+                    kernels=kernels)  # fmt: skip
+    work = trace(model, [150, 150]).work
+    flops = sum(work[phase, "products"].flops for phase in ("activations", "backward"))
+    width, wide, layers = 256, 704, 3
+    weights, ranks = 4 * width * width + 3 * width * wide, 4 * (8 * width + 3 * (width + wide))
+    expected = 300 * layers * (4 * weights + 6 * ranks)
+    assert expected <= flops < 1.25 * expected  # attention, and nothing for what is left of the first block
+
+
+@pytest.mark.parametrize("kernels", ["eager", "reference"])
 def test_dropout_is_traced_too(kernels: Kernels) -> None:
     arguments = (SMALL, recipe.Lora(rank=4, dropout=0.1), False, kernels, [150, 150, 40], False)
     assert traced(*arguments) == pytest.approx(lived(*arguments), rel=0.01)

@@ -471,7 +471,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         self.live[part] -= size
 
     def _count(self, op: Any, args: Any, kwargs: Any, result: Any, tensors: list[Tensor]) -> None:
-        count, flops = flop_registry.get(op.overloadpacket), 0.0
+        count, flops = flop_registry.get(_IN_PLACE.get(op.overloadpacket, op.overloadpacket)), 0.0
         if op.name().startswith(_FLASH):
             flops = _flash_flops(op.name(), args)
         elif count is not None:
@@ -487,6 +487,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         for name, amount in (("flops", flops), ("traffic", traffic), ("launches", 1)):
             key = ("work", self.phase, kind, name)
             self.figures[key] = self.figures.get(key, 0.0) + amount
+
+
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch's table of FLOPs does not name
 
 
 class _FusedAttention(TorchFunctionMode):
