@@ -8,7 +8,6 @@ padded to one of few shapes (`pack.padded`), which changes neither their loss no
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from luthier.data.stream import Micro
 from luthier.model.pack import Placed, Shape, numbers, padded, placed, shape
 
-RECORD_AFTER = 1  # passes of one shape: they also compile and choose what a recording cannot
 LIMIT = 24  # graphs of a run: each keeps some MiB of the driver's memory
 
 Step = Callable[[], Tensor]
@@ -88,7 +86,6 @@ class Graphs:
         self.recorded: dict[Shape, _Recorded] = {}
         self.on, self._longest = True, 1
         self._made_for: tuple[float, ...] = ()
-        self._times: Counter[Shape] = Counter()
 
     def accumulate(self, micro: Micro, key: int, scale: float, places: Iterable[Tensor]) -> Tensor:
         """Adds the gradient of the loss times `scale`, and returns the loss.
@@ -98,17 +95,19 @@ class Graphs:
             key: dropout's, of seed and step.
             places: a parameter and its `.grad`, by which a graph knows that it reads and adds at the right places.
         """
-        self._check((scale, *(tensor.data_ptr() for tensor in places)))
         chosen = shape(micro, self._longest)
         micro, self._longest = padded(micro, chosen), chosen.longest
+        self._check((scale, chosen.longest, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
-        self._times[chosen] += 1
-        if not self._ready(chosen, micro, scale):
-            return self._now(told, micro, scale)
-        recorded = self.recorded[chosen]
-        recorded.numbers.copy_(told, non_blocking=True)
-        return recorded.replay().clone()  # the next replay writes there
+        recorded = self.recorded.get(chosen)
+        if recorded is not None:
+            recorded.numbers.copy_(told, non_blocking=True)
+            return recorded.replay().clone()  # the next replay writes there
+        loss = self._now(told, micro, scale)  # which also compiles and chooses what a recording cannot
+        if self.on and len(self.recorded) < LIMIT:
+            self._record(chosen, micro, scale)
+        return loss
 
     def _now(self, told: Tensor, micro: Micro, scale: float) -> Tensor:
         try:
@@ -122,25 +121,21 @@ class Graphs:
         self.recorded.clear()
 
     def _check(self, made_for: tuple[float, ...]) -> None:
-        """A graph holds the scale as a number, and where parameters and gradients are."""
+        """A graph holds the scale as a number, and where parameters and gradients are. Of a longer segment than any
+        before it others are of no use any more."""
         if made_for != self._made_for:
             self.forget()
             self._made_for = made_for
 
-    def _ready(self, chosen: Shape, micro: Micro, scale: float) -> bool:
-        """Whether there is a graph; one is recorded when its time has come."""
-        if chosen in self.recorded:
-            return True
-        if not self.on or self._times[chosen] <= RECORD_AFTER or len(self.recorded) >= LIMIT:
-            return False
-        static = numbers(micro, 0).to(self.device)
+    def _record(self, chosen: Shape, micro: Micro, scale: float) -> None:
+        """What is recorded does not run."""
         try:
+            static = numbers(micro, 0).to(self.device)
             replay = self.recorder.record(lambda: self._step(static, micro, scale))
         except RuntimeError as error:  # of which running out of memory is one
             self._give_up(error)
-            return False
-        self.recorded[chosen] = _Recorded(static, replay, self.reads())
-        return True
+        else:
+            self.recorded[chosen] = _Recorded(static, replay, self.reads())
 
     def _step(self, numbers: Tensor, micro: Micro, scale: float) -> Tensor:
         return backward(self.loss(placed(numbers, micro, self._longest)), scale)

@@ -11,7 +11,6 @@ from luthier.errors import ModelError
 from luthier.recipe import Lora
 
 _TILE, _KEPT = 128, 512  # as BLOCK and KEEP of kernels/attention.py, which needs torch
-_STEP = 512  # tokens: the least that a recorded step has
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def blocks_of(recompute: bool | int, blocks: int) -> int:
 
 def padded_tokens(count: int) -> int:
     """Tokens that a micro-batch of `count` is padded to where its step is recorded: see `pack.shape`."""
-    step = max(_STEP, power_of_2(count) // 16)
+    step = 512 if count <= 512 else max(1024, power_of_2(count) // 16)
     return -(-count // step) * step
 
 
