@@ -116,7 +116,7 @@ def numbers(micro: Micro, key: int) -> Tensor:
 def placed(numbers: Tensor, micro: Micro, longest: int) -> Placed:
     """`micro`, or another one of its shape, whose `numbers` are these."""
     tokens, rows, bounds = len(micro.ids), len(micro.rows), len(micro.bounds)
-    ids, positions, owners, places, targets, edges, key = numbers.split([tokens] * 3 + [rows] * 2 + [bounds, 1])
+    ids, positions, owners, places, targets, edges, key = torch.split(numbers, [tokens] * 3 + [rows] * 2 + [bounds, 1])
     rest = micro.samples, micro.step, owners, edges.int(), longest, key
     return Placed(ids, positions, micro.bounds, places, targets, *rest)
 
