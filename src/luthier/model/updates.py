@@ -44,9 +44,9 @@ class Updates:
         live = [layer for linear in linears for layer, _ in linear.adapted if layer.enabled]
         trained = torch.is_grad_enabled()
         if live != self._live or trained > self._trained:
-            self._live, self._trained = live, trained
             with torch.inference_mode(False):  # what is made in that mode can be written to in no other
-                self._lay_out([linear for linear in linears if linear.choose()])
+                self._lay_out([linear for linear in linears if linear.choose()], live, trained)
+            self._live, self._trained = live, trained  # not before: memory may have run out
         if live:
             sources = self._sources.joined(self.parameters)
             places = _cut(self.values, [source.shape for source in sources]) if sources else self._places
@@ -77,13 +77,13 @@ class Updates:
         first = self.linears[0]
         return torch.empty(size, dtype=first.dtype, device=first.bases[0].weight.device)
 
-    def _lay_out(self, linears: Sequence[MergedLinear]) -> None:
+    def _lay_out(self, linears: Sequence[MergedLinear], live: Sequence[LoraLinear], trained: bool) -> None:
         """Gives each product its places."""
-        self.parameters = [*(layer.A for layer in self._live), *(layer.B for layer in self._live)]
+        self.parameters = [*(layer.A for layer in live), *(layer.B for layer in live)]
         self._places = _cut(self.values, [p.shape for p in self.parameters])
         for linear, values in zip(linears, _matrices(self.values, linears), strict=True):
             linear.values = values
-        if self._trained:
+        if trained:
             for linear, gradients in zip(linears, _matrices(self.gradients, linears), strict=True):
                 linear.gradients = gradients
 

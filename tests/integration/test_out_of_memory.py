@@ -1,0 +1,63 @@
+"""Promise 2, everywhere: whichever operation of a pass finds no memory, its step is made again and learns the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
+from luthier.data.stream import Micro
+from luthier.model.causal import CausalModel, Kernels
+
+
+class Scarce(TorchDispatchMode):
+    """Memory that runs out at operation `at`, counted from 0, and is there again afterwards."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at + 1:
+            raise torch.OutOfMemoryError("as a test")
+        return func(*args, **(kwargs or {}))
+
+
+class Watched:
+    """A model of whose passes those of one step find memory scarce."""
+
+    def __init__(self, model: CausalModel, step: int, memory: Scarce) -> None:
+        self.model, self.step, self.memory = model, step, memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def accumulate(self, micro: Micro, scale: float) -> Tensor:
+        if micro.step != self.step:
+            return self.model.accumulate(micro, scale)
+        with self.memory:
+            return self.model.accumulate(micro, scale)
+
+
+def learned(folder: Path, kernels: Kernels, step: int, at: int) -> tuple[Tensor, int]:
+    """All of the adapter's values after two steps, and how many operations the passes of `step` had."""
+    recipe, memory = tiny.recipe("train.max_steps=2"), Scarce(at)
+    causal = Watched(tiny.model(recipe, kernels=kernels, recompute=True), step, memory)
+    trainer = tiny.trainer(folder, recipe, micro_tokens=24, causal=causal)
+    halved = [trainer.step().step for _ in range(2)] and trainer.progress.micro_tokens < 24
+    assert halved == (0 <= at < memory.count)
+    return torch.cat([tensor.flatten() for tensor in trainer.adapter.state_dict().values()]), memory.count
+
+
+@pytest.mark.parametrize("kernels", ["reference", "eager"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_wherever_memory_runs_out_the_same_is_learned(tmp_path: Path, kernels: Kernels, step: int) -> None:
+    wanted, count = learned(tmp_path / "whole", kernels, step, at=-1)
+    # The first operations of a run lay out what later ones find, and the last of a pass hand its gradients over.
+    for at in sorted({*range(0 if step else 8), *range(0, count, count // 5), count - 1}):
+        found, _ = learned(tmp_path / str(at), kernels, step, at)
+        assert (found - wanted).norm() < 1e-5 * wanted.norm(), at
