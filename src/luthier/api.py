@@ -131,6 +131,13 @@ def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None
     return planned
 
 
+def _recomputed(planned: Plan) -> str:
+    whole, gate_up = planned.recompute, planned.recompute_gate_up
+    parts = ["all blocks" if whole is True else f"{whole} block(s)"] if whole else []
+    parts += [f"gate|up of {gate_up}{' more' if whole else ''} block(s)"] if gate_up else []
+    return " and ".join(parts) or "nothing"
+
+
 def _print_plan(planned: Plan, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -145,7 +152,7 @@ def _print_plan(planned: Plan, console: Console) -> None:
     where = planned.device if planned.place == "cuda" else f"{planned.processes} process(es)"
     console.print(f"memory, on {where}")
     console.print(table)
-    console.print(f"micro-batch of {planned.micro_tokens} tokens, recompute {'on' if planned.recompute else 'off'}")
+    console.print(f"micro-batch of {planned.micro_tokens} tokens, recomputed: {_recomputed(planned)}")
     console.print(f"products in {planned.dtype}: {planned.why['dtype']}")
     path = "the transformers module" if planned.kernels == "reference" else "our decoder block"
     console.print(f"run by {path}: {planned.why['kernels']}")

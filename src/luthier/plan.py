@@ -312,19 +312,24 @@ class _Search:
         """The fastest that fits, else the smallest. Sizes are ranked by what is near, and what blocks keep is chosen by
         what is exact."""
         exact, sizes = self.estimator.exact, self.step.sizes
-        first = self.fastest(exact, sizes[0])
-        if first is not None and first.keeping == _Keeping(self.wholes[0], self.gate_ups(self.wholes[0])[0]):
-            return self.planned(first)  # with less in a micro-batch, nothing more could be kept
-        smallest = self.found(exact, sizes[-1], _Keeping(self.wholes[-1], self.gate_ups(self.wholes[-1])[-1]))
-        if smallest.cost.bytes > self.room:
-            return self.planned(smallest)
+        if exact(sizes[0], self.least).bytes <= self.room:
+            return self.planned(self.found(exact, sizes[0], self.least))
+        if exact(sizes[-1], self.most).bytes > self.room:
+            return self.smallest()
         near = [found for size in sizes if (found := self.fastest(self.estimator.near, size))]
         ranked = sorted(near, key=lambda found: (found.seconds, -found.tokens))
         fitting = (self.fastest(exact, found.tokens) for found in ranked)
-        return self.planned(next(filter(None, fitting), smallest))
+        found = next(filter(None, fitting), None)
+        return self.planned(found) if found else self.smallest()
+
+    def smallest(self) -> Plan:
+        """What takes the least memory."""
+        return self.planned(self.found(self.estimator.exact, self.step.sizes[-1], self.most))
 
     def fastest(self, estimate: _Estimate, tokens: int) -> _Found | None:
         """The fastest of what blocks may keep of micro-batches of so many tokens, if anything fits."""
+        if estimate(tokens, self.most).bytes > self.room:
+            return None
         found = []
         for whole in self.wholes:
             choices = [_Keeping(whole, count) for count in self.gate_ups(whole)]
@@ -370,6 +375,15 @@ class _Search:
         if not values or (asked == "auto" and self.setting.place != "cuda"):
             return 0
         return min(self.estimator.blocks, max(0, int(left / 2 // values)) if asked == "auto" else asked)
+
+    @property
+    def least(self) -> _Keeping:
+        """The least that blocks may make again."""
+        return _Keeping(self.wholes[0], self.gate_ups(self.wholes[0])[0])
+
+    @property
+    def most(self) -> _Keeping:
+        return _Keeping(self.wholes[-1], self.gate_ups(self.wholes[-1])[-1])
 
     @property
     def wholes(self) -> Sequence[int]:
@@ -421,7 +435,7 @@ def _streamed(search: _Search) -> Plan:
     count, size, allowed = search.estimator.blocks, search.estimator.frozen, search.allowed
     wanted: int
     if search.run.offload == "auto":
-        smallest = replace(search, allowed=0).best()
+        smallest = search.smallest()
         wanted = 2 + math.ceil(max(0, smallest.peak_bytes - allowed) / size)
     else:
         wanted = search.run.offload
@@ -543,8 +557,10 @@ def _unrecorded(config: dict[str, Any], setting: Setting, facts: Machine) -> str
     if size % 8 or size > 256:
         return f"attention of packed rows is not one launch for heads of {size} features"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    return "" if kind in _FIXED_ROTATIONS else f"'{kind}' positions depend on the longest row"
+    by_layer = [part for part in rope.values() if isinstance(part, dict)]
+    kinds = (part.get("rope_type") or part.get("type") or "default" for part in by_layer or [rope])
+    other = next((kind for kind in kinds if kind not in _FIXED_ROTATIONS), None)
+    return f"'{other}' positions depend on the longest row" if other else ""
 
 
 def _traced_cost(found: Trace, setting: Setting, facts: Machine, share: float) -> _Cost:
@@ -645,7 +661,7 @@ def _advice(
         if "run" in section and "engine" in section["run"]:
             tried = replace(tried, processes=1, threads=setting.processes * setting.threads)
         step = _Step.of(changed, tried, length, length)
-        smallest = _Search(changed.run, _estimator(changed, config, tried, facts, step), tried, step, 0).best()
+        smallest = _Search(changed.run, _estimator(changed, config, tried, facts, step), tried, step, 0).smallest()
         if smallest.peak_bytes < found.peak_bytes:
             fits = "fits" if smallest.peak_bytes <= found.budget_bytes else "not enough by itself"
             yield f"{override} ({smallest.peak_bytes / GIB:.1f} GiB, {fits})"
