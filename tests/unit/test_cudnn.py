@@ -76,8 +76,9 @@ def test_the_own_gradient_is_hoppers(
     y = torch.empty(64, heads + 2 * groups, size, dtype=torch.bfloat16, device="meta")
     parts = torch.split(y, [heads, groups, groups], 1)
     with planned_for(capability):
-        assert varlen_backward.takes(*parts) == wanted
-        assert not varlen_backward.takes(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts))
+        assert varlen_backward.takes(*parts, 64) == wanted
+        assert not varlen_backward.takes(*parts, 2**30)
+        assert not varlen_backward.takes(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts), 64)
 
 
 def test_a_plan_sees_the_own_gradients_memory_and_arithmetic() -> None:

@@ -79,7 +79,7 @@ class _Varlen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, edges, o, sums = ctx.saved_tensors
-        if ctx.causal and varlen_backward.takes(q, k, v):
+        if ctx.causal and varlen_backward.takes(q, k, v, ctx.longest):
             dy = varlen_backward.gradients(do, q, k, v, o, sums, edges, ctx.longest, ctx.scale)
             return *torch.split(dy, [q.shape[1], k.shape[1], v.shape[1]], 1), None, None, None, None
         seed = offset = edges.new_empty(0)  # of a dropout that there is not

@@ -33,15 +33,16 @@ class Blocks(NamedTuple):
 QUERIES, KEYS = Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `varlen_backward` is for these, for which `varlen.takes` holds: for Hopper, whose memory holds its
-    blocks."""
+def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
+    """Whether `gradients` is for these, for which `varlen.takes` holds: on Hopper, whose shared memory holds the
+    blocks. Places inside a segment are numbers of 32 bits."""
     size = q.shape[-1]
     return (
         capability(q)[0] == 9
         and size <= LARGEST
         and q.shape[1] <= SHARED * k.shape[1]
         and all(x.stride()[1:] == (size, 1) for x in (q, k, v))
+        and longest * max(x.stride(0) for x in (q, k, v)) < 2**31
         and find_spec("triton") is not None
     )
 
@@ -72,7 +73,7 @@ def launched(
 
     do, segments = do.contiguous(), len(edges) - 1
     dq, dk, dv = torch.split(dy, [heads, groups, groups], 1)
-    fixed = {"GROUP": heads // groups, "SIZE": size, "WIDE": 1 << (size - 1).bit_length()}
+    fixed = {"GROUP": heads // groups, "SIZE": size, "WIDE": max(16, 1 << (size - 1).bit_length())}
     numbers = (inner, scale, tokens, q.stride(0), k.stride(0), v.stride(0), do.stride(0), dy.stride(0))
     varlen_jit.queries[heads, segments, -(-longest // queries.rows)](
         do, q, k, v, o, sums, edges, dq, *numbers, **fixed, **_options(queries)
