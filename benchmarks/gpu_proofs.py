@@ -54,6 +54,7 @@ from torch import Tensor
 
 from luthier.data import stream
 from luthier.kernels.loss import token_losses
+from luthier.machine import machine
 from luthier.model.causal import CausalModel
 from luthier.recipe import Recipe
 from luthier.train import optim
@@ -132,7 +133,7 @@ def ours(bench: Bench, folder: Path, workload: Workload, **other: Any) -> Ours:
     chosen = steps(workload, config(folder)["vocab_size"])
     # What is tried on a CPU takes few short steps, too few for the chances of bfloat16 to even out.
     overrides = ["model.compute=float32"] if bench.dry else []
-    recipe, decisions = decided(folder, workload, chosen, memory="free", overrides=overrides)
+    recipe, decisions = decided(folder, workload, chosen, machine(), memory="free", overrides=overrides)
     if decisions.place == "cuda" and decisions.kernels != "compiled":
         raise RuntimeError(f"the fast path is not run: {decisions.why['kernels']}")
     decisions = replace(decisions, **other)

@@ -97,16 +97,26 @@ def work(task: Task) -> dict[str, Any]:
     clock.phase("samples")
     limit_memory(task.cell.memory)
     if task.cell.ours:
-        from luthier.model import lean
-
-        lean.own_process = True  # as in a process of `luthier train`
+        facts = begun()
+        clock.phase("facts")
         from peers import ours
 
         options: Any = {"memory": task.cell.memory, "overrides": list(task.cell.overrides)}
-        found = ours.train(task.folder, task.workload, chosen, clock, **options)
+        found = ours.train(task.folder, task.workload, chosen, clock, facts, **options)
     else:
         found = trainers.train(task.cell.peer, task.folder, task.workload, chosen, clock)
     return clock.row(chosen) | found
+
+
+def begun() -> Any:
+    """The facts of the machine, in a process that starts as that of `luthier train` does."""
+    from luthier.machine import machine
+    from luthier.model import lean
+    from luthier.model.place import wake
+
+    lean.own_process, facts = True, machine()
+    wake("cuda" if facts.gpus else "cpu")
+    return facts
 
 
 def prepare(task: Task) -> dict[str, Any]:

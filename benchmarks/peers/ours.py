@@ -16,7 +16,7 @@ from peers.workloads import Step, Workload
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
 from luthier.data.stream import Sample, Stream
-from luthier.machine import machine
+from luthier.machine import Machine
 from luthier.recipe import Recipe
 from luthier.train.decide import Decisions, Rows, decide
 from luthier.train.engines.local import Local
@@ -33,11 +33,18 @@ LEARNED: dict[str, Any] = {
 
 
 def train(
-    folder: Path, workload: Workload, steps: list[Step], clock: Clock, *, memory: str, overrides: list[str]
+    folder: Path,
+    workload: Workload,
+    steps: list[Step],
+    clock: Clock,
+    facts: Machine,
+    *,
+    memory: str,
+    overrides: list[str],
 ) -> dict[str, Any]:
     """Runs the steps; returns the first loss and what was decided. `overrides` as on luthier's command line."""
     clock.phase("imports of luthier")
-    recipe, decisions = decided(folder, workload, steps, memory=memory, overrides=overrides)
+    recipe, decisions = decided(folder, workload, steps, facts, memory=memory, overrides=overrides)
     clock.phase("plan")
     with tempfile.TemporaryDirectory() as place, reproducible(decisions.place):
         model = model_of(recipe, decisions, folder)
@@ -56,12 +63,12 @@ def train(
 
 
 def decided(
-    folder: Path, workload: Workload, steps: list[Step], *, memory: str, overrides: list[str]
+    folder: Path, workload: Workload, steps: list[Step], facts: Machine, *, memory: str, overrides: list[str]
 ) -> tuple[Recipe, Decisions]:
     """What `luthier train` would decide."""
     recipe = recipe_of(folder, workload, memory, overrides)
     mean = sum(len(s.ids) for step in steps for row in step for s in row) / sum(len(r) for step in steps for r in step)
-    return recipe, decide(recipe, config(folder), machine(), Rows(workload.mix.longest, mean, len(steps)))
+    return recipe, decide(recipe, config(folder), facts, Rows(workload.mix.longest, mean, len(steps)))
 
 
 def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str]) -> Recipe:

@@ -11,6 +11,12 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _NEVER, _LARGEST, _TENSOR = 2**31 - 1, 32 << 20, 64 << 10
 
 
+def grow_segments() -> None:
+    """On a GPU, segments that grow leave fewer holes than many of fixed sizes, and the plan follows them. Torch reads
+    the variable at its first allocation there; a value that is set already stays."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def keep_freed_memory() -> None:
     """Keeps freed memory for the next tensor, in one heap for all threads.
 
@@ -31,7 +37,7 @@ def return_freed_memory() -> None:
     Autograd of a transformers module puts its small records between large tensors: in one heap they pin holes that no
     other tensor fits into, and a step takes up to 1.8 times as much (docs/log.md). Our block keeps few records.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    grow_segments()
     _tell_malloc((_TRIM_THRESHOLD, _TENSOR), (_MMAP_THRESHOLD, _TENSOR))
 
 

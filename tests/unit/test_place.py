@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from luthier.errors import RecipeError
-from luthier.model.place import Build, check_place, installed, problem
+from luthier.model.place import Build, check_place, installed, problem, wake
 
 BUILT = {"version": "2.13.0", "cuda": "12.8", "archs": ("sm_75", "sm_80", "sm_90a", "compute_90")}
 
@@ -45,3 +47,13 @@ def test_the_cpu_is_always_there_and_the_others_as_torch_finds_them() -> None:
             with pytest.raises(RecipeError, match=rf"run\.place: {place}.*run\.place to cpu|nvidia-smi"):
                 check_place(place)
     assert installed().version == torch.__version__
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_gpu_is_woken_in_a_thread_that_says_nothing_of_what_is_in_the_way(place: str) -> None:
+    before = set(threading.enumerate())
+    wake(place)
+    woken = [thread for thread in threading.enumerate() if thread.name == "wake" and thread not in before]
+    for thread in woken:
+        thread.join()  # what it raises would fail this test
+    assert place == "cuda" or not woken

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 from typing import TYPE_CHECKING
 
+from luthier.allocator import grow_segments
 from luthier.errors import RecipeError
 from luthier.machine import machine
 
@@ -42,6 +45,21 @@ def check_place(place: str) -> None:
     if place != "cpu" and (found := problem(place, installed())) is not None:
         what, fix = found
         raise RecipeError(what, where=f"run.place: {place}", fix=fix)
+
+
+def wake(place: str) -> None:
+    """Has the GPU of `place` made ready by a thread of its own, which takes seconds, while this one goes on with what
+    needs no GPU yet: imports, a plan. Whatever is in the way, `check_place` tells."""
+    if place == "cuda":
+        Thread(target=_use_gpu, name="wake", daemon=True).start()
+
+
+def _use_gpu() -> None:
+    grow_segments()  # before torch's allocator begins
+    import torch
+
+    with suppress(RuntimeError, AssertionError):
+        torch.cuda.synchronize()  # makes the context; nothing is allocated, and no library begun
 
 
 def problem(place: str, build: Build) -> tuple[str, str] | None:

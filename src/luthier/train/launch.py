@@ -20,6 +20,7 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RunError
 from luthier.machine import Machine, machine
 from luthier.model.load import check_new_tokens, load_tokenizer, model_config, model_folder
+from luthier.model.place import wake
 from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.runs import Run, read_json
@@ -93,6 +94,7 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     if manifest.get("asked") == asked:
         return Decisions(**manifest["decisions"])
     facts = machine()
+    wake("cuda" if facts.gpus and run.recipe.run.place == "auto" else run.recipe.run.place)
     rows = _rows(run.recipe, prepared)
     dtype = manifest["decisions"]["dtype"] if "decisions" in manifest and run.steps() else None
     decisions = decide(run.recipe, _config(run.recipe), facts, rows, dtype=dtype)
@@ -112,6 +114,7 @@ def decide_for(recipe: Recipe, facts: Machine, place: str | None = None) -> Plan
 
 def _here(run: Run, decisions: Decisions, emit: Progress) -> dict[str, Any]:
     os.environ |= {name: value for name, value in quiet_threads().items() if name not in os.environ}
+    wake(decisions.place)
     from luthier.train.engines.local import Local
     from luthier.train.worker import work
 
