@@ -67,7 +67,8 @@ def decided(
 ) -> tuple[Recipe, Decisions]:
     """What `luthier train` would decide."""
     recipe = recipe_of(folder, workload, memory, overrides)
-    mean = sum(len(s.ids) for step in steps for row in step for s in row) / sum(len(r) for step in steps for r in step)
+    tokens = sum(len(sample.ids) for step in steps for row in step for sample in row)
+    mean = tokens / (len(steps) * recipe.train.samples_per_step)  # of what the plan counts as samples
     return recipe, decide(recipe, config(folder), facts, Rows(workload.mix.longest, mean, len(steps)))
 
 
