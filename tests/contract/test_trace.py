@@ -35,6 +35,8 @@ SMALL: Sizes = {
 }
 WIDE = SMALL | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_key_value_heads": 4}
 QWEN = SMALL | {"model_type": "qwen2", "vocab_size": 2000, "tie_word_embeddings": True}
+PHI = SMALL | {"model_type": "phi", "hidden_act": "gelu_new", "num_key_value_heads": 4}
+GLM = SMALL | {"model_type": "glm4", "head_dim": 32, "pad_token_id": 0}
 NF4 = recipe.FourBit(kind="nf4")
 
 
@@ -116,6 +118,8 @@ def traced(
         (WIDE, "compiled", [600]),
         (WIDE, "reference", [600]),
         (QWEN, "compiled", [90] * 5),
+        (PHI, "compiled", [150, 150, 40]),
+        (GLM, "eager", [150, 150, 40]),
     ],
 )
 def test_a_step_takes_what_is_traced_without_data(
