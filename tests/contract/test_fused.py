@@ -49,3 +49,16 @@ def test_whole_rows_attend_as_tiles_do(heads: Heads, chosen: list[int] | None) -
         found.append((o, attention.backward(torch.ones_like(o) * o, o, saved, segments)))
     for twin, made in zip(*found, strict=True):
         assert float((made - twin).norm() / twin.norm()) < 2e-6
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens_or_another_layer() -> None:
+    """Triton compiles anew for numbers that are 1, or divisible by 16 where they were not, unless it is told not to."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    from luthier.kernels import jit, varlen_jit
+
+    kernels = [f for module in (jit, varlen_jit) for f in vars(module).values() if isinstance(f, JITFunction)]
+    changing = [p for kernel in kernels for p in kernel.params if p.name in ("tokens", "module")]
+    assert len(changing) == 3
+    assert all(p.do_not_specialize for p in changing)

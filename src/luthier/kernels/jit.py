@@ -172,7 +172,7 @@ def _mix(x):  # type: ignore
     return x ^ _shift(x, 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["module"])
 def drop(x, out, samples, positions, key, module, width, least, factor, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

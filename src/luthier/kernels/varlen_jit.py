@@ -25,7 +25,7 @@ def _write(x, values, first, step, count, at, SIZE: tl.constexpr, WIDE: tl.const
     tl.store(x + (first + at)[:, None] * step + place[None, :], values.to(x.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def queries(  # type: ignore
     do, q, k, v, o, sums, edges, dq, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -57,7 +57,7 @@ def queries(  # type: ignore
         _write(dq + start * dy_step + head * SIZE, found * scale, first, dy_step, count, rows, SIZE, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def keys_and_values(  # type: ignore
     do, q, k, v, sums, edges, dk, dv, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
