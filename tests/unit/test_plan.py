@@ -251,6 +251,19 @@ def test_launches_that_depend_on_the_rows_are_not_recorded(changes: dict[str, An
     assert why in made.why["graphs"]
 
 
+def test_values_that_are_kept_save_the_time_to_unpack_them() -> None:
+    wide = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
+    changes = ["train.samples_per_step=16", "run.graphs=false", "model.quantize={kind: nf4}"]
+    none, half, every = (
+        traced(*changes, f"run.unpacked={n}", config=wide, vram=99 * GIB, kernels="compiled") for n in (0, 4, 8)
+    )
+    saved = none.seconds_per_step - every.seconds_per_step
+    values = 8 * (4 * 2048 * 2048 + 3 * 2048 * 8192)
+    # Each value is read as half a byte and written as two, forward and backward, at the rate of a GPU's memory.
+    assert saved == pytest.approx(2 * 2.5 * values / (1008e9 * 0.7), rel=0.1)
+    assert none.seconds_per_step - half.seconds_per_step == pytest.approx(saved / 2)
+
+
 @pytest.mark.parametrize("quantize", ["null", "{kind: nf4}"])
 def test_our_block_keeps_less_than_the_module_on_a_gpu(quantize: str) -> None:
     changes = [f"model.quantize={quantize}", "run.recompute=false", "run.micro_tokens=4096"]
