@@ -255,6 +255,8 @@ def _one(module: nn.Module, own: list[Tensor], seen: Segments, options: dict[str
     if _is_own(options):
         return _theirs(module, query, key, value, seen.mask(query.shape[2]), options)
     mask = None if seen.causal else seen.mask(query.shape[2])
+    if on_gpu(query) and query.shape[1] != key.shape[1]:  # in fp32, and before Ampere, its slow path alone takes fewer
+        key, value = _for_all(query, key, value)
     shared = {"scale": options["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **shared).transpose(1, 2)
 

@@ -218,5 +218,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One segment, [T, H, D]."""
+    # In fp32, and before Ampere, the kernel that keeps no probabilities wants as many key heads as query heads.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
