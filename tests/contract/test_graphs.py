@@ -47,14 +47,17 @@ def test_a_padded_micro_batch_has_the_shape_asked_for(number: int) -> None:
     assert torch.equal(made.rows[learned], batch.rows)
     assert torch.equal(made.targets[learned], batch.targets)
     assert torch.equal(made.ids[: len(batch.ids)], batch.ids)
+    more = made.ids[len(batch.ids) :]
+    assert torch.equal(more, batch.ids.repeat(1 + len(more) // len(batch.ids))[: len(more)])
 
 
 def test_few_shapes_hold_all_and_none_looks_like_a_batch() -> None:
     shapes = {shape(trim(micro((length, 40, 90, tokens)))) for tokens in range(600, 3000, 97) for length in (30, 200)}
     assert len(shapes) <= 12
     assert all(found.segments * found.longest > found.tokens for found in shapes)
-    alike_rows = shape(trim(micro((128,) * 64, supervised=tuple(range(127, 8192, 128)))))
-    assert alike_rows.segments * alike_rows.longest > alike_rows.tokens
+    rows_of_a_length = shape(micro((128,) * 7))
+    assert rows_of_a_length.tokens == 8 * rows_of_a_length.longest
+    assert rows_of_a_length.segments > 8
 
 
 @pytest.mark.parametrize("tokens", [8192, 8193, 12000, 16385])
