@@ -112,8 +112,9 @@ class Model(Section):
     output head never is. Adapters, and what is trained besides them, stay in float32."""
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of weights and matrix products. `auto`: bfloat16 where the processor multiplies it in hardware
-    (AMX, AVX512-BF16, a recent GPU), else float32. A CPU that does not multiply what is asked for in hardware takes
-    float32, and says so. Adapters and the optimizer are always float32."""
+    (AMX, AVX512-BF16, a GPU since Ampere), float16 on GPUs of the two generations before (V100, T4), else float32. A
+    CPU that does not multiply what is asked for in hardware takes float32, and says so. Adapters and the optimizer are
+    always float32."""
     norms: Literal["compute", "float32"] = "compute"
     """The dtype of normalisation layers and of the output head; `float32` is PEFT's k-bit preparation."""
     trust_remote_code: bool = False
