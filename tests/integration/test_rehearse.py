@@ -59,7 +59,7 @@ def test_the_worst_micro_batch_is_full_of_longest_rows_and_all_supervised(tmp_pa
     assert not torch.equal(micro.ids[:longest], micro.ids[longest : 2 * longest])
 
 
-class Small:
+class Small(tiny.Around):
     """A model for which `room` tokens are the most that memory holds."""
 
     def __init__(self, model: Any, room: int) -> None:

@@ -111,7 +111,7 @@ def test_a_signal_during_an_evaluation_loses_nothing(tmp_path: Path, whole: Path
     """The evaluation is given up, the checkpoint knows that it is due, and the resumed run begins with it."""
     recipe = tiny.recipe(*OPTIONS)
 
-    class Signalling:
+    class Signalling(tiny.Around):
         def __init__(self) -> None:
             self.model = tiny.model(recipe)
             self.adapter, self.signalled = self.model.adapter, False
@@ -169,7 +169,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert (state(tmp_path), figures(tmp_path)) == before
 
 
-class Small:
+class Small(tiny.Around):
     """A model on a device that holds `most` tokens, and fails forward or backward with more. Not the first `spared`
     times, so that half-made gradients are there when it does."""
 
@@ -228,7 +228,7 @@ def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path)
         list(tiny.trainer(tmp_path, recipe, causal=Small(recipe, 4, RuntimeError("something else"), "forward")))
 
 
-class Judged:
+class Judged(tiny.Around):
     """A model whose evaluation losses are given."""
 
     def __init__(self, recipe: Any, losses: list[float]) -> None:
