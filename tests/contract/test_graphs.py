@@ -142,8 +142,7 @@ def recording(made: CausalModel, fails: Exception | None = None) -> Again:
         now = replace(told, bounds=tuple(told.edges.tolist()), step=steps[int(told.key)])
         return made._placed_loss(now)
 
-    assert made.decoder is not None
-    made.graphs = Graphs(loss, made.decoder.places, made.device, recorder)
+    made.graphs = Graphs(loss, made.device, recorder)
     return recorder
 
 

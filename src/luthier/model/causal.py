@@ -77,6 +77,10 @@ class CausalModel:
         if recompute:
             recomputing(module, None if adapter is None else adapter.noise, recompute)
 
+    def keep_less(self) -> bool:
+        """Makes an eighth more of our decoder's blocks recompute; False where there are none that could."""
+        return self.decoder is not None and self.decoder.keep_less()
+
     @property
     def head(self) -> Head:
         """From what `hidden` gives to logits."""
@@ -122,7 +126,7 @@ class CausalModel:
         """Makes `accumulate` record its launches on a GPU, and replay them. Our decoder must run the model, in 16 bits
         and by flash attention; `plan` knows where."""
         assert self.decoder is not None
-        self.graphs = Graphs(self._placed_loss, self.decoder.places, self.device, CudaRecorder())
+        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder())
 
     def _placed_hidden(self, micro: Placed) -> Tensor:
         assert self.decoder is not None

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from luthier.adapters.method import Noise
 from luthier.errors import ModelError
 from luthier.kernels.pointwise import Pointwise
-from luthier.model.block import Block, Kept, Pack
+from luthier.model.block import Block, Kept, Pack, Recompute
 from luthier.model.families import Family, window
 from luthier.model.heads import Segments
 from luthier.model.merged import MergedLinear
@@ -56,6 +56,17 @@ class Decoder:
         for number, block in enumerate(self.blocks):
             block.recompute = "all" if number < count else "gate_up" if number < count + gate_up else "nothing"
 
+    def keep_less(self) -> bool:
+        """Makes gate|up again in an eighth more of the blocks; where all do, everything; False where all do that."""
+        steps: tuple[tuple[Recompute, Recompute], ...] = (("nothing", "gate_up"), ("gate_up", "all"))
+        for now, then in steps:
+            blocks = [block for block in self.blocks if block.recompute == now]
+            for block in blocks[: -(-len(self.blocks) // 8)]:
+                block.recompute = then
+            if blocks:
+                return True
+        return False
+
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
 
@@ -91,10 +102,6 @@ class Decoder:
         if self.window and len(micro.positions) and int(micro.positions.max()) >= self.window:
             fix = f"lower data.length to the model's attention window of {self.window} tokens"
             raise ModelError("a row is longer than the model sees", fix=fix)
-
-    def places(self) -> list[object]:
-        """Where the adapters' values are kept in the dtype of the products, and their gradients."""
-        return [self.updates.values, self.updates.gradients]
 
     @property
     def _linears(self) -> list[MergedLinear]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,23 +66,20 @@ class CudaRecorder:
 class _Recorded(NamedTuple):
     numbers: Tensor  # that the graph reads
     replay: Step
-    held: Any  # tensors that it reads, too, and that the model may let go of
 
 
 class Graphs:
     """Adds gradients of micro-batches to the parameters' `.grad`, by graphs where their shape came before.
 
     Args:
-        loss: of a micro-batch, with the autograd graph. It must not wait for the GPU.
-        reads: gives the tensors that `loss` reads and that are not there for the model's whole life.
+        loss: of a micro-batch, with the autograd graph. It must not wait for the GPU, and what it reads must stay where
+            it is.
         device: where the model is.
         recorder: of that device.
     """
 
-    def __init__(
-        self, loss: Callable[[Placed], Tensor], reads: Callable[[], Any], device: torch.device, recorder: Recorder
-    ) -> None:
-        self.loss, self.reads, self.device, self.recorder = loss, reads, device, recorder
+    def __init__(self, loss: Callable[[Placed], Tensor], device: torch.device, recorder: Recorder) -> None:
+        self.loss, self.device, self.recorder = loss, device, recorder
         self.recorded: dict[Shape, _Recorded] = {}
         self.on, self._longest = True, 1
         self._made_for: tuple[float, ...] = ()
@@ -135,7 +132,7 @@ class Graphs:
         except RuntimeError as error:  # of which running out of memory is one
             self._give_up(error)
         else:
-            self.recorded[chosen] = _Recorded(static, replay, self.reads())
+            self.recorded[chosen] = _Recorded(static, replay)
 
     def _step(self, numbers: Tensor, micro: Micro, scale: float) -> Tensor:
         return backward(self.loss(placed(numbers, micro, self._longest)), scale)
