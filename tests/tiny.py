@@ -76,6 +76,9 @@ class Around:
     def accumulate(self, micro: Micro, scale: float) -> Tensor:
         return backward(self.loss(micro), scale)
 
+    def keep_less(self) -> bool:
+        return False
+
 
 def base(folder: Path) -> Path:
     """The tiny Llama as a model folder, with a tokenizer of whole words and a chat template."""

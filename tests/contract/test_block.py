@@ -285,6 +285,17 @@ def test_promise_1_recomputing_none_some_or_all_changes_no_bit(paths: Kernels, d
         assert all(torch.equal(*pair) for pair in zip(kept, remade, strict=True))
 
 
+def test_blocks_keep_less_and_less_until_all_recompute() -> None:
+    made = model("llama", "eager", num_hidden_layers=9)
+    assert made.decoder is not None
+    kept = [[block.recompute for block in made.decoder.blocks] for _ in range(11) if made.keep_less()]
+    assert kept[0] == ["gate_up"] * 2 + ["nothing"] * 7
+    assert kept[5] == ["all"] * 2 + ["gate_up"] * 7
+    assert kept[-1] == ["all"] * 9
+    assert len(kept) == 10
+    assert not model("llama", "reference").keep_less()
+
+
 def test_the_first_blocks_recompute_and_the_last_ones_keep(kernels: Kernels) -> None:
     made = model("llama", kernels, recompute=1, recompute_gate_up=1).decoder
     assert made is not None

@@ -81,6 +81,27 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_budget_before_anything_i
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.adapter.parameters(), strict=True))
 
 
+class Tight(Small):
+    """One that can make room for a few tokens more."""
+
+    steps = 3
+
+    def keep_less(self) -> bool:
+        self.steps -= 1
+        self.room += 10
+        return self.steps >= 0
+
+
+@pytest.mark.parametrize(("recompute", "tokens"), [("auto", 96), ("false", 48)])
+def test_a_rehearsal_that_runs_out_of_memory_keeps_less_first_where_the_recipe_lets_it(
+    tmp_path: Path, recompute: str, tokens: int
+) -> None:
+    chosen = tiny.recipe(f"run.recompute={recompute}")
+    trainer = tiny.trainer(tmp_path, chosen, micro_tokens=96, causal=Tight(tiny.model(chosen), room=70))
+    rehearse(trainer)
+    assert trainer.progress.micro_tokens == tokens
+
+
 def test_a_row_that_never_fits_is_named_before_anything_is_trained(tmp_path: Path) -> None:
     chosen = tiny.recipe()
     trainer = tiny.trainer(tmp_path, chosen, micro_tokens=96, causal=Small(tiny.model(chosen), room=5))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def rehearse(trainer: Trainer) -> int:
     """Runs the largest micro-batch that can come, all of it supervised. An update would take no more: the optimizer has
     its moments from the start. Leaves torch's generators as they were, and a gradient of zero. Where memory runs out on
-    any process, all try half the tokens, and train with these.
+    any process, more blocks of all recompute, if the recipe leaves that open; where all do, all processes try half the
+    tokens. So they train, too.
 
     Returns the peak bytes of all processes. Raises MemoryPlanError if one row alone does not fit.
     """
@@ -30,6 +31,9 @@ def rehearse(trainer: Trainer) -> int:
         if not trainer.engine.highest(_runs_out(trainer, worst(store, max(tokens, longest)))):
             return int(trainer.engine.total(peak_bytes())[0])
         release()
+        if trainer.recipe.run.recompute == "auto" and trainer.model.keep_less():
+            trainer.emit({"event": "note", "text": "out of memory in a rehearsal; more blocks recompute"})
+            continue
         if tokens <= longest:
             raise MemoryPlanError(
                 f"a row of {longest} tokens does not fit into memory by itself",

@@ -30,6 +30,9 @@ class Model(Protocol):
         """Adds the gradient of that loss times `scale` to the `.grad` of the adapter's parameters; returns the loss,
         without gradient."""
 
+    def keep_less(self) -> bool:
+        """Takes less memory for the same gradients, in more time, if it can; returns whether it could."""
+
 
 @dataclass(frozen=True)
 class Step:
