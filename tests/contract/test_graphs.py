@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from test_block import error, gradients, kernels, micro, model
 from torch import Tensor
 
+import tiny
 from luthier import recipe
 from luthier.data.stream import Micro
 from luthier.kernels.loss import IGNORED
@@ -170,6 +172,18 @@ def test_replays_train_as_passes_do(adapter: Any) -> None:
     for mine, wanted in zip(train(made, batches), train(model("llama", "eager", adapter), batches), strict=True):
         assert error(mine, wanted) <= 1e-5
     assert (recorder.ran, recorder.recorded, recorder.replayed) == (2, 2, 6)
+
+
+def test_a_run_that_records_learns_what_another_one_learns(tmp_path: Path) -> None:
+    chosen = tiny.recipe("train.epochs=3")
+    recorded, plain = (tiny.model(chosen, kernels="eager") for _ in range(2))
+    recorder = recording(recorded)
+    found, wanted = (
+        list(tiny.trainer(tmp_path / name, chosen, causal=m)) for name, m in (("a", recorded), ("b", plain))
+    )
+    assert [step.loss for step in found] == pytest.approx([step.loss for step in wanted], rel=1e-5)
+    assert [step.grad_norm for step in found] == pytest.approx([step.grad_norm for step in wanted], rel=1e-4)
+    assert recorder.replayed > recorder.ran > 0
 
 
 def test_another_gradient_is_recorded_anew() -> None:
