@@ -54,7 +54,7 @@ def train(run: Run, *, console: Console | None = None, progress: Progress | None
         decisions = decisions_of(run, prepared)
         emit({"event": "decisions", **decisions.as_dict()})
         if decisions.engine == "local":
-            result = _here(run, decisions, emit)
+            result = _here(run, prepared, decisions, emit)
         else:
             result = _in_processes(run, decisions, int(prepared.train.lengths.max()), emit)
         run.update_manifest(result=result)
@@ -112,13 +112,13 @@ def decide_for(recipe: Recipe, facts: Machine, place: str | None = None) -> Plan
     return planned(recipe, config, facts, place)
 
 
-def _here(run: Run, decisions: Decisions, emit: Progress) -> dict[str, Any]:
+def _here(run: Run, prepared: Prepared, decisions: Decisions, emit: Progress) -> dict[str, Any]:
     os.environ |= {name: value for name, value in quiet_threads().items() if name not in os.environ}
     wake(decisions.place)
     from luthier.train.engines.local import Local
     from luthier.train.worker import work
 
-    return work(run, decisions, Local(), emit)
+    return work(run, decisions, Local(), emit, prepared=prepared)
 
 
 def _in_processes(run: Run, decisions: Decisions, longest: int, emit: Progress) -> dict[str, Any]:

@@ -43,11 +43,13 @@ def work(
     engine: Engine,
     emit: Emit,
     *,
+    prepared: Prepared | None = None,
     model: CausalModel | None = None,
     proven: bool = False,
 ) -> dict[str, Any]:
     """Trains to the end, from the last checkpoint if there is one, and saves the adapter. Returns the result's keys.
 
+    `prepared`: the run's data, at hand already.
     `model`: what `model_of` would build, at hand already, with an adapter as new. It is left with the run's adapter.
     `proven`: the worst step was run before, under the same decisions on the same rows.
     """
@@ -59,7 +61,7 @@ def work(
         warn=lambda text: emit({"event": "note", "text": text}),
     )
     folder = model_folder(run.recipe.model)
-    prepared = Prepared.open(run.data, load_tokenizer(folder, run.recipe.adapter))
+    prepared = prepared or Prepared.open(run.data, load_tokenizer(folder, run.recipe.adapter))
     model = model or model_of(run.recipe, decisions, folder)
     _check_vocabulary(prepared, len(model.module.get_input_embeddings().weight))
     trainer = Trainer(
