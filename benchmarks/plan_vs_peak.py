@@ -165,7 +165,7 @@ def measure(cell: Cell, mode: str) -> dict[str, Any]:
     from luthier.model.causal import CausalModel
     from luthier.plan import Setting, plan
     from luthier.recipe import Recipe
-    from luthier.train.memory import peak_bytes, release
+    from luthier.train.memory import peak_bytes
     from luthier.train.reproducible import reproducible
 
     place, config = "cuda" if mode == "gpu" else "cpu", sizes(cell.shape, mode)
@@ -199,9 +199,6 @@ def measure(cell: Cell, mode: str) -> dict[str, Any]:
         unpacked=cell.unpacked,
     )
     built = time.perf_counter() - started
-    if place == "cuda":
-        release()
-        torch.cuda.reset_peak_memory_stats()
     with reproducible(place):
         seconds = steps(model, recipe, cell.rows, cell.length, len(module.get_input_embeddings().weight))
     measured = peak_bytes()
@@ -265,9 +262,13 @@ def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> f
 
     from luthier.data.stream import Micro
     from luthier.train import optim
+    from luthier.train.memory import release
 
     gradient = optim.flat_gradient(model.adapter.named_parameters())
     optimizer = optim.optimizer(model.adapter.named_parameters(), gradient, recipe.train)
+    if gradient.is_cuda:  # as a run does, before it proves its plan
+        release()
+        torch.cuda.reset_peak_memory_stats()
     tokens = rows * length
     positions = torch.arange(length).repeat(rows)
     ids = torch.arange(tokens) * 7919 % vocabulary
