@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from mmap import mmap
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -36,6 +37,7 @@ NAME = "luthier"
 _STATE = ".quant_state.bitsandbytes__"
 _READERS = min(8, os.cpu_count() or 1)  # threads
 _PIECE = 4 << 20  # bytes that one of them reads at a time
+_OWN_PAGES = 1 << 20  # bytes of the smallest tensor that is not on the heap
 _PINNED = 256 << 20  # bytes of the largest tensor that is read into pinned memory
 _DTYPES = {
     "F64": torch.float64,
@@ -99,11 +101,19 @@ class Handle:
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
         size = math.prod(self.shape) * self.dtype.itemsize
-        out = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned and size <= _PINNED)
+        out = self._place(size)
         view = out.numpy().data
         for _ in self.readers.map(lambda at: self._fill(view[at : at + _PIECE], at), range(0, size, _PIECE)):
             pass  # raises what a reader raised
         return out.view(self.dtype).view(self.shape)
+
+    def _place(self, size: int) -> Tensor:
+        """Bytes to be written. Large ones are pages of their own, which leave no hole in the heap when they go."""
+        if self.pinned and size <= _PINNED:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if size < _OWN_PAGES:
+            return torch.empty(size, dtype=torch.uint8)
+        return torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
 
     def _fill(self, piece: memoryview, at: int) -> None:
         """Reads the bytes from `at` on into `piece`."""
