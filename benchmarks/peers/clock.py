@@ -81,6 +81,7 @@ class Clock:
         rates = [counts([step]).tokens / s for step, s in zip(steps[first:last], seconds, strict=True)]
         row = {
             "tok_s": whole.tokens / window,
+            "median_tok_s": statistics.median(rates),
             "spread": [quantile(rates, 0.1), quantile(rates, 0.9)],
             "samples_s": whole.samples / window,
             "step_s": statistics.median(seconds),
