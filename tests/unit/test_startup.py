@@ -1,5 +1,6 @@
 """Start-up counts: help loads nothing heavy."""
 
+import os
 import subprocess
 import sys
 from ast import literal_eval
@@ -62,3 +63,11 @@ def test_transformers_is_left_whole_where_others_may_want_it() -> None:
 def test_the_verbs_are_those_of_the_design() -> None:
     verbs = {"demo", "init", "data", "plan", "train", "compare", "study", "predict", "chat", "runs", "doctor"}
     assert set(VERBS) == verbs
+
+
+def test_cublas_is_told_of_its_workspaces_before_a_model_is_built() -> None:
+    """It reads the setting once, when it first multiplies."""
+    script = "import os, luthier.train.worker as w, torch; print(os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
+    plain = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=plain)
+    assert done.stdout.split() == [":4096:8"]

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+# Workspaces of a fixed size, so that a stream takes the same one again. cuBLAS reads this when it is first used, and a
+# model that is being built uses it already: so it is said as soon as training is imported.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @contextmanager
 def reproducible(place: str) -> Iterator[None]:
@@ -18,8 +22,6 @@ def reproducible(place: str) -> Iterator[None]:
         yield
         return
     deterministic: Any = torch.utils.deterministic
-    # cuBLAS reads this when it is first used: workspaces of a fixed size, so that a stream takes the same one again.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     # Not with warn_only: flash attention takes that for leave to add up in any order.
     torch.use_deterministic_algorithms(True)
