@@ -214,7 +214,11 @@ def test_an_unknown_architecture_is_refused_in_one_line(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "/no/such/folder", "a/b/c", "../x", ""])
-def test_a_path_that_is_not_there_is_not_looked_up_on_a_hub(base: str) -> None:
+def test_a_path_that_is_not_there_is_not_looked_up_on_a_hub(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ModelError, match="no such folder"):
         load.model_folder(model(base))
 
