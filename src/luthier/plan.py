@@ -670,7 +670,7 @@ def _advice(
 def _offers(recipe: Recipe, setting: Setting, longest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if setting.processes > 1:
         yield "run.engine=local", {"run": {"engine": "local", "processes": "auto"}}
-    if recipe.run.recompute not in ("auto", True):
+    if recipe.run.recompute != "auto" and recipe.run.recompute is not True:  # 1 is a number of blocks
         yield "run.recompute=true", {"run": {"recompute": True}}
     if recipe.run.micro_tokens != "auto" and recipe.run.micro_tokens > longest:
         yield "run.micro_tokens=auto", {"run": {"micro_tokens": "auto"}}

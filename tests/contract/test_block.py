@@ -447,6 +447,30 @@ def test_a_row_longer_than_the_window_is_refused_by_the_block_and_right_on_the_r
     assert error(unbounded.hidden(batch), made.hidden(batch)) > 1e-3
 
 
+def test_a_row_longer_than_the_window_is_evaluated_as_the_module_does(kernels: Kernels) -> None:
+    """Held-out rows may be longer than those that are learned, by which the path was chosen."""
+    sliding, batch = {"sliding_window": 100}, micro()
+    with torch.no_grad():
+        found, wanted = (model("mistral", path, **sliding).hidden(batch) for path in (kernels, "reference"))
+    assert error(found, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_one_key_head_that_goes_through_a_norm_has_the_right_gradient(family: str, kernels: Kernels) -> None:
+    one, other = (model(family, path, num_key_value_heads=1) for path in (kernels, "reference"))
+    alike(one, other, micro(), 2e-5)
+
+
+def test_a_loss_whose_adapters_were_switched_before_it_went_backward_is_refused(kernels: Kernels) -> None:
+    made = model("llama", kernels)
+    assert made.adapter is not None
+    loss = made.loss(micro())
+    with torch.no_grad(), made.adapter.disabled():
+        made.loss(micro())
+    with pytest.raises(ModelError, match="other adapters"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def test_a_family_that_the_block_does_not_run_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="olmo2"):
         CausalModel(module("olmo2"), None, kernels="eager")

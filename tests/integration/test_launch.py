@@ -15,7 +15,7 @@ from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
 from luthier.errors import AdapterError, ModelError, RecipeError, RunError, Stopped
 from luthier.runs import Run
-from luthier.train.launch import decisions_of, prepare_data, train
+from luthier.train.launch import _same, decisions_of, prepare_data, train
 
 HERE = Path(__file__)
 
@@ -101,6 +101,18 @@ def test_a_run_that_has_begun_keeps_its_dtype_when_it_is_run_otherwise(tmp_path:
     run.update_manifest(decisions=made.as_dict() | {"dtype": "bfloat16"}, asked=None)
     (run.folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     assert decisions_of(run, prepared).dtype == run.manifest["decisions"]["dtype"] == "bfloat16"
+
+
+def test_decisions_of_an_older_version_are_kept_and_those_for_another_number_of_blocks_are_not(tmp_path: Path) -> None:
+    run = tiny.run(tmp_path)
+    prepared = prepare_data(run)
+    decisions_of(run, prepared)
+    asked, decisions = run.manifest["asked"], run.manifest["decisions"] | {"micro_tokens": 77}
+    older = {key: value for key, value in asked.items() if key not in ("graphs", "recompute_gate_up")}
+    run.update_manifest(asked=older, decisions=decisions)
+    assert decisions_of(run, prepared).micro_tokens == 77
+    for before, now, kept in ((True, True, True), (True, 1, False), (1, True, False)):
+        assert _same(asked | {"recompute": before}, asked | {"recompute": now}) == kept
 
 
 def test_a_changed_file_is_prepared_again_until_the_run_has_begun(tmp_path: Path) -> None:

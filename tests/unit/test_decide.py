@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from luthier.errors import MemoryPlanError, RecipeError
+from luthier.errors import MemoryPlanError, ModelError, RecipeError
 from luthier.machine import GIB, Machine, named_gpu
 from luthier.train.decide import Decisions, Rows, decide, halved, planned
 
@@ -124,6 +124,22 @@ def test_rows_that_leave_the_attention_window_take_the_reference_path() -> None:
     assert decided(config=mistral).kernels != "reference"
     longer = decided(config=mistral, rows=replace(ROWS, longest=257))
     assert (longer.kernels, "window" in longer.why["kernels"]) == ("reference", True)
+
+
+def test_a_plan_before_the_data_is_known_takes_rows_for_as_long_as_allowed() -> None:
+    mistral = SMOL | {"model_type": "mistral", "sliding_window": 256}
+    for length, kernels in ((256, "eager"), (257, "reference")):
+        assert planned(tiny.recipe(f"data.length={length}"), mistral, IDLE).kernels == kernels
+
+
+def test_a_window_that_only_transformers_default_tells_counts() -> None:
+    mistral = {key: value for key, value in SMOL.items() if key != "sliding_window"} | {"model_type": "mistral"}
+    assert decided(config=mistral, rows=replace(ROWS, longest=4097)).kernels == "reference"
+
+
+def test_a_config_without_a_type_is_said_to_lack_it() -> None:
+    with pytest.raises(ModelError, match="is missing"):
+        decided(config={key: value for key, value in SMOL.items() if key != "model_type"})
 
 
 def test_norms_that_are_finer_than_the_products_are_our_blocks_too() -> None:

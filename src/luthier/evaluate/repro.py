@@ -246,7 +246,8 @@ def _prepare(run: Run, again: Run) -> Prepared | None:
 def _circumstances(run: Run) -> dict[str, Any]:
     """What decides a run's result besides its recipe and data files, by name."""
     manifest, decided = run.manifest, run.manifest["decisions"]
-    kept = ("place", "dtype", "engine", "processes", "threads", "micro_tokens", "recompute", "kernels", "offload")
+    how = ("place", "dtype", "engine", "processes", "threads", "kernels", "offload", "graphs")
+    kept = (*how, "micro_tokens", "recompute", "recompute_gate_up", "unpacked")
     facts = {name: manifest.get("machine", {}).get(name) for name in ("cores", "flags", "compiler")}
     facts["gpus"] = [gpu["name"] for gpu in manifest.get("machine", {}).get("gpus", [])]
     base = {name: _settings(run).get(name) for name in ("revision", "weights")}

@@ -35,14 +35,16 @@ QUERIES, KEYS = Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)
 
 def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
     """Whether `gradients` is for these, for which `varlen.takes` holds: on Hopper, whose shared memory holds the
-    blocks. Places inside a segment are numbers of 32 bits."""
+    blocks. Places inside a segment, of the gradients side by side too, are numbers of 32 bits."""
     size = q.shape[-1]
+    width = (q.shape[1] + 2 * k.shape[1]) * size
     return (
         capability(q)[0] == 9
+        and torch.version.hip is None  # AMD counts otherwise
         and size <= LARGEST
         and q.shape[1] <= SHARED * k.shape[1]
         and all(x.stride()[1:] == (size, 1) for x in (q, k, v))
-        and longest * max(x.stride(0) for x in (q, k, v)) < 2**31
+        and longest * max(width, *(x.stride(0) for x in (q, k, v))) < 2**31
         and find_spec("triton") is not None
     )
 

@@ -91,7 +91,8 @@ class CausalModel:
         where they are more than our loss computes (see `head.find`)."""
         if self.decoder is not None:
             micro = self.ready(micro)  # before it is moved: a GPU would have to be waited for
-            self.decoder.check(micro)
+            if self.decoder.too_long(micro):
+                return self._beyond_the_window(micro)
             if on_gpu(self.module.get_input_embeddings().weight):
                 told = _moved(numbers(micro, self._key(micro)), self.device)
                 return self._placed_hidden(placed(told, micro, max(b - a for a, b in pairwise(micro.bounds))))
@@ -119,7 +120,8 @@ class CausalModel:
             return backward(self.loss(micro), scale)
         assert self.decoder is not None
         micro = self.ready(micro)
-        self.decoder.check(micro)
+        if self.decoder.too_long(micro):
+            self._beyond_the_window(micro)
         return self.graphs.accumulate(micro, self._key(micro), scale, (parameter, parameter.grad))
 
     def record(self) -> None:
@@ -143,6 +145,15 @@ class CausalModel:
         self._set_noise(micro)
         with attention.packed(micro.bounds):
             return self._run(layout.packed(self.module, micro.ids, micro.positions))[0, micro.rows]
+
+    def _beyond_the_window(self, micro: Micro) -> Tensor:
+        """`hidden` by the module itself, which masks what its window leaves out: rows that are only evaluated may be
+        longer than those that are learned, by which our block was chosen. Raises ModelError in training."""
+        assert self.decoder is not None
+        if torch.is_grad_enabled() and self.adapter is not None:
+            fix = f"lower data.length to the model's attention window of {self.decoder.window} tokens"
+            raise ModelError("a row is longer than our block sees", fix=f"{fix}, or set run.kernels=reference")
+        return self._padded(_all_moved(micro, self.device))
 
     def _padded(self, micro: Micro) -> Tensor:
         found, rows = [], []

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.adapters.method import Noise
-from luthier.errors import ModelError
 from luthier.kernels.pointwise import Pointwise
 from luthier.model.block import Block, Kept, Pack, Recompute
 from luthier.model.families import Family, window
@@ -86,7 +85,7 @@ class Decoder:
             wanted = x.requires_grad
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
                 x = self.updates.collected(x)
-            x = _Layer.apply(x, block, pack, wanted)  # type: ignore[no-untyped-call]
+            x = _Layer.apply(x, block, pack, wanted, self.updates)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
         return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
 
@@ -97,11 +96,9 @@ class Decoder:
         cos, sin = self.rotary(x, positions[None], *([how] if isinstance(how, str) else []))
         return cos[0].chunk(2, -1)[0].contiguous(), sin[0].chunk(2, -1)[0].contiguous()
 
-    def check(self, micro: Micro) -> None:
-        """Raises ModelError where a row of `micro`, on the host, is longer than the model sees."""
-        if self.window and len(micro.positions) and int(micro.positions.max()) >= self.window:
-            fix = f"lower data.length to the model's attention window of {self.window} tokens"
-            raise ModelError("a row is longer than the model sees", fix=fix)
+    def too_long(self, micro: Micro) -> bool:
+        """Whether a row of `micro`, on the host, is longer than the model's attention window."""
+        return bool(self.window and len(micro.positions) and int(micro.positions.max()) >= self.window)
 
     @property
     def _linears(self) -> list[MergedLinear]:
@@ -130,18 +127,20 @@ def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates) -> Tensor:
         y, kept, inner = block.forward(x, pack)
         *tensors, attention = block.kept_of(kept)
         ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
         ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
+        ctx.updates, ctx.layout = updates, updates.layout
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.updates.check(ctx.layout)
         block, pack = ctx.block, ctx.pack
         x, inner, *rest = ctx.saved_tensors
         parts = len(Kept._fields) - 1
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
-        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None
+        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None, None

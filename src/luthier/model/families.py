@@ -146,19 +146,21 @@ def find(config: Any) -> Family | None:
 
 def of_file(config: Mapping[str, Any]) -> Family | None:
     """The family of a model's `config.json`; transformers is asked only for what the file leaves out."""
-    rows = FAMILIES.get(config["model_type"], ())
+    rows = FAMILIES.get(config.get("model_type", ""), ())
+    if not rows:
+        return None
     said = all(name in config for row in rows for name in (row.act, *row.needs))
     return find(SimpleNamespace(**config) if said else _whole(config))
 
 
 def window_of_file(config: Mapping[str, Any]) -> int | None:
     """`window` of a model's `config.json`."""
-    return window(_whole(config)) if config.get("sliding_window") else None
+    return None if config.get("sliding_window", "") is None else window(_whole(config))
 
 
 def is_llama(config: Mapping[str, Any]) -> bool:
     """Whether all models of the type that a `config.json` names are `Family.is_llama`."""
-    rows = FAMILIES.get(config["model_type"], ())
+    rows = FAMILIES.get(config.get("model_type", ""), ())
     return bool(rows) and all(row.is_llama for row in rows)
 
 

@@ -203,7 +203,7 @@ class NormedHeads:
         dy = self.attention.backward(do, o, saved[4:], segments)
         before = cast(tuple[Tensor, ...], saved[:4])
         for part, norm, x, scale in zip(self.heads.split(dy), self.norms, before[::2], before[1::2], strict=False):
-            dx, _ = norm.backward(part.reshape(x.shape), x, scale, None)
+            dx, _ = norm.backward(part.reshape(x.shape).contiguous(), x, scale, None)
             part.copy_(dx.view(part.shape))
         return dy
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.adapters.lora import LoraLinear
+from luthier.errors import ModelError
 from luthier.model.merged import Matrices, MergedLinear
 
 
@@ -27,6 +28,7 @@ class Updates:
     def __init__(self, linears: Sequence[MergedLinear]) -> None:
         self.linears = linears
         self.parameters: list[Tensor] = []  # of the layers whose adapter is enabled
+        self.layout = 0  # how often places were given
         self._live: list[LoraLinear] = []
         self._trained = False
         self._sources, self._totals = _Neighbours(), _Neighbours()
@@ -52,6 +54,12 @@ class Updates:
             places = _cut(self.values, [source.shape for source in sources]) if sources else self._places
             with torch.no_grad():
                 torch._foreach_copy_(places, sources or self.parameters)
+
+    def check(self, layout: int) -> None:
+        """Raises ModelError where a forward pass with other adapters came since that of this `layout`."""
+        if layout != self.layout:
+            what = "the model ran with other adapters enabled before this loss went backward"
+            raise ModelError(what, fix="call backward first, or build the model with run.kernels=reference")
 
     def collected(self, x: Tensor) -> Tensor:
         """x, the input of the first of these layers, as one that gradients flow to."""
@@ -79,6 +87,7 @@ class Updates:
 
     def _lay_out(self, linears: Sequence[MergedLinear], live: Sequence[LoraLinear], trained: bool) -> None:
         """Gives each product its places."""
+        self.layout += 1
         self.parameters = [*(layer.A for layer in live), *(layer.B for layer in live)]
         self._places = _cut(self.values, [p.shape for p in self.parameters])
         for linear, values in zip(linears, _matrices(self.values, linears), strict=True):
@@ -122,7 +131,7 @@ class _Neighbours:
 def _join(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     runs: list[list[Tensor]] = []
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or not tensor.is_contiguous():
             return []
         if runs and _follows(tensor, runs[-1][-1]):
             runs[-1].append(tensor)
@@ -136,8 +145,7 @@ def _join(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _follows(one: Tensor, other: Tensor) -> bool:
     """Whether `one` begins in memory where `other` ends."""
     together = one.untyped_storage()._cdata == other.untyped_storage()._cdata
-    dense = one.is_contiguous() and other.is_contiguous()
-    return together and dense and one.storage_offset() == other.storage_offset() + other.numel()
+    return together and one.storage_offset() == other.storage_offset() + other.numel()
 
 
 def _matrices(flat: Tensor, linears: Sequence[MergedLinear]) -> list[Matrices]:

@@ -158,7 +158,8 @@ def arrange(
 
 def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | None, place: str) -> tuple[Kernels, str]:
     """What runs the model, and why; on a CPU our block by its eager parts, which `_kernels` may have compiled."""
-    if why := _unblocked(recipe, config, facts, place) or _out_of_window(config, rows):
+    longest = rows.longest if rows else recipe.data.length
+    if why := _unblocked(recipe, config, facts, place) or _out_of_window(config, longest):
         return "reference", why
     if recipe.run.kernels != "auto":
         return recipe.run.kernels, "as the recipe says"
@@ -243,12 +244,12 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None or torch.version.cuda is None
 
 
-def _out_of_window(config: dict[str, Any], rows: Rows | None) -> str:
+def _out_of_window(config: dict[str, Any], longest: int) -> str:
     """Why rows are longer than our block's attention, or nothing."""
     window = families.window_of_file(config)
-    if rows is None or window is None or rows.longest <= window:
+    if window is None or longest <= window:
         return ""
-    return f"our block does not compute attention windows, and rows of {rows.longest} tokens leave that of {window}"
+    return f"our block does not compute attention windows, and rows of {longest} tokens leave that of {window}"
 
 
 def _beyond_our_block(recipe: Recipe) -> str:

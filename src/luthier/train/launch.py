@@ -6,6 +6,7 @@ group, which starts again from the last checkpoint with half the tokens in a mic
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from luthier.model.load import check_new_tokens, load_tokenizer, model_config, m
 from luthier.model.place import wake
 from luthier.plan import Plan
 from luthier.recipe import Recipe
+from luthier.recipe import Run as Settings
 from luthier.runs import Run, read_json
 from luthier.train.decide import Decisions, Rows, decide, halved, planned
 from luthier.train.group import Progress, group, quiet_threads
@@ -91,7 +93,7 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     has begun keeps its dtype: that decides what is learned."""
     manifest = run.manifest
     asked = run.recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
-    if manifest.get("asked") == asked:
+    if _same(manifest.get("asked"), asked):
         return Decisions(**manifest["decisions"])
     facts = machine()
     wake("cuda" if facts.gpus and run.recipe.run.place == "auto" else run.recipe.run.place)
@@ -100,6 +102,16 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     decisions = decide(run.recipe, _config(run.recipe), facts, rows, dtype=dtype)
     run.update_manifest(asked=asked, decisions=decisions.as_dict(), machine=facts.as_dict())
     return decisions
+
+
+def _same(stored: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
+    """Whether a manifest's decisions are for what is asked. That of an older version lacks what was `auto` then; and in
+    JSON a number of blocks, 1, is not all of them, true."""
+    if stored is None:
+        return False
+    defaults = Settings().model_dump(mode="json")
+    told = {key: value for key, value in {**defaults, **stored}.items() if key in asked}
+    return json.dumps(told, sort_keys=True) == json.dumps(asked, sort_keys=True)
 
 
 def decide_for(recipe: Recipe, facts: Machine, place: str | None = None) -> Plan:
