@@ -109,8 +109,9 @@ def test_a_recorded_pass_reads_new_rows_and_new_lengths(kind: str) -> None:
     lengths = LENGTHS[kind]
     q, k, v, _ = made(lengths, 8, 2, 64, torch.bfloat16)
     edges, longest = ends(lengths), max(lengths)
-    if cudnn.forward(q, k, v, edges, longest, 0.1) is None:
+    if kind == "odd" and not cudnn.machine(q.device).frontend:
         pytest.skip("the frontend is not installed")
+    assert cudnn.forward(q, k, v, edges, longest, 0.1) is not None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         o, sums = cudnn.forward(q, k, v, edges, longest, 0.1) or pytest.fail("nothing was computed")

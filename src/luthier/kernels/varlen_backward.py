@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from luthier.kernels.place import capability
@@ -92,10 +92,10 @@ def _options(blocks: Blocks) -> dict[str, Any]:
 
 # An operation of torch's, so that a plan sees it and its arithmetic.
 
-_library: Any = torch.library.Library("luthier", "FRAGMENT")  # type: ignore[no-untyped-call]
+_operations: Any = library.Library("luthier", "FRAGMENT")  # type: ignore[no-untyped-call]
 _tensors = ", ".join(f"Tensor {name}" for name in ("do", "q", "k", "v", "o", "sums", "edges"))
-_library.define(f"varlen_backward({_tensors}, int longest, float scale) -> Tensor")
-_library.impl("varlen_backward", launched, "CompositeExplicitAutograd")
+_operations.define(f"varlen_backward({_tensors}, int longest, float scale) -> Tensor")
+_operations.impl("varlen_backward", launched, "CompositeExplicitAutograd")
 
 
 @register_flop_formula(torch.ops.luthier.varlen_backward)

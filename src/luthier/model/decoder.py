@@ -58,10 +58,10 @@ class Decoder:
     def keep_less(self) -> bool:
         """Makes gate|up again in an eighth more of the blocks; where all do, everything; False where all do that."""
         steps: tuple[tuple[Recompute, Recompute], ...] = (("nothing", "gate_up"), ("gate_up", "all"))
-        for now, then in steps:
-            blocks = [block for block in self.blocks if block.recompute == now]
+        for before, after in steps:
+            blocks = [block for block in self.blocks if block.recompute == before]
             for block in blocks[: -(-len(self.blocks) // 8)]:
-                block.recompute = then
+                block.recompute = after
             if blocks:
                 return True
         return False
