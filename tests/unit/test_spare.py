@@ -9,7 +9,8 @@ def test_what_is_written_behind_rows_lies_beside_them_and_changes_none_of_their_
     x.fill_(1)
     behind = spare.whole(x, 2)[:, 5:]
     behind.fill_(2)
-    assert x.shape == (3, 5) and x.dtype == torch.bfloat16
+    assert x.shape == (3, 5)
+    assert x.dtype == torch.bfloat16
     assert torch.equal(spare.whole(x, 2), torch.tensor([[1, 1, 1, 1, 1, 2, 2]] * 3, dtype=torch.bfloat16))
 
 
@@ -30,4 +31,5 @@ def test_rows_without_such_columns_are_refused(x):
 
 def test_no_spare_columns_are_the_rows_themselves():
     x = torch.empty(3, 5)
-    assert spare.has(x, 0) and spare.whole(x, 0).data_ptr() == x.data_ptr()
+    assert spare.has(x, 0)
+    assert spare.whole(x, 0).data_ptr() == x.data_ptr()
