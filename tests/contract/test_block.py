@@ -16,10 +16,12 @@ from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
 from luthier.errors import ModelError
 from luthier.kernels import native
+from luthier.kernels.place import planned_for
 from luthier.model import attention, families
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.pack import share_prefix, trim
 from luthier.model.quantize import quantize_module
+from luthier.model.trace import outline
 
 VOCAB = 97
 ALL = recipe.Lora(rank=4, alpha=8)
@@ -459,6 +461,26 @@ def test_a_row_longer_than_the_window_is_evaluated_as_the_module_does(kernels: K
 def test_one_key_head_that_goes_through_a_norm_has_the_right_gradient(family: str, kernels: Kernels) -> None:
     one, other = (model(family, path, num_key_value_heads=1) for path in (kernels, "reference"))
     alike(one, other, micro(), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [("llama", "compiled"), ("qwen3", "compiled"), ("llama", "reference"), ("falcon", "reference")],
+)
+def test_on_a_gpu_a_model_answers_in_inference_mode_and_trains_after_it(family: str, kernels: Kernels) -> None:
+    """Without data: the operations are those of a GPU, and so is what they save."""
+    options: dict[str, Any] = {"kernels": kernels, "recompute": False, "capability": (9, 0)}
+    made = outline(config(family).to_dict(), recipe.Model(base="b"), ALL, dtype=torch.bfloat16, **options)
+    tokens = torch.zeros(70, dtype=torch.int64, device="meta")
+    batch = Micro(tokens, tokens, (0, 30, 70), tokens, tokens, tokens[:2], step=0)
+
+    def hidden() -> Tensor:
+        return made._packed(batch) if made.decoder is None else made.decoder.hidden(batch, None)
+
+    with planned_for((9, 0)):
+        with torch.inference_mode():
+            assert not hidden().requires_grad
+        hidden().sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_a_loss_whose_adapters_were_switched_before_it_went_backward_is_refused(kernels: Kernels) -> None:

@@ -141,7 +141,8 @@ def _for_all(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
 @lru_cache(maxsize=1)
 def _edges(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     """`bounds` as int32 [n + 1]: the same for all layers."""
-    return torch.tensor(bounds, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # what is made in that mode could not be saved for a backward pass after it
+        return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def within(module: nn.Module, mode: TorchFunctionMode) -> list[Any]:

@@ -164,7 +164,8 @@ class RowAttention:
     def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         assert not segments.prefix
         self._turn(y, segments, False)
-        with torch.enable_grad():
+        # What is made in inference mode goes backward nowhere, and cannot be saved for it.
+        with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
             q, k, v = (heads.detach().requires_grad_() for heads in self.heads.split(y))
             whole = _attend(q, k, v, segments, self.heads.scale)
         o = whole.detach().flatten(1)
