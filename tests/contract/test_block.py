@@ -18,7 +18,7 @@ from luthier.errors import ModelError
 from luthier.kernels import native
 from luthier.kernels.place import planned_for
 from luthier.model import attention, families
-from luthier.model.causal import CausalModel, Kernels
+from luthier.model.causal import CausalModel, Kernels, shell
 from luthier.model.pack import share_prefix, trim
 from luthier.model.quantize import quantize_module
 from luthier.model.trace import outline
@@ -411,6 +411,21 @@ def test_bfloat16_is_as_near_to_fp32_as_the_module_in_bfloat16(family: str, kern
 def test_the_module_still_runs_by_itself_on_the_merged_weights(kernels: Kernels) -> None:
     fast, reference, ids = model("qwen2", kernels), model("qwen2", "reference"), micro().ids[None]
     assert error(fast.module(ids).logits, reference.module(ids).logits) <= 1e-6
+
+
+def test_a_second_model_of_the_same_base_shares_its_weights_and_none_that_were_moved_since(kernels: Kernels) -> None:
+    base = module("qwen2")
+    first, second = (CausalModel(shell(base), None, kernels=kernels) for _ in range(2))
+    weights = [{x.dense.data_ptr() for x in one.decoder._linears} for one in (first, second)]  # type: ignore[union-attr]
+    assert weights[0] == weights[1]
+    with torch.no_grad():
+        before = first.loss(micro())
+        assert torch.equal(second.loss(micro()), before)
+        for parameter in base.parameters():
+            parameter.data = parameter.detach() * 1.5
+        third = CausalModel(shell(base), None, kernels=kernels)
+        assert error(third.loss(micro()), CausalModel(shell(base), None).loss(micro())) < 1e-6
+        assert not torch.equal(third.loss(micro()), before)
 
 
 def test_a_disabled_adapter_is_the_base_model(kernels: Kernels) -> None:

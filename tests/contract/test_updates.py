@@ -94,14 +94,31 @@ def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:
     assert not torch.equal(again[0], found[0])
 
 
-def test_a_gradient_whose_place_is_taken_away_meanwhile_is_not_lost_in_silence() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("place", [lambda p: None, torch.zeros_like, torch.ones_like], ids=["none", "zeros", "ones"])
+def test_gradients_whose_place_is_taken_away_before_the_backward_pass_are_learned_from(place: Any, whole: bool) -> None:
+    """As `optimizer.zero_grad()` does, which many call between the two."""
     made = model("llama", "eager")
-    buffer(made)
-    loss = made.loss(micro())
-    for parameter in parameters(made):
-        parameter.grad = None
-    with pytest.raises(RuntimeError, match="incorrect number of gradients"):
-        loss.backward()  # type: ignore[no-untyped-call]
+    wanted = learn(model("llama", "eager"), (7, 40))
+    total = buffer(made)
+    loss = made.loss(micro((7, 40)))
+    for parameter in parameters(made)[: None if whole else 3]:
+        parameter.grad = place(parameter)
+    before = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in parameters(made)]
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = [b + g for b, g in zip(before, wanted, strict=True) if g is not None]
+    assert same([parameter.grad for parameter in parameters(made)], [*expected])
+    assert bool(total.any()) is not whole
+
+
+def test_gradients_that_get_a_place_before_the_backward_pass_are_added_there() -> None:
+    made = model("llama", "eager")
+    wanted = learn(model("llama", "eager"), (7, 40))
+    loss = made.loss(micro((7, 40)))
+    total = buffer(made)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert same([parameter.grad for parameter in parameters(made)], wanted)
+    assert total.any()
 
 
 def test_two_losses_in_one_backward_pass_are_both_learned_from() -> None:

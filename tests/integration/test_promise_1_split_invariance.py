@@ -1,6 +1,7 @@
 """Promise 1: a step is a set of samples. How it is cut never changes what is learned, dropout included."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import tiny
 from luthier.data.stream import Sample, collate
+from luthier.train import optim
 from luthier.train.engines.local import Local
 from luthier.train.launch import train
 from luthier.train.step import Step
@@ -66,6 +68,23 @@ def test_the_gradient_of_a_cut_step_is_that_of_the_whole_step(tmp_path: Path) ->
         gradients.append(trainer.gradient.clone())
     scale = gradients[0].norm()
     assert all(torch.linalg.vector_norm(g - gradients[0]) / scale < 1e-5 for g in gradients[1:])
+
+
+@pytest.mark.parametrize("path", ["packed", "padded", "eager", "compiled"])
+def test_a_micro_batch_in_which_nothing_is_supervised_adds_nothing(tmp_path: Path, path: Any) -> None:
+    """As the share of one process, or a cut, may be."""
+    model = tiny.model(tiny.recipe(), kernels=path if path in ("eager", "compiled") else "reference")
+    model.layout = path if path == "padded" else "packed"
+    assert model.adapter is not None
+    gradient = optim.flat_gradient(model.adapter.named_parameters())
+    micro = collate(tiny.rows(tmp_path), [Sample(row, row, epoch=0) for row in range(4)], step=0)
+    model.accumulate(model.ready(micro), 1.0)
+    before, bare = gradient.clone(), replace(micro, rows=micro.rows[:0], targets=micro.targets[:0])
+    assert model.accumulate(model.ready(bare), 1.0) == 0
+    assert torch.equal(gradient, before)
+    assert before.any()
+    with torch.no_grad(), model.adapter.disabled():
+        assert model.loss(bare) == 0
 
 
 class Counting(Local):

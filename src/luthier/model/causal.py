@@ -89,6 +89,8 @@ class CausalModel:
     def hidden(self, micro: Micro) -> Tensor:
         """[S, H]: what reaches the head at `micro.rows`, differentiable in the adapter; the logits themselves, [S, V],
         where they are more than our loss computes (see `head.find`)."""
+        if not len(micro.rows):
+            return self._nothing()
         if self.decoder is not None:
             micro = self.ready(micro)  # before it is moved: a GPU would have to be waited for
             if self.decoder.too_long(micro):
@@ -116,7 +118,7 @@ class CausalModel:
         without gradient. By a CUDA graph, where `record` was called before."""
         assert self.adapter is not None
         parameter = next(self.adapter.parameters())
-        if self.graphs is None or parameter.grad is None:
+        if self.graphs is None or parameter.grad is None or not len(micro.rows):
             return backward(self.loss(micro), scale)
         assert self.decoder is not None
         micro = self.ready(micro)
@@ -129,6 +131,13 @@ class CausalModel:
         and by flash attention; `plan` knows where."""
         assert self.decoder is not None
         self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder())
+
+    def _nothing(self) -> Tensor:
+        """[0, H]: `hidden` where nothing is supervised. It is a part of a parameter, so that a loss of it can go
+        backward, too."""
+        embedding = self.module.get_input_embeddings().weight
+        whole = embedding if self.adapter is None else next(self.adapter.parameters())
+        return whole.flatten()[:0].view(0, embedding.shape[1]).to(self.dtype)
 
     def _placed_hidden(self, micro: Placed) -> Tensor:
         assert self.decoder is not None

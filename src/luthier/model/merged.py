@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +169,24 @@ def _write(base: Any, out: Tensor) -> None:
 
 
 def _merge(parts: list[Tensor]) -> Tensor:
-    """The parameters `parts`, one under the other in one tensor, of which they become views."""
+    """The parameters `parts`, one under the other in one tensor, of which they become views, unless they are already:
+    a second model of the same base takes no memory for its weights."""
+    before = getattr(parts[0], "merged", lambda: None)()
+    if before is not None and _is_made_of(before, parts):
+        return before  # type: ignore[no-any-return]
     merged = torch.cat([p.detach() for p in parts])
     for part, rows in zip(parts, _slices([len(p) for p in parts]), strict=True):
         part.data = merged[rows]
+    parts[0].merged = ref(merged)  # type: ignore[attr-defined]
     return merged
+
+
+def _is_made_of(merged: Tensor, parts: list[Tensor]) -> bool:
+    """Whether the parts are its rows; a part that was moved or replaced since is not."""
+    rows = [merged[some] for some in _slices([len(part) for part in parts])]
+    return len(merged) == sum(map(len, parts)) and list(map(_place, parts)) == list(map(_place, rows))
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where it lies, and as what."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.dtype

@@ -67,15 +67,21 @@ class Updates:
         parameters = self.parameters[: 1 if self._joined_gradients() else None]
         return _Collect.apply(x, self, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
-    def hand_over(self) -> list[Tensor]:
-        """The gradient of each parameter; none where all `.grad` lie side by side, and they were added there."""
+    def hand_over(self, wanted: int) -> list[Tensor | None]:
+        """The gradients of the `wanted` first parameters for autograd to add; None where they were added to `.grad`
+        here: where all `.grad` lie side by side, or did so when `collected` was asked."""
         totals = self._joined_gradients()
-        if not totals:
-            parts = zip(_cut(self.gradients, [p.shape for p in self.parameters]), self.parameters, strict=True)
-            return [part.to(p.dtype, copy=True) for part, p in parts]
         for total, part in zip(totals, _cut(self.gradients, [total.shape for total in totals]), strict=True):
             total.add_(part)
-        return []
+        if totals:
+            return [None] * wanted
+        parts = zip(_cut(self.gradients, [p.shape for p in self.parameters]), self.parameters, strict=True)
+        found = [part.to(p.dtype, copy=True) for part, p in parts]
+        if wanted == len(found):
+            return [*found]
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [None] * wanted
 
     def _joined_gradients(self) -> list[Tensor]:
         return self._totals.joined([parameter.grad for parameter in self.parameters])
@@ -109,8 +115,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = ctx.updates.hand_over() or [None] * (len(ctx.needs_input_grad) - 2)
-        return None, None, *gradients
+        return None, None, *ctx.updates.hand_over(len(ctx.needs_input_grad) - 2)
 
 
 class _Neighbours:
