@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from luthier.kernels import pointwise
-from luthier.model.heads import Heads, RowAttention, Segments, TileAttention
+from luthier.kernels import pointwise, spare
+from luthier.model.heads import Attention, Heads, NormedHeads, RowAttention, Segments, TileAttention
+from luthier.model.norm import Norm
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
 SCRIPT = Path(__file__).with_name("fused_script.py")
@@ -40,7 +42,7 @@ def test_every_part_equals_its_twin(dtype: str) -> None:
 )
 def test_whole_rows_attend_as_tiles_do(heads: Heads, chosen: list[int] | None) -> None:
     torch.manual_seed(0)
-    y = torch.randn(37, (heads.queries + 2 * heads.keys) * heads.size)
+    y = torch.randn(37, heads.width)
     cos, sin = torch.randn(37, 3), torch.randn(37, 3)
     segments = Segments(cos, sin, (0, 5, 20, 37), 0, None if chosen is None else torch.tensor(chosen))
     found = []
@@ -51,6 +53,32 @@ def test_whole_rows_attend_as_tiles_do(heads: Heads, chosen: list[int] | None) -
         assert float((made - twin).norm() / twin.norm()) < 2e-6
 
 
+@pytest.mark.parametrize("chosen", [None, [2, 4, 10, 19, 36]])
+@pytest.mark.parametrize("kind", [TileAttention, RowAttention])
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
+@torch.no_grad()
+def test_attention_leaves_room_behind_its_rows_and_changes_no_bit_for_it(
+    grouped: bool, normed: bool, kind: Callable[..., Attention], chosen: list[int] | None
+) -> None:
+    heads = Heads(queries=4, keys=4 if grouped else 2, size=8, scale=0.3, grouped=grouped)
+    attention = kind(heads, pointwise.EAGER)
+    if normed:
+        norms = (Norm(torch.nn.RMSNorm(8), 1e-5, 0, pointwise.EAGER) for _ in range(2))
+        attention = NormedHeads(attention, heads, *norms)
+    torch.manual_seed(0)
+    y, cos, sin = torch.randn(37, heads.width), torch.randn(37, 3), torch.randn(37, 3)
+    segments = Segments(cos, sin, (0, 5, 20, 37), 0, None if chosen is None else torch.tensor(chosen))
+    found = []
+    for room in (0, 24):
+        o, saved = attention.forward(spare.empty(y, 37, heads.width, room).copy_(y), segments, room)
+        dy = attention.backward(o.cos(), o, saved, segments, room and room + 8)
+        assert spare.has(o, room)
+        assert spare.has(dy, room and room + 8)
+        found.append((o, dy))
+    assert all(map(torch.equal, *found))
+
+
 def test_no_kernel_is_compiled_anew_for_another_number_of_tokens_or_another_layer() -> None:
     """Triton compiles anew for numbers that are 1, or divisible by 16 where they were not, unless it is told not to."""
     pytest.importorskip("triton")
@@ -59,6 +87,6 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens_or_another_laye
     from luthier.kernels import jit, varlen_jit
 
     kernels = [f for module in (jit, varlen_jit) for f in vars(module).values() if isinstance(f, JITFunction)]
-    changing = [p for kernel in kernels for p in kernel.params if p.name in ("tokens", "module")]
+    changing = [p for kernel in kernels for p in kernel.params if p.name in ("sum_head", "module")]
     assert len(changing) == 3
     assert all(p.do_not_specialize for p in changing)

@@ -42,6 +42,9 @@ for heads, groups, size, queries, keys in ((4, 2, 16, HIGH, WIDE), (3, 3, 24, SM
     o, do = reference.segment_attention(*leaves, filled, SCALE), torch.randn(bounds[-1], heads, size)
     wanted = torch.autograd.grad(o, leaves, do)
     sums = logarithms(q, k, filled)
-    dy = launched(do, q, k, v, o.detach(), sums, edges, max(LENGTHS) + 5, SCALE, queries, keys)
-    for name, one, other in zip("qkv", torch.split(dy, [heads, groups, groups], 1), wanted, strict=True):
+    dy = torch.full((bounds[-1], heads + 2 * groups + 1, size), torch.nan)  # with room behind, which is left alone
+    found = torch.split(dy, [heads, groups, groups, 1], 1)
+    launched(do, o.detach(), sums, q, k, v, edges, max(LENGTHS) + 5, SCALE, *found[:3], queries, keys)
+    assert found[3].isnan().all()
+    for name, one, other in zip("qkv", found[:3], wanted, strict=True):
         print(f"{heads}.{groups}.{name}", float((one - other).norm() / other.norm()))

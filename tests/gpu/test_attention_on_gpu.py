@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import reference
+from luthier.kernels import fused, reference
+from luthier.kernels.ends import Ends
 from luthier.kernels.varlen import takes, varlen_attention
-from luthier.model.heads import Segments, _attend
+from luthier.model.heads import Heads, RowAttention, Segments
 
 pytestmark = pytest.mark.gpu
 # Of the whole tensor's norm. Probabilities and products are rounded once each, to 8 bits (bf16) or 11 (fp16).
@@ -24,6 +25,11 @@ def tensors(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[Te
     generator = torch.Generator().manual_seed(heads * size)
     shapes = [(sum(LENGTHS), n, size) for n in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+
+
+def ends(bounds: Sequence[int]) -> Ends:
+    edges = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    return Ends(edges, max(b - a for a, b in pairwise(bounds)))
 
 
 def error(one: Tensor, other: Tensor) -> float:
@@ -51,10 +57,9 @@ def test_packed_attention_is_its_twin(
 ) -> None:
     q, k, v, upstream = tensors(*heads, size, dtype)
     bounds, scale = (0, *accumulate(LENGTHS)), 0.7 * size**-0.5
-    edges = torch.tensor(bounds, dtype=torch.int32, device="cuda")
     mine, exact = ([x.detach().to(kind).requires_grad_() for x in (q, k, v)] for kind in (dtype, torch.float32))
     assert takes(*mine)
-    made = varlen_attention(*mine, edges, max(LENGTHS), scale, window)
+    made = varlen_attention(*mine, ends(bounds), scale, window)
     twin: Any = (
         reference.segment_attention(*exact, bounds, scale)
         if window is None
@@ -73,8 +78,7 @@ def test_queries_are_the_last_of_more_keys(heads: tuple[int, int]) -> None:
     counts = (1, 3, 100, 64, 1, 17)  # queries of each segment
     bounds, key_bounds = (0, *accumulate(counts)), (0, *accumulate(LENGTHS))
     q = q[: bounds[-1]]
-    edges, key_edges = (torch.tensor(b, dtype=torch.int32, device="cuda") for b in (bounds, key_bounds))
-    made = varlen_attention(q, k, v, edges, max(counts), 0.1, keys=(key_edges, max(LENGTHS)))
+    made = varlen_attention(q, k, v, ends(bounds), 0.1, keys=ends(key_bounds))
     for (a, b), (c, d) in zip(pairwise(bounds), pairwise(key_bounds), strict=True):
         parts = (x.float().transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
         seen = torch.ones(b - a, d - c, dtype=torch.bool, device="cuda").tril(d - c - (b - a))
@@ -108,10 +112,12 @@ def test_a_family_on_a_gpu_is_as_near_to_fp32_on_the_processor_as_its_dtype_allo
 
 def test_what_flash_attention_does_not_take_keeps_no_probabilities_either() -> None:
     """In fp32, as before Ampere: those of 8 heads and 4,096 tokens would be 512 MiB."""
-    q, k = (torch.randn(4096, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2))
-    cos = torch.ones(4096, 32, device="cuda")
-    assert not takes(q, k, k)
+    heads = Heads(queries=8, keys=2, size=64, scale=0.125)
+    y, cos = torch.randn(4096, heads.width, device="cuda"), torch.ones(4096, 32, device="cuda")
+    attention, segments = RowAttention(heads, fused.parts()), Segments(cos, cos, (0, 4096), 0)
+    assert not takes(*heads.split(y))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _attend(q, k, k, Segments(cos, cos, (0, 4096), 0), 0.125).sum().backward()
+    o, saved = attention.forward(y, segments)
+    attention.backward(o, o, saved, segments)
     assert torch.cuda.max_memory_allocated() - before < 256 << 20

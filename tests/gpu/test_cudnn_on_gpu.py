@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import cudnn, reference
+from luthier.kernels import cudnn, fused, reference, spare
+from luthier.kernels.ends import Ends
 from luthier.kernels.varlen import varlen_attention
+from luthier.model.heads import Heads, RowAttention, Segments
 
 pytestmark = pytest.mark.gpu
 LENGTHS = {
@@ -43,12 +45,12 @@ def made(lengths: Sequence[int], heads: int, groups: int, size: int, dtype: torc
     return q, k, v, torch.randn(sum(lengths), heads, size, device="cuda", dtype=dtype)
 
 
-def ends(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device="cuda")
+def ends(lengths: Sequence[int]) -> Ends:
+    return Ends(torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device="cuda"), max(lengths))
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
-    edges, longest = ends(lengths), max(lengths)
+    edges, longest = ends(lengths).edges, max(lengths)
     places = (edges, edges, longest, longest, 0.0, True)
     o, sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(q, k, v, *places, False, scale=scale)
     found = torch.ops.aten._flash_attention_backward(do, q, k, v, o, sums, *places, seed, offset, scale=scale)
@@ -57,7 +59,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], s
 
 def ours(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = varlen_attention(*leaves, ends(lengths), max(lengths), scale)
+    o = varlen_attention(*leaves, ends(lengths), scale)
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
@@ -84,7 +86,7 @@ def test_cudnns_attention_is_as_near_to_fp32_as_flash_attention(
     if way is None:
         pytest.skip("cuDNN does not compute these here")
     parts = made(lengths, *heads, size, dtype)
-    o, sums = cudnn.forward(*parts[:3], ends(lengths), max(lengths), scale) or pytest.fail("nothing was computed")
+    o, sums = cudnn.forward(*parts[:3], ends(lengths), scale) or pytest.fail("nothing was computed")
     wanted, theirs = exact(*parts, lengths, scale), flash(*parts, lengths, scale)
     assert torch.allclose(sums, theirs[4], atol=1e-3, rtol=1e-4)
     found = ours(*parts, lengths, scale)
@@ -105,19 +107,38 @@ def test_the_same_rows_give_the_same_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["odd", "batch"])
+@torch.no_grad()
+def test_room_behind_the_rows_changes_no_bit(kind: str) -> None:
+    from luthier.train.reproducible import reproducible
+
+    lengths, heads = LENGTHS[kind], Heads(queries=8, keys=2, size=128, scale=0.1)
+    cos = torch.ones(sum(lengths), 0, device="cuda")
+    segments, attention = Segments(cos, cos, (0, *accumulate(lengths)), 0), RowAttention(heads, fused.parts())
+    y = torch.randn(len(cos), heads.width, device="cuda", dtype=torch.bfloat16)
+    found = []
+    with reproducible("cuda"):
+        for room in (0, 32):
+            o, saved = attention.forward(spare.empty(y, len(y), heads.width, room).copy_(y), segments, room)
+            found.append((o, attention.backward(o.cos(), o, saved, segments, 2 * room)))
+            assert spare.has(found[-1][0], room)
+            assert spare.has(found[-1][1], 2 * room)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("kind", ["odd", "batch"])
 def test_a_recorded_pass_reads_new_rows_and_new_lengths(kind: str) -> None:
     lengths = LENGTHS[kind]
     q, k, v, _ = made(lengths, 8, 2, 64, torch.bfloat16)
-    edges, longest = ends(lengths), max(lengths)
+    edges, longest = ends(lengths).edges, max(lengths)
     if kind == "odd" and not cudnn.machine(q.device).frontend:
         pytest.skip("the frontend is not installed")
-    assert cudnn.forward(q, k, v, edges, longest, 0.1) is not None
+    assert cudnn.forward(q, k, v, Ends(edges, longest), 0.1) is not None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, sums = cudnn.forward(q, k, v, edges, longest, 0.1) or pytest.fail("nothing was computed")
+        o, sums = cudnn.forward(q, k, v, Ends(edges, longest), 0.1) or pytest.fail("nothing was computed")
     others = lengths[::-1]
     q.normal_()
-    edges.copy_(ends(others))
+    edges.copy_(ends(others).edges)
     graph.replay()
     wanted, *_, wanted_sums = flash(q, k, v, torch.zeros_like(o), others, 0.1)
     assert error(o, wanted.float()) < 1e-2
@@ -129,7 +150,7 @@ def test_a_plan_needs_next_to_nothing_meanwhile() -> None:
         pytest.skip("the frontend is not installed")
     for segments, longest in ((32, 1024), (4, 2048), (512, 128), (2, 32768)):
         shape = cudnn._Shape(
-            torch.device("cuda", 0), torch.bfloat16, segments, longest, 32, 8, 128, (48 * 128,) * 3, 0.1
+            torch.device("cuda", 0), torch.bfloat16, segments, longest, 32, 8, 128, (48 * 128,) * 4, 0.1
         )
         _, workspace = cudnn.plan(shape) or pytest.fail("there is no plan")
         assert workspace < 2**20

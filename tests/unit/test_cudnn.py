@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.kernels import cudnn, varlen_backward
+from luthier.kernels import cudnn, fused, spare, varlen_backward
 from luthier.kernels.cudnn import Machine, way
+from luthier.kernels.ends import Ends
 from luthier.kernels.place import planned_for
 from luthier.kernels.varlen import varlen_attention
+from luthier.model.heads import Heads, RowAttention, Segments
 from luthier.model.trace import Meter
 
 HOPPER = Machine(9, 91900, True)
@@ -54,7 +56,7 @@ def test_numbers_and_lengths_of_segments_share_few_plans() -> None:
 
 def test_elsewhere_than_on_a_gpu_nothing_is_computed() -> None:
     q = torch.empty(8, 2, 64, dtype=torch.bfloat16, device="meta")
-    assert cudnn.forward(q, q, q, torch.tensor([0, 8], dtype=torch.int32), 8, 0.1) is None
+    assert cudnn.forward(q, q, q, Ends(torch.tensor([0, 8], dtype=torch.int32), 8), 0.1) is None
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,30 @@ def test_the_own_gradient_is_hoppers(
 def test_a_plan_sees_the_own_gradients_memory_and_arithmetic() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     y = torch.empty(512, 12, 64, dtype=torch.bfloat16, device="meta")
-    edges = torch.empty(5, dtype=torch.int32, device="meta")
+    ends = Ends(torch.empty(5, dtype=torch.int32, device="meta"), 128)
     with planned_for((9, 0)), Meter().begun() as meter:
         q, k, v = (x.detach().requires_grad_() for x in torch.split(y, [8, 2, 2], 1))
-        o = varlen_attention(q, k, v, edges, 128, 0.1)
+        o = varlen_attention(q, k, v, ends, 0.1)
         meter.phase = "backward"
         gradients = torch.autograd.grad(o, (q, k, v), torch.empty_like(o))
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
     assert all(x._base is gradients[0]._base for x in gradients)  # side by side, as a merged product wants them
     assert meter.figures["work", "backward", "products", "flops"] == 7 * 512 * 128 * 8 * 64
     assert meter.figures["live", "backward", "backward"] == y.nbytes + o.nbytes
+
+
+@pytest.mark.parametrize("rows", [None, [3, 200]], ids=["", "chosen"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_whoever_computes_it_leaves_room_behind_the_rows(capability: tuple[int, int], rows: list[int] | None) -> None:
+    heads = Heads(queries=8, keys=2, size=64, scale=0.1)
+    chosen = None if rows is None else torch.tensor(rows, device="meta")
+    segments = Segments(*torch.empty(2, 512, 32, device="meta"), (0, 400, 512), 0, chosen)
+    y = torch.empty(512, heads.width, dtype=torch.bfloat16, device="meta")
+    attention = RowAttention(heads, fused.parts())
+    with planned_for(capability):
+        o, saved = attention.forward(y, segments, 16)
+        dy = attention.backward(torch.empty_like(o), o, saved, segments, 24)
+    assert o.shape == (512 if rows is None else 2, 512)
+    assert dy.shape == y.shape
+    assert spare.has(o, 16)
+    assert spare.has(dy, 24)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.pointwise import EAGER, Pointwise
+from luthier.kernels.spare import empty
 
 BLOCK = 128  # query rows of a tile: fewer waste less work above the diagonal, more make better products
 KEEP = 512  # tiles with at most so many keys keep their probabilities for the backward pass, longer ones recompute them
@@ -55,18 +56,20 @@ def chosen_tiles(bounds: Sequence[int], chosen: Tensor, prefix: int = 0) -> list
 
 
 def attention_forward(
-    q_GTRD: Tensor, k_GTD: Tensor, v_GTD: Tensor, tiles: Sequence[Tile], parts: Pointwise = EAGER
+    q_GTRD: Tensor, k_GTD: Tensor, v_GTD: Tensor, tiles: Sequence[Tile], parts: Pointwise = EAGER, spare: int = 0
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Attention with queries scaled already. Returns [Q, G·R·D] and the kept probabilities of each tile, or None."""
+    """Attention with queries scaled already. Returns [Q, G·R·D], with `spare` columns behind each row, and the kept
+    probabilities of each tile, or None."""
     groups, queries, repeats, size = q_GTRD.shape
-    o_TGRD = q_GTRD.new_empty(queries, groups, repeats, size)
+    o_TH = empty(q_GTRD, queries, groups * repeats * size, spare)
+    o_TGRD = o_TH.view(queries, groups, repeats, size)
     kept: list[Tensor | None] = []
     for tile in tiles:
         p_GQK = _probabilities(q_GTRD, k_GTD, tile, parts)
         o_GQD = torch.bmm(p_GQK, _keys(v_GTD, tile))
         o_TGRD[tile.rows] = o_GQD.view(groups, -1, repeats, size).transpose(0, 1)
         kept.append(p_GQK if p_GQK.shape[-1] <= KEEP else None)
-    return o_TGRD.view(queries, -1), kept
+    return o_TH, kept
 
 
 def attention_backward(

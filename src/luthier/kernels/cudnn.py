@@ -19,6 +19,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.kernels.ends import Ends
+from luthier.kernels.spare import empty
+
 OLDEST = 91500  # of cuDNN: what comes with the oldest torch we take
 LARGEST = {9: 256, 10: 128}  # head size by the first digit of the compute capability
 ROUND = 128  # tokens: batches have a plan for each length, and only those of full rows come again and again
@@ -64,21 +67,21 @@ def way(at: Machine, size: int, tokens: int, segments: int, longest: int) -> Lit
     return "packed" if at.frontend else None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor] | None:
+def forward(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: int = 0) -> tuple[Tensor, Tensor] | None:
     """Causal attention inside each segment, where cuDNN computes it; None where it does not.
 
-    Args: those of `varlen.varlen_attention`, for which `varlen.takes` holds.
+    Args: those of `varlen.forward`, for which `varlen.takes` holds.
 
-    Returns [T, Hq, D], and the fp32 logarithms [Hq, T] of the sums of exponentials, as flash attention has them. A plan
-    traces flash attention instead: it leaves the same, and what cuDNN takes meanwhile is less than 1 MiB.
+    Returns [T, Hq, D], with `spare` more values behind each token where rows are packed; and the fp32 logarithms
+    [Hq, T] of the sums of exponentials, which lie as it wrote them. A plan traces flash attention instead: it leaves
+    the same, and what cuDNN takes meanwhile is less than 1 MiB.
     """
     if not q.is_cuda or any(x.stride()[1:] != (q.shape[-1], 1) for x in (q, k, v)):
         return None
-    segments = len(edges) - 1
-    chosen = way(machine(q.device), q.shape[-1], len(q), segments, longest)
+    chosen = way(machine(q.device), q.shape[-1], len(q), len(ends), ends.longest)
     if chosen == "batch":
-        return _batch(q, k, v, segments, scale)
-    return _packed(q, k, v, edges, longest, scale) if chosen else None
+        return _batch(q, k, v, len(ends), scale)
+    return _packed(q, k, v, ends, scale, spare) if chosen else None
 
 
 def _batch(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ class _Shape(NamedTuple):
     heads: int
     groups: int
     size: int
-    strides: tuple[int, ...]  # values from token to token, of queries, keys and values
+    strides: tuple[int, ...]  # values from token to token, of queries, keys, values and what comes out
     scale: float
 
 
@@ -113,20 +116,27 @@ class _Part(IntEnum):
     Q, K, V, OUT, SUMS, LENGTHS, Q_STARTS, K_STARTS, V_STARTS, OUT_STARTS, SUM_STARTS = range(1, 12)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor] | None:
-    (tokens, heads, size), segments = q.shape, max(capacity(len(edges) - 1), 2)
-    strides = tuple(x.stride(0) for x in (q, k, v))
-    shape = _Shape(q.device, q.dtype, segments, max(capacity(longest), ROUND), heads, k.shape[1], size, strides, scale)
+def _packed(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: int) -> tuple[Tensor, Tensor] | None:
+    tokens, heads, size = q.shape
+    segments, longest = max(capacity(len(ends)), 2), max(capacity(ends.longest), ROUND)
+    strides = (q.stride(0), k.stride(0), v.stride(0), heads * size + spare)
+    shape = _Shape(q.device, q.dtype, segments, longest, heads, k.shape[1], size, strides, scale)
     found = plan(shape)
     if found is None:
         return None
     graph, workspace = found
-    # The others are empty. One edge more than there is, as cuDNN reads numbers that begin at 16 bytes.
-    edges = torch.cat([edges, edges[-1:].expand(segments + 2 - len(edges))])
-    o, sums = q.new_empty(tokens, heads, size), q.new_empty(tokens, heads, dtype=torch.float32)
-    parts = (q, k, v, o, sums, edges.diff(), *(edges * _strides(shape)))
-    _run(graph, dict(zip(_Part, parts, strict=True)), q.new_empty(workspace, dtype=torch.uint8))
-    return o, sums.t().contiguous()
+    o = empty(q, tokens, heads * size, spare).view(q.shape)
+    sums = q.new_empty(tokens, heads, dtype=torch.float32)
+    places = ends.made((segments, heads, *strides), lambda: _places(ends.edges, shape))
+    _run(graph, dict(zip(_Part, (q, k, v, o, sums, *places), strict=True)), q.new_empty(workspace, dtype=torch.uint8))
+    return o, sums.t()
+
+
+def _places(edges: Tensor, shape: _Shape) -> list[Tensor]:
+    """Tokens of each segment, and where each begins in each tensor with tokens."""
+    # Those beyond ours are empty. One edge more than there is, as cuDNN reads numbers that begin at 16 bytes.
+    edges = torch.cat([edges, edges[-1:].expand(shape.segments + 2 - len(edges))])
+    return [edges.diff(), *(edges * _strides((*shape.strides, shape.heads), shape.place))]
 
 
 def capacity(count: int) -> int:
@@ -135,10 +145,9 @@ def capacity(count: int) -> int:
 
 
 @cache
-def _strides(shape: _Shape) -> Tensor:
-    """int64 [5, 1]: values from token to token, of each tensor with tokens."""
-    strides = (*shape.strides, shape.heads * shape.size, shape.heads)
-    return torch.tensor(strides, dtype=torch.int64).to(shape.place)[:, None]
+def _strides(strides: tuple[int, ...], place: torch.device) -> Tensor:
+    """int64 [n, 1], which a recording cannot bring there."""
+    return torch.tensor(strides, dtype=torch.int64).to(place)[:, None]
 
 
 @cache
@@ -180,7 +189,7 @@ def _planned(shape: _Shape) -> tuple[Any, int]:
         seq_len_q=lengths,
         seq_len_kv=lengths,
     )
-    dim, strides = _laid_out(shape, shape.heads, shape.heads * shape.size)
+    dim, strides = _laid_out(shape, shape.heads, shape.strides[-1])
     out.set_uid(int(_Part.OUT)).set_output(True).set_dim(dim).set_stride(strides)
     out.set_ragged_offset(starts[_Part.OUT_STARTS])
     sums.set_uid(int(_Part.SUMS)).set_output(True).set_dim((*dim[:3], 1)).set_data_type(types.FLOAT)

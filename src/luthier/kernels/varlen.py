@@ -3,6 +3,7 @@ where they are faster cuDNN's forward pass (`cudnn.py`) and a backward pass of o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels import cudnn, varlen_backward
+from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability, on_gpu
+from luthier.kernels.spare import empty
 
 LARGEST = 256  # head size
+
+Parts = Sequence[Tensor]
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -31,32 +36,56 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None = None,
-    *,
-    keys: tuple[Tensor, int] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, window: int | None = None, *, keys: Ends | None = None
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, causal inside each segment.
 
     Args:
         q: [T, Hq, D]; k and v: [T, Hk, D], or [S, Hk, D] with `keys`, with Hq a multiple of Hk; see `takes`.
-        edges: int32 [n + 1], the segment boundaries from 0 to T, on the same device.
-        longest: tokens of the longest segment.
+        ends: of the segments.
         window: how many tokens a token sees, itself among them; None: all before it.
-        keys: `edges` and `longest` of k and v where segments have more keys than queries, which are then the last ones.
+        keys: the ends of k and v where segments have more keys than queries, which are then the last ones.
 
     Returns [T, Hq, D]. Differentiable once; with `keys` not at all, and for no `window`.
     """
     if keys is not None:
-        ends = (edges, keys[0], longest, keys[1])
-        found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, True, False, scale=scale)
-        return found[0]  # type: ignore[no-any-return]
-    return _Varlen.apply(q, k, v, edges, longest, scale, window)  # type: ignore[no-any-return, no-untyped-call]
+        return _flash(q, k, v, ends, keys, scale, None)[0]
+    return _Varlen.apply(q, k, v, ends, scale, window)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, window: int | None = None, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`varlen_attention` [T, Hq, D], with `spare` more values behind each token, and what its gradient needs besides:
+    the fp32 logarithms [Hq, T] of the sums of exponentials."""
+    found = cudnn.forward(q, k, v, ends, scale, spare) if window is None else None
+    o, sums = found or _flash(q, k, v, ends, ends, scale, window)
+    width = q.shape[1] * q.shape[2]
+    if o.stride(0) != width + spare:  # neither flash attention nor torch's cuDNN can be told where to write
+        o = empty(o, len(o), width, spare).view(o.shape).copy_(o)
+    return o, sums
+
+
+def backward(
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts
+) -> None:
+    """Writes the gradients of q, k and v.
+
+    Args:
+        do: [T, Hq, D].
+        o, sums: what `forward` returned, without a window.
+        into: tensors of the shapes of q, k and v, which lie in each token as those do.
+    """
+    if varlen_backward.takes(q, k, v, ends.longest):
+        varlen_backward.gradients(do, o, sums, q, k, v, ends, scale, into)
+        return
+    put(_flash_backward(do, o, sums, q, k, v, ends, scale, None), into)
+
+
+def put(found: Parts, into: Parts) -> None:
+    """Copies each tensor to its place: what made them cannot be told where to write."""
+    for place, tensor in zip(into, found, strict=True):
+        place.copy_(tensor)
 
 
 class _Varlen(torch.autograd.Function):
@@ -64,39 +93,42 @@ class _Varlen(torch.autograd.Function):
     heads, and keys that are repeated for that are copied, kept and summed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
-    ) -> Tensor:
-        options, causal = {"scale": scale, **_window(window)}, window is None
-        o, sums = (cudnn.forward(q, k, v, edges, longest, scale) if causal else None) or _flash(
-            q, k, v, edges, longest, causal, options
-        )
-        ctx.save_for_backward(q, k, v, edges, o, sums)
-        ctx.longest, ctx.causal, ctx.scale, ctx.options = longest, causal, scale, options
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, window: int | None) -> Tensor:
+        o, sums = forward(q, k, v, ends, scale, window)
+        ctx.save_for_backward(o, sums, q, k, v)
+        ctx.ends, ctx.scale, ctx.window = ends, scale, window
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, edges, o, sums = ctx.saved_tensors
-        if ctx.causal and varlen_backward.takes(q, k, v, ctx.longest):
-            dy = varlen_backward.gradients(do, q, k, v, o, sums, edges, ctx.longest, ctx.scale)
-            return *torch.split(dy, [q.shape[1], k.shape[1], v.shape[1]], 1), None, None, None, None
-        seed = offset = edges.new_empty(0)  # of a dropout that there is not
-        ends = (edges, edges, ctx.longest, ctx.longest)
-        found = torch.ops.aten._flash_attention_backward(
-            do, q, k, v, o, sums, *ends, 0.0, ctx.causal, seed, offset, **ctx.options
-        )
-        return *found, None, None, None, None
+        o, sums, q, k, v = ctx.saved_tensors
+        if ctx.window is not None or not varlen_backward.takes(q, k, v, ctx.ends.longest):
+            return *_flash_backward(do, o, sums, q, k, v, ctx.ends, ctx.scale, ctx.window), None, None, None
+        heads = [x.shape[1] for x in (q, k, v)]
+        into = torch.split(q.new_empty(len(q), sum(heads), q.shape[2]), heads, 1)
+        varlen_backward.gradients(do, o, sums, q, k, v, ctx.ends, ctx.scale, into)
+        return *into, None, None, None
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, causal: bool, options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, ends: Ends, keys: Ends, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """[T, Hq, D], and the fp32 logarithms [Hq, T] of the sums of exponentials."""
-    ends = (edges, edges, longest, longest)
-    o, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, causal, False, **options)
+    places = (ends.edges, keys.edges, ends.longest, keys.longest, 0.0, window is None)
+    o, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *places, False, scale=scale, **_window(window))
     return o, sums
+
+
+def _flash_backward(
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, window: int | None
+) -> Parts:
+    places = (ends.edges, ends.edges, ends.longest, ends.longest, 0.0, window is None)
+    none = ends.edges.new_empty(0)  # of the seed and the offset of a dropout that there is not
+    options = {"scale": scale, **_window(window)}
+    sums = sums.contiguous()
+    found = torch.ops.aten._flash_attention_backward(do, q, k, v, o, sums, *places, none, none, **options)
+    return found  # type: ignore[no-any-return]
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ are taken twice for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability
 
 LARGEST = 128  # head size: two gradients of a block of keys are kept in registers
 SHARED = 8  # query heads that share keys, at most: a program goes through them one after the other
+
+
+Parts = Sequence[Tensor]
 
 
 class Blocks(NamedTuple):
@@ -44,46 +49,59 @@ def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
         and size <= LARGEST
         and q.shape[1] <= SHARED * k.shape[1]
         and all(x.stride()[1:] == (size, 1) for x in (q, k, v))
-        and longest * max(width, *(x.stride(0) for x in (q, k, v))) < 2**31
+        and longest * max(width, *(x.stride(0) for x in (q, k, v))) < 2**30  # or twice as far, with spare columns
         and find_spec("triton") is not None
     )
 
 
 def gradients(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, edges: Tensor, longest: int, scale: float
-) -> Tensor:
-    """Those of q [T, Hq, D], and of k and v [T, Hk, D], side by side in one tensor [T, Hq + 2 Hk, D].
+    do: Tensor,
+    o: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Ends,
+    scale: float,
+    into: Sequence[Tensor],
+) -> None:
+    """Those of q [T, Hq, D], and of k and v [T, Hk, D].
 
     Args:
-        do, o: [T, Hq, D], `o` contiguous.
+        do, o: [T, Hq, D].
         sums: fp32 [Hq, T], the logarithms of the sums of exponentials.
-        edges, longest, scale: those of `varlen.varlen_attention`.
+        ends: of the segments.
+        into: where they are written, as far from token to token; the heads of a token lie side by side.
     """
-    return torch.ops.luthier.varlen_backward(do, q, k, v, o, sums, edges, longest, scale)  # type: ignore[no-any-return]
+    torch.ops.luthier.varlen_backward(do, o, sums, q, k, v, ends.edges, ends.longest, scale, *into)
 
 
 def launched(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, edges: Tensor, longest: int, scale: float,
-    queries: Blocks = QUERIES, keys: Blocks = KEYS,
-) -> Tensor:  # fmt: skip
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, queries: Blocks = QUERIES, keys: Blocks = KEYS,
+) -> None:  # fmt: skip
     """`gradients`, by blocks of these sizes."""
-    (tokens, heads, size), groups = q.shape, k.shape[1]
-    dy, inner = q.new_empty(tokens, heads + 2 * groups, size), torch.empty_like(sums)
-    if dy.is_meta:
-        return dy
+    (_, heads, size), groups = q.shape, k.shape[1]
+    inner = torch.empty_like(sums)
+    if dq.is_meta:
+        return
     from luthier.kernels import varlen_jit
 
-    do, segments = do.contiguous(), len(edges) - 1
-    dq, dk, dv = torch.split(dy, [heads, groups, groups], 1)
+    do, segments = _side_by_side(do), len(edges) - 1
     fixed = {"GROUP": heads // groups, "SIZE": size, "WIDE": max(16, 1 << (size - 1).bit_length())}
-    numbers = (inner, scale, tokens, q.stride(0), k.stride(0), v.stride(0), do.stride(0), dy.stride(0))
+    steps = [x.stride(0) for x in (q, k, v, do, o, dq)]
+    numbers = (inner, scale, *sums.stride(), *steps)
     varlen_jit.queries[heads, segments, -(-longest // queries.rows)](
-        do, q, k, v, o, sums, edges, dq, *numbers, **fixed, **_options(queries)
+        do, o, q, k, v, sums, edges, dq, *numbers, **fixed, **_options(queries)
     )
     varlen_jit.keys_and_values[groups, segments, -(-longest // keys.keys)](
         do, q, k, v, sums, edges, dk, dv, *numbers, **fixed, **_options(keys)
     )
-    return dy
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x [T, H, D], whose values of a token lie side by side."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _options(blocks: Blocks) -> dict[str, Any]:
@@ -93,13 +111,14 @@ def _options(blocks: Blocks) -> dict[str, Any]:
 # An operation of torch's, so that a plan sees it and its arithmetic.
 
 _operations: Any = library.Library("luthier", "FRAGMENT")  # type: ignore[no-untyped-call]
-_tensors = ", ".join(f"Tensor {name}" for name in ("do", "q", "k", "v", "o", "sums", "edges"))
-_operations.define(f"varlen_backward({_tensors}, int longest, float scale) -> Tensor")
+_read = ", ".join(f"Tensor {name}" for name in ("do", "o", "sums", "q", "k", "v", "edges"))
+_written = ", ".join(f"Tensor({name}!) d{name}" for name in ("q", "k", "v"))
+_operations.define(f"varlen_backward({_read}, int longest, float scale, {_written}) -> ()")
 _operations.impl("varlen_backward", launched, "CompositeExplicitAutograd")
 
 
 @register_flop_formula(torch.ops.luthier.varlen_backward)
-def _flops(do: Any, q: Any, k: Any, v: Any, o: Any, sums: Any, edges: Any, longest: int, scale: float, **_: Any) -> int:
+def _flops(do: Any, o: Any, sums: Any, q: Any, k: Any, v: Any, edges: Any, longest: int, *_: Any, **__: Any) -> int:
     """Seven products of the causal half, all segments as long as the longest."""
     tokens, heads, size = q
     return 7 * int(tokens * longest * heads * size)

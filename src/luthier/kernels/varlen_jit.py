@@ -25,9 +25,10 @@ def _write(x, values, first, step, count, at, SIZE: tl.constexpr, WIDE: tl.const
     tl.store(x + (first + at)[:, None] * step + place[None, :], values.to(x.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["sum_head"])
 def queries(  # type: ignore
-    do, q, k, v, o, sums, edges, dq, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
+    do, o, q, k, v, sums, edges, dq, inner, scale, sum_head, sum_step,
+    q_step, k_step, v_step, do_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and `inner`, the products of rows of `do` and `o`."""
@@ -39,10 +40,10 @@ def queries(  # type: ignore
         k += start * k_step + head // GROUP * SIZE
         v += start * v_step + head // GROUP * SIZE
         query = _read(q + start * q_step + head * SIZE, first, q_step, count, rows, SIZE, WIDE)
-        above = _read(do + start * o_step + head * SIZE, first, o_step, count, rows, SIZE, WIDE)
+        above = _read(do + start * do_step + head * SIZE, first, do_step, count, rows, SIZE, WIDE)
         below = _read(o + start * o_step + head * SIZE, first, o_step, count, rows, SIZE, WIDE)
         level = tl.sum(above.to(tl.float32) * below.to(tl.float32), 1)
-        at, inside = head * tokens + start + first + rows, first + rows < count
+        at, inside = head * sum_head + (start + first + rows) * sum_step, first + rows < count
         tl.store(inner + at, level, inside)
         total = tl.load(sums + at, inside, 0.0) * 1.4426950408889634
         found = tl.zeros([ROWS, WIDE], tl.float32)
@@ -57,9 +58,10 @@ def queries(  # type: ignore
         _write(dq + start * dy_step + head * SIZE, found * scale, first, dy_step, count, rows, SIZE, WIDE)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["sum_head"])
 def keys_and_values(  # type: ignore
-    do, q, k, v, sums, edges, dk, dv, inner, scale, tokens, q_step, k_step, v_step, o_step, dy_step,
+    do, q, k, v, sums, edges, dk, dv, inner, scale, sum_head, sum_step,
+    q_step, k_step, v_step, do_step, o_step, dy_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values, from all query heads that share them, one after the other."""
@@ -74,9 +76,9 @@ def keys_and_values(  # type: ignore
         blocks = tl.cdiv(count - low, ROWS)
         for turn in tl.range(0, GROUP * blocks):
             head, first = group * GROUP + turn // blocks, low + turn % blocks * ROWS
-            at, inside = head * tokens + start + first + rows, first + rows < count
+            at, inside = head * sum_head + (start + first + rows) * sum_step, first + rows < count
             query = _read(q + start * q_step + head * SIZE, first, q_step, count, rows, SIZE, WIDE)
-            above = _read(do + start * o_step + head * SIZE, first, o_step, count, rows, SIZE, WIDE)
+            above = _read(do + start * do_step + head * SIZE, first, do_step, count, rows, SIZE, WIDE)
             total = tl.load(sums + at, inside, 0.0) * 1.4426950408889634
             level = tl.load(inner + at, inside, 0.0)
             score = tl.dot(key, tl.trans(query), input_precision="ieee")

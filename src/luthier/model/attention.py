@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from luthier.errors import ModelError
 from luthier.kernels.attention import segment_attention
+from luthier.kernels.ends import Ends
 from luthier.kernels.place import on_gpu
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import lean
@@ -116,8 +117,7 @@ def _called(
     scale = scale or query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if mask is None and takes(q, k, v):
-        longest = max(end - start for start, end in pairwise(bounds))
-        out = varlen_attention(q, k, v, _edges(bounds, q.device), longest, scale)
+        out = varlen_attention(q, k, v, _same_ends(bounds, q.device), scale)
     elif mask is None and not on_gpu(q):
         out = segment_attention(q, k, v, bounds, scale)
     else:
@@ -138,11 +138,14 @@ def _for_all(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         yield x.expand(-1, times, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(times, 1)
 
 
-@lru_cache(maxsize=1)
-def _edges(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """`bounds` as int32 [n + 1]: the same for all layers."""
+def _ends(bounds: tuple[int, ...], device: torch.device) -> Ends:
     with torch.inference_mode(False):  # what is made in that mode could not be saved for a backward pass after it
-        return torch.tensor(bounds, dtype=torch.int32, device=device)
+        edges = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return Ends(edges, max(end - start for start, end in pairwise(bounds)))
+
+
+_same_ends = lru_cache(maxsize=1)(_ends)
+"""For all layers, where nothing is handed to them but tensors."""
 
 
 def within(module: nn.Module, mode: TorchFunctionMode) -> list[Any]:
@@ -166,27 +169,23 @@ class Segments:
     """What the tokens of a packed row see: in their own segment, what `function` lets them.
 
     Attributes:
-        edges: `bounds` as int32 [n + 1], on the module's device.
+        ends: `bounds`, on the module's device.
         function: transformers' mask function of (batch, head, query, key) indices, counted from the segment's start.
         local: how many tokens a token sees at most, itself among them, for the masks that have such a limit.
         composed: the function is not made of comparisons alone (transformers' `use_vmap`).
     """
 
     bounds: tuple[int, ...]
-    edges: Tensor
+    ends: Ends
     function: Callable[..., Any]
     local: int | None
     composed: bool
     masks: dict[int, Tensor] = field(default_factory=dict)
 
     @property
-    def longest(self) -> int:
-        return max(end - start for start, end in pairwise(self.bounds))
-
-    @property
     def causal(self) -> bool:
         """Whether each token sees all that comes before it."""
-        return self.function is causal_mask_function or (self.local is not None and self.local >= self.longest)
+        return self.function is causal_mask_function or (self.local is not None and self.local >= self.ends.longest)
 
     def mask(self, length: int) -> Tensor:
         """bool [1, 1, length, length]: what is seen in a segment of so many tokens."""
@@ -198,7 +197,7 @@ class Segments:
                 mask_function=self.function,
                 allow_is_causal_skip=False,
                 use_vmap=self.composed,
-                device=self.edges.device,
+                device=self.ends.edges.device,
             )
             assert seen is not None
             self.masks[length] = seen
@@ -212,9 +211,8 @@ def _mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> Ten
         return sdpa_mask(batch_size, q_length, kv_length, **options)
     if batch_size != 1 or q_length != kv_length or q_length != ends[-1]:
         raise ModelError("attends to other tokens than its own, and so cannot be packed")
-    edges = torch.tensor(ends, dtype=torch.int32, device=options.get("device", "cpu"))
-    function = options.get("mask_function", causal_mask_function)
-    return Segments(ends, edges, function, options.get("local_size"), options.get("use_vmap", False))
+    function, device = options.get("mask_function", causal_mask_function), options.get("device", "cpu")
+    return Segments(ends, _ends(ends, device), function, options.get("local_size"), options.get("use_vmap", False))
 
 
 def _attention(
@@ -238,7 +236,7 @@ def _segments(
     simple = not _is_own(options) and (seen.causal or (window is not None and window == seen.local))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if simple and takes(q, k, v):
-        return varlen_attention(q, k, v, seen.edges, seen.longest, scale, window)[None]
+        return varlen_attention(q, k, v, seen.ends, scale, window)[None]
     if simple and window is None and not on_gpu(q) and q.shape[-1] == v.shape[-1]:
         return segment_attention(q, k, v, seen.bounds, scale)[None]
     pieces = []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.adapters.method import Noise
+from luthier.kernels.ends import Ends
 from luthier.kernels.pointwise import Pointwise
 from luthier.model.block import Block, Kept, Pack, Recompute
 from luthier.model.families import Family, window
@@ -73,7 +74,7 @@ class Decoder:
         """
         self.updates.refresh(self._linears)
         x: Tensor = self.embed(micro.ids)
-        told = (micro.edges, micro.longest) if isinstance(micro, Placed) else None
+        told = Ends(micro.edges, micro.longest) if isinstance(micro, Placed) else None
         packs = {
             how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
             for how in dict.fromkeys(block.turned for block in self.blocks)

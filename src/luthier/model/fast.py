@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from luthier.adapters.lora import LoraLinear
+from luthier.kernels.ends import Ends
 from luthier.kernels.loss import token_losses
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
@@ -309,10 +310,13 @@ class _Texts:
         return self._moved(_ranges(self.key_bounds[:-1], self.before)), self._moved(_ranges(own, self.lengths))
 
     @cached_property
-    def edges(self) -> tuple[Tensor, Tensor]:
-        """`bounds` and `key_bounds` as int32 [n + 1]."""
-        bounds, key_bounds = (torch.tensor(b, dtype=torch.int32) for b in (self.bounds, self.key_bounds))
-        return self._moved(bounds), self._moved(key_bounds)
+    def ends(self) -> tuple[Ends, Ends]:
+        """`bounds` and `key_bounds`, where the tokens are."""
+        own, keys = (
+            Ends(self._moved(torch.tensor(bounds, dtype=torch.int32)), max(b - a for a, b in pairwise(bounds)))
+            for bounds in (self.bounds, self.key_bounds)
+        )
+        return own, keys
 
     @cached_property
     def biases(self) -> dict[int, Tensor]:
@@ -345,8 +349,8 @@ def _ranges(firsts: Iterable[int], counts: Sequence[int]) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, texts: _Texts) -> Tensor:
     """Causal attention inside each text: q [T, Hq, D], k and v [S, Hk, D] to [T, Hq, D]."""
     if takes(q, k, v):
-        (edges, key_edges), longest = texts.edges, max(b - a for a, b in pairwise(texts.key_bounds))
-        return varlen_attention(q, k, v, edges, max(texts.lengths), q.shape[-1] ** -0.5, keys=(key_edges, longest))
+        ends, keys = texts.ends
+        return varlen_attention(q, k, v, ends, q.shape[-1] ** -0.5, keys=keys)
     outs = []
     for before, (a, b), (c, d) in zip(texts.before, pairwise(texts.bounds), pairwise(texts.key_bounds), strict=True):
         bias = texts.biases.get(before)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.kernels import varlen
 from luthier.kernels.attention import (
     Tile,
     attention_backward,
@@ -23,9 +24,11 @@ from luthier.kernels.attention import (
     causal_tiles,
     chosen_tiles,
 )
+from luthier.kernels.ends import Ends
 from luthier.kernels.place import on_gpu
 from luthier.kernels.pointwise import Pointwise
-from luthier.kernels.varlen import takes, varlen_attention
+from luthier.kernels.spare import empty
+from luthier.kernels.varlen import put, takes
 from luthier.model.norm import Norm
 
 Saved = tuple[Tensor | None, ...]
@@ -41,7 +44,7 @@ class Segments:
     bounds: tuple[int, ...]
     prefix: int  # tokens of the first segment that all others see too
     rows: Tensor | None = None  # int64 [Q], ascending: the queries; None: all tokens
-    told: tuple[Tensor, int] | None = None  # `edges` and `longest`, where they are known; `bounds` may then be others
+    told: Ends | None = None  # where they are known; `bounds` may then be others
 
     @cached_property
     def tiles(self) -> list[Tile]:
@@ -50,16 +53,11 @@ class Segments:
         return chosen_tiles(self.bounds, self.rows.cpu(), self.prefix)
 
     @cached_property
-    def edges(self) -> Tensor:
-        """`bounds` as int32 [n + 1], where the tokens are."""
+    def ends(self) -> Ends:
         if self.told:
-            return self.told[0]
-        return torch.tensor(self.bounds, dtype=torch.int32).to(self.cos.device, non_blocking=True)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest segment, or more."""
-        return self.told[1] if self.told else max(end - start for start, end in pairwise(self.bounds))
+            return self.told
+        edges = torch.tensor(self.bounds, dtype=torch.int32).to(self.cos.device, non_blocking=True)
+        return Ends(edges, max(end - start for start, end in pairwise(self.bounds)))
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,11 @@ class Heads:
     grouped: bool = False  # query, key and value of one head, then those of the next: as many keys as queries
     neighbours: bool = False  # which features rotary embedding turns together: see `kernels.pointwise.rotate`
 
+    @property
+    def width(self) -> int:
+        """N: of all heads side by side."""
+        return (self.queries + 2 * self.keys) * self.size
+
     def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, Hq, D], k and v [T, Hk, D] as views of q|k|v [T, N]."""
         if self.grouped:
@@ -80,18 +83,6 @@ class Heads:
         else:
             q, k, v = torch.split(y.view(len(y), -1, self.size), [self.queries, self.keys, self.keys], dim=1)
         return q, k, v
-
-    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q|k|v [T, N] of what `split` gives."""
-        whole = q._base
-        if (
-            not self.grouped
-            and whole is not None
-            and whole is k._base is v._base
-            and whole.shape == (len(q), self.queries + 2 * self.keys, self.size)
-        ):
-            return whole.flatten(1)  # they lie so already
-        return (torch.stack([q, k, v], 2) if self.grouped else torch.cat([q, k, v], 1)).flatten(1)
 
     def turned(self, y: Tensor) -> Sequence[Tensor]:
         """The queries and keys of q|k|v [T, N], each [T, heads, D], in as few views as there can be."""
@@ -101,11 +92,11 @@ class Heads:
 class Attention(Protocol):
     """Attention of a layer, whose heads lie as it was told."""
 
-    def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
-        """q|k|v [T, N] to [Q, Hq·D]. `y` may be overwritten."""
+    def forward(self, y: Tensor, segments: Segments, spare: int = 0) -> tuple[Tensor, Saved]:
+        """q|k|v [T, N] to [Q, Hq·D], with `spare` columns behind each row. `y` may be overwritten."""
 
-    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
-        """The gradient of q|k|v [T, N]."""
+    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments, spare: int = 0) -> Tensor:
+        """The gradient of q|k|v [T, N], with `spare` columns behind each row."""
 
 
 def attention_on(place: Tensor, heads: Heads, point: Pointwise) -> Attention:
@@ -120,19 +111,19 @@ class TileAttention:
     def __init__(self, heads: Heads, point: Pointwise) -> None:
         self.heads, self.point = heads, point
 
-    def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
+    def forward(self, y: Tensor, segments: Segments, spare: int = 0) -> tuple[Tensor, Saved]:
         q_TGRD, k_TG1D, v_TG1D = self._split(y)
         chosen = q_TGRD if segments.rows is None else q_TGRD[segments.rows]
         q_GQRD = self.point.rotate(chosen, *_tables(segments), self.heads.scale, self.heads.neighbours)
         k_GTD = self.point.rotate(k_TG1D, segments.cos, segments.sin, 1.0, self.heads.neighbours)[:, :, 0]
         v_GTD = v_TG1D[:, :, 0].transpose(0, 1).contiguous()
-        o, kept = attention_forward(q_GQRD, k_GTD, v_GTD, segments.tiles, self.point)
+        o, kept = attention_forward(q_GQRD, k_GTD, v_GTD, segments.tiles, self.point, spare)
         return o, (q_GQRD, k_GTD, v_GTD, *kept)
 
-    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
+    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments, spare: int = 0) -> Tensor:
         q_GQRD, k_GTD, v_GTD, *kept = cast(tuple[Tensor, ...], saved)
         dq, dk, dv = attention_backward(do, o, q_GQRD, k_GTD, v_GTD, kept, segments.tiles, self.point)
-        dy = do.new_empty(k_GTD.shape[1], (self.heads.queries + 2 * self.heads.keys) * self.heads.size)
+        dy = empty(do, k_GTD.shape[1], self.heads.width, spare)
         q_TGRD, k_TG1D, v_TG1D = self._split(dy)
         chosen = q_TGRD if segments.rows is None else q_TGRD.new_empty(len(segments.rows), *q_TGRD.shape[1:])
         self.point.unrotate(dq, *_tables(segments), chosen, self.heads.scale, self.heads.neighbours)
@@ -155,27 +146,33 @@ def _tables(segments: Segments) -> tuple[Tensor, Tensor]:
 
 
 class RowAttention:
-    """By whole rows of segments, on a GPU: heads are turned in place, where the product left them, and torch's flash
-    attention reads them there. Queries that nobody asked for are computed too; a prefix cannot be shared."""
+    """By whole rows of segments, on a GPU: heads are turned in place, where the product left them, and kernels for
+    packed rows read them there. Queries that nobody asked for are computed too; a prefix cannot be shared."""
 
     def __init__(self, heads: Heads, point: Pointwise) -> None:
         self.heads, self.point = heads, point
 
-    def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
+    def forward(self, y: Tensor, segments: Segments, spare: int = 0) -> tuple[Tensor, Saved]:
         assert not segments.prefix
         self._turn(y, segments, False)
-        # What is made in inference mode goes backward nowhere, and cannot be saved for it.
-        with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
-            q, k, v = (heads.detach().requires_grad_() for heads in self.heads.split(y))
-            whole = _attend(q, k, v, segments, self.heads.scale)
-        o = whole.detach().flatten(1)
-        return o if segments.rows is None else o[segments.rows], (whole, q, k, v)
+        q, k, v = self.heads.split(y)
+        if takes(q, k, v):
+            behind = spare if segments.rows is None else 0
+            whole, sums = varlen.forward(q, k, v, segments.ends, self.heads.scale, spare=behind)
+            return _chosen(whole, segments, spare), (whole, q, k, v, sums)
+        whole, leaves = _each(q, k, v, segments.bounds, self.heads.scale)
+        return _chosen(whole.detach(), segments, spare), (whole, *leaves)
 
-    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
-        whole, *leaves = cast(tuple[Tensor, ...], saved)
+    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments, spare: int = 0) -> Tensor:
+        whole, q, k, v, *rest = cast(tuple[Tensor, ...], saved)
         if segments.rows is not None:
             do = do.new_zeros(len(whole), do.shape[1]).index_copy_(0, segments.rows, do)
-        dy = self.heads.join(*torch.autograd.grad(whole, leaves, do.view_as(whole)))
+        do, dy = do.view(whole.shape), empty(do, len(whole), self.heads.width, spare)
+        into = self.heads.split(dy)
+        if rest:
+            varlen.backward(do, whole, rest[0], q, k, v, segments.ends, self.heads.scale, into)
+        else:
+            put(torch.autograd.grad(whole, [q, k, v], do), into)
         self._turn(dy, segments, True)
         return dy
 
@@ -190,18 +187,18 @@ class NormedHeads:
     def __init__(self, attention: Attention, heads: Heads, query_norm: Norm, key_norm: Norm) -> None:
         self.attention, self.heads, self.norms = attention, heads, (query_norm, key_norm)
 
-    def forward(self, y: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
+    def forward(self, y: Tensor, segments: Segments, spare: int = 0) -> tuple[Tensor, Saved]:
         before: list[Tensor] = []
         for part, norm in zip(self.heads.split(y), self.norms, strict=False):
             x = part.clone(memory_format=torch.contiguous_format).view(-1, self.heads.size)
             n, scale = norm.forward(x)
             part.copy_(n.view(part.shape))
             before += [x, scale]
-        o, saved = self.attention.forward(y, segments)
+        o, saved = self.attention.forward(y, segments, spare)
         return o, (*before, *saved)
 
-    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments) -> Tensor:
-        dy = self.attention.backward(do, o, saved[4:], segments)
+    def backward(self, do: Tensor, o: Tensor, saved: Saved, segments: Segments, spare: int = 0) -> Tensor:
+        dy = self.attention.backward(do, o, saved[4:], segments, spare)
         before = cast(tuple[Tensor, ...], saved[:4])
         for part, norm, x, scale in zip(self.heads.split(dy), self.norms, before[::2], before[1::2], strict=False):
             dx, _ = norm.backward(part.reshape(x.shape).contiguous(), x, scale, None)
@@ -209,12 +206,23 @@ class NormedHeads:
         return dy
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    """[T, Hq, D], with the graph that leads back to q, k and v."""
-    if takes(q, k, v):
-        return varlen_attention(q, k, v, segments.edges, segments.longest, scale)
-    parts = [_sdpa(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(segments.bounds)]
-    return torch.cat(parts)
+def _each(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """[T, Hq, D] by a kernel a segment, with the graph that leads back to the tensors that come with it."""
+    # What is made in inference mode goes backward nowhere, and cannot be saved for it.
+    with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return torch.cat([_sdpa(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(bounds)]), (q, k, v)
+
+
+def _chosen(o: Tensor, segments: Segments, spare: int) -> Tensor:
+    """Of o [T, Hq, D] what is asked for, [Q, Hq·D], with `spare` columns behind each row."""
+    o, rows = o.flatten(1), segments.rows
+    if rows is None and o.stride(0) == o.shape[1] + spare:
+        return o
+    chosen = o if rows is None else o[rows]
+    return empty(o, len(chosen), o.shape[1], spare).copy_(chosen)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
