@@ -15,7 +15,7 @@ from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
 from luthier.errors import AdapterError, ModelError, RecipeError, RunError, Stopped
 from luthier.runs import Run
-from luthier.train.launch import _same, decisions_of, prepare_data, train
+from luthier.train.launch import decisions_of, is_same, prepare_data, train
 
 HERE = Path(__file__)
 
@@ -112,7 +112,7 @@ def test_decisions_of_an_older_version_are_kept_and_those_for_another_number_of_
     run.update_manifest(asked=older, decisions=decisions)
     assert decisions_of(run, prepared).micro_tokens == 77
     for before, now, kept in ((True, True, True), (True, 1, False), (1, True, False)):
-        assert _same(asked | {"recompute": before}, asked | {"recompute": now}) == kept
+        assert is_same(asked | {"recompute": before}, asked | {"recompute": now}) == kept
 
 
 def test_a_changed_file_is_prepared_again_until_the_run_has_begun(tmp_path: Path) -> None:

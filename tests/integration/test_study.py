@@ -18,8 +18,11 @@ import pytest
 
 import tiny
 from luthier.cli import main
+from luthier.data.prepare import Prepared
 from luthier.errors import UsageError
-from luthier.evaluate.study.conduct import Wanted, wanted
+from luthier.evaluate.study.conduct import Wanted, _known, wanted
+from luthier.machine import machine
+from luthier.model.load import load_tokenizer, model_folder
 from luthier.recipe import Recipe
 from luthier.runs import Run
 from luthier.train.launch import train
@@ -163,6 +166,53 @@ def test_a_study_that_is_done_is_left_as_it_is_and_more_seeds_and_sizes_add_cell
     assert code == 0, err
     assert [point["seeds"] for point in json.loads(out)["points"]] == [[], [17], [17, 18], [17, 18]]
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def decided(folder: Path, over: str | None = None, values: Any = (8, 16), *overrides: str) -> tuple[Any, list[str]]:
+    """What study.json holds of decisions, and what was said of them, when this is studied there."""
+    said: list[str] = []
+    whole = Run(folder, Recipe.load(folder.parent / "sums.yaml", f"run.dir={folder}", "run.processes=2", *overrides))
+    prepared = Prepared.open(whole.data, load_tokenizer(model_folder(whole.recipe.model), whole.recipe.adapter))
+    return _known(whole, Wanted(over, values), prepared, machine(), said.append), said
+
+
+def marked(study: Study, copy: Path, *, dtype: str = "float32", without: str = "") -> dict[str, Any]:
+    """A copy of a study whose decisions can be told from new ones; made by a version that knew no setting `without`."""
+    shutil.copytree(study.folder, copy)
+    shutil.copy(study.folder.parent / "sums.yaml", copy.parent)
+    shutil.copy(study.folder.parent / "sums.jsonl", copy.parent)
+    there = json.loads((copy / "study.json").read_text())
+    there["decided"]["kinds"]["sizes"]["micro_tokens"] = 77
+    there["decided"]["asked"].pop(without, None)
+    for manifest in copy.glob("cells/*/manifest.json"):
+        values = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(values | {"decisions": {**values["decisions"], "dtype": dtype}}))
+    (copy / "study.json").write_text(json.dumps(there))
+    return dict(there["decided"]["kinds"])
+
+
+def test_decisions_of_an_older_version_are_kept_for_the_cells_that_are_left(study: Study, tmp_path: Path) -> None:
+    before = marked(study, tmp_path / "copy", without="graphs")
+    found, said = decided(tmp_path / "copy")
+    assert (found["kinds"], said) == (before, [])
+
+
+def test_cells_of_a_study_that_is_run_otherwise_say_so_and_keep_their_dtype(study: Study, tmp_path: Path) -> None:
+    marked(study, tmp_path / "copy", dtype="bfloat16")
+    found, said = decided(tmp_path / "copy", None, (8, 16), "run.micro_tokens=55")
+    assert (found["kinds"]["sizes"]["micro_tokens"], found["kinds"]["sizes"]["dtype"]) == (55, "bfloat16")
+    assert said == [
+        "the recipe's section `run` has changed: cells that have begun go on as they did, the others take it"
+    ]
+
+
+def test_new_values_are_decided_beside_those_that_are_known(study: Study, tmp_path: Path) -> None:
+    marked(study, tmp_path / "copy")
+    first, _ = decided(tmp_path / "copy", "adapter.rank", (2, 4))
+    second, said = decided(tmp_path / "copy", "adapter.rank", (4, 8))
+    assert list(second["kinds"]) == ["sizes", "2", "4", "8"]
+    assert {**second["kinds"], "8": None} == {**first["kinds"], "8": None}
+    assert (first["kinds"]["sizes"]["micro_tokens"], said) == (77, [])
 
 
 def test_another_study_in_the_same_folder_is_refused_with_what_differs(study: Study, recipe: Path) -> None:

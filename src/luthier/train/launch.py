@@ -92,8 +92,8 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     """The decisions recorded in the manifest, if the recipe asks for the same; else new ones, then recorded. A run that
     has begun keeps its dtype: that decides what is learned."""
     manifest = run.manifest
-    asked = run.recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
-    if _same(manifest.get("asked"), asked):
+    asked = asked_of(run.recipe)
+    if is_same(manifest.get("asked"), asked):
         return Decisions(**manifest["decisions"])
     facts = machine()
     wake("cuda" if facts.gpus and run.recipe.run.place == "auto" else run.recipe.run.place)
@@ -104,7 +104,12 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     return decisions
 
 
-def _same(stored: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
+def asked_of(recipe: Recipe) -> dict[str, Any]:
+    """What decisions are made from, of how a recipe is to be run: JSON values."""
+    return recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
+
+
+def is_same(stored: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
     """Whether a manifest's decisions are for what is asked. That of an older version lacks what was `auto` then; and in
     JSON a number of blocks, 1, is not all of them, true."""
     if stored is None:

@@ -41,6 +41,7 @@ from luthier.runs import Run, read_json, versions, write_json
 from luthier.train.decide import Decisions, Rows, decide, halved
 from luthier.train.group import Progress, group
 from luthier.train.interrupt import Interrupt
+from luthier.train.launch import asked_of, is_same, prepare_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ def study(
         asked = replace(asked, values=_checked(asked, prepared, recipe))
         questions = suite(whole)
         check_decides(questions.questions, recipe.evaluate.metrics[0])
-        plan = _Plan.of(whole, asked, prepared)
+        plan = _Plan.of(whole, asked, prepared, lambda text: view({"event": "note", "text": text}))
         cells = plan.create()
         _work(whole, plan, cells, view)
         _report([run for run in cells if run.finished], whole, view)
@@ -172,7 +173,6 @@ def _refuse_another(recipe: Recipe, asked: Wanted, folder: Path) -> None:
 def _prepared(whole: Run, say: Callable[[str], None]) -> Prepared:
     """The data of the study as tokens: made once. A study that has begun stays with the rows it began with."""
     from luthier.model.load import load_tokenizer, model_folder
-    from luthier.train.launch import prepare_data
 
     if not any(_begun(Run(path.parent, whole.recipe)) for path in _cells(whole.folder)):
         return prepare_data(whole, say)
@@ -217,17 +217,9 @@ class _Plan:
     facts: Machine
 
     @classmethod
-    def of(cls, whole: Run, asked: Wanted, prepared: Prepared) -> _Plan:
-        """As decided before, if the recipe's `run` half asks for the same: new cells then run as the others did."""
-        facts, there = machine(), read_json(whole.folder / "study.json")
-        run = whole.recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
-        kinds = {_kind(asked.over, value): value for value in asked.values}
-        known = there["decided"]
-        if known.get("asked") != run or set(kinds) - set(known["kinds"]):
-            workers, decided = _decide(whole.recipe, asked, kinds, prepared, facts)
-            kept = {kind: decisions.as_dict() for kind, decisions in decided.items()}
-            known = {"asked": run, "workers": workers, "kinds": kept}
-            write_json(whole.folder / "study.json", there | {"decided": known})
+    def of(cls, whole: Run, asked: Wanted, prepared: Prepared, say: Callable[[str], None]) -> _Plan:
+        facts = machine()
+        known = _known(whole, asked, prepared, facts, say)
         decided = {kind: Decisions(**decisions) for kind, decisions in known["kinds"].items()}
         return cls(whole, asked, decided, known["workers"], facts)
 
@@ -247,10 +239,30 @@ class _Plan:
         recipe = _recipe_of(self.whole.recipe, self.asked.over, at, seed, folder, decisions)
         run = Run.create(recipe, root=self.whole.root)
         _link(self.whole.data, run.data)
-        asked = recipe.run.model_dump(mode="json", exclude={"dir", "log_every", "save", "track"})
-        cell = {"at": at, "seed": seed}
-        run.update_manifest(asked=asked, decisions=decisions.as_dict(), machine=self.facts.as_dict(), study=cell)
+        decided = {"asked": asked_of(recipe), "decisions": decisions.as_dict(), "machine": self.facts.as_dict()}
+        run.update_manifest(**decided, study={"at": at, "seed": seed})
         return run
+
+
+def _known(whole: Run, asked: Wanted, prepared: Prepared, facts: Machine, say: Callable[[str], None]) -> Json:
+    """What study.json holds of decisions: as before where the recipe's `run` half asks for the same, so that new cells
+    run as the others did. Else, and for new values, decided now; in the dtype of cells that have begun, since another
+    one would change what is learned."""
+    there, run = read_json(whole.folder / "study.json"), asked_of(whole.recipe)
+    known = there["decided"] or {"asked": None, "workers": 1, "kinds": {}}
+    kept: Json = known["kinds"] if is_same(known["asked"], run) else {}
+    new = {kind: value for value in asked.values if (kind := _kind(asked.over, value)) not in kept}
+    if not new:
+        return known
+    begun = [one for path in _cells(whole.folder) if _begun(one := Run.open(path.parent))]
+    if begun and not kept:
+        say("the recipe's section `run` has changed: cells that have begun go on as they did, the others take it")
+    dtype = begun[0].manifest["decisions"]["dtype"] if begun else None
+    workers, decided = _decide(whole.recipe, asked, new, prepared, facts, dtype)
+    kinds = kept | {kind: decisions.as_dict() for kind, decisions in decided.items()}
+    known = {"asked": run, "workers": min(workers, known["workers"]) if kept else workers, "kinds": kinds}
+    write_json(whole.folder / "study.json", there | {"decided": known})
+    return known
 
 
 def _kind(over: str | None, value: Any) -> str:
@@ -307,10 +319,10 @@ def _linked(source: str, target: str) -> str:
 
 
 def _decide(
-    recipe: Recipe, asked: Wanted, kinds: dict[str, Any], prepared: Prepared, facts: Machine
+    recipe: Recipe, asked: Wanted, kinds: dict[str, Any], prepared: Prepared, facts: Machine, dtype: str | None
 ) -> tuple[int, dict[str, Decisions]]:
     """How many workers, and how each kind of cell is run in one of them: as many as there are free cores, or GPUs, and
-    as fit into the memory together. Raises MemoryPlanError where not even one does."""
+    as fit into the memory together. `dtype` as of `decide`. Raises MemoryPlanError where not even one does."""
     config = dict(read_json(_model_folder(recipe) / "config.json"))
     lengths, cells = prepared.train.lengths, len(asked.values) * asked.seeds
     steps = sum(_steps(recipe, asked, value, len(lengths)) for value in asked.values) * asked.seeds
@@ -318,7 +330,7 @@ def _decide(
     def alone(workers: int) -> dict[str, Decisions]:
         rows = Rows(int(lengths.max(initial=1)), float(lengths.mean()), max(1, steps // workers))
         chosen = {kind: _in_one_worker(_with(recipe, asked.over, at), workers, facts) for kind, at in kinds.items()}
-        return {kind: decide(one, config, facts, rows) for kind, one in chosen.items()}
+        return {kind: decide(one, config, facts, rows, dtype=dtype) for kind, one in chosen.items()}
 
     one = alone(1)
     on_gpus = next(iter(one.values())).place == "cuda"
