@@ -4,14 +4,24 @@
 #     OUT=benchmarks/results bash benchmarks/gpu.sh            # everything
 #     OUT=/tmp/out bash benchmarks/gpu.sh tests llama-720      # these parts
 #
-# Parts: tests, plan, load, answers, step (luthier beside its peers: gpu_step.py; again for what is left), proofs and
-# proofs-full (gpu_proofs.py), and the jobs of full_size.py: falcon phi llama llama-block llama-720 chatglm.
+# Parts: tests, plan, load, answers, table-8b and table-others (luthier beside its best peers, gpu_step.py, what matters
+# most first, a second round where there is time), proofs and proofs-full (gpu_proofs.py), and the jobs of full_size.py:
+# falcon phi llama llama-block llama-720 chatglm. PEERS=FOLDER: where peers/pack.sh's archive was unpacked.
 # Each part has its own time limit, and one that fails does not keep the next from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for the results}" "${PYTHON:=python3}" "${TMPDIR:=/dev/shm}"  # checkpoints of 16 GB are written
 export PYTHONPATH="$PWD/src:$PWD/tests" TMPDIR
 rows="$OUT/h200.jsonl" failed=0
+# Of each workload the peers that were fastest when all were measured, and of other families what may be.
+eight=W1/free/luthier,W1/free/unsloth-off,W3/free/luthier,W3/free/trl-liger-off,W2/free/luthier,W2/free/unsloth-off
+eight+=,W1/8GiB/luthier,W1/8GiB/unsloth,W1/24GiB/luthier,W1/24GiB/unsloth-off,W3/free/unsloth$
+eight+=,start/free/luthier,start/free/trl$,start/free/unsloth$
+others=S1/free/luthier,S1/free/unsloth-off,S1-8/free/luthier,S1-8/free/unsloth,S1-8/free/trl-liger-off
+for family in phi-3 glm-4 falcon-7b; do
+  others+=,W3-$family/free/luthier,W3-$family/free/trl-liger-off,W3-$family/free/unsloth-off
+done
+others+=,W3-falcon-7b/free/trl-off  # its attention keeps no packed rows apart
 
 part() { # name, seconds, command …
   local name=$1 limit=$2 start=$SECONDS
@@ -22,15 +32,18 @@ part() { # name, seconds, command …
   echo "   $((SECONDS - start)) s"
 }
 
-[ $# -gt 0 ] || set -- tests plan load answers step proofs proofs-full falcon phi llama llama-block llama-720 chatglm
+table() { # name, cells
+  PYTHONPATH="${PEERS:+$PEERS:}$PYTHONPATH" part "$1" 590 "$PYTHON" benchmarks/gpu_step.py --together --rounds 2 \
+    --only "$2" --deadline "${DEADLINE:-490}" --limit 95 --models "$TMPDIR/gpu_step" --logs "$OUT/gpu_step" --out "$rows"
+}
+
+[ $# -gt 0 ] || set -- tests plan load answers table-8b table-others proofs proofs-full falcon phi llama llama-block llama-720 chatglm
 for name; do
   case $name in
     tests) part tests 540 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu ;;
     plan) part plan 560 "$PYTHON" benchmarks/plan_vs_peak.py --jobs 3 --out "$rows" ;;
-    step)
-      part step 590 "$PYTHON" benchmarks/gpu_step.py --models "$TMPDIR/gpu_step" --rounds 2 --deadline 480 --limit 110 \
-        --logs "$OUT/gpu_step" --out "$rows"
-      ;;
+    table-8b) table table-8b "$eight" ;;
+    table-others) table table-others "$others" ;;
     proofs) part proofs 590 "$PYTHON" benchmarks/gpu_proofs.py --models "$TMPDIR/gpu_step" --out "$rows" ;;
     proofs-full) part proofs-full 590 "$PYTHON" benchmarks/gpu_proofs.py --full --models "$TMPDIR/gpu_step" --out "$rows" ;;
     answers) part answers 590 "$PYTHON" benchmarks/gpu_answers.py --out "$rows" ;;

@@ -49,6 +49,7 @@ _LIGER, _UNSLOTH = (*_TRL, "liger_kernel"), (*_TRL, "unsloth", "xformers")
 PEERS = {
     "transformers": Peer("transformers", ("peft", "accelerate")),
     "trl": Peer("trl", _TRL),
+    "trl-off": Peer("trl", _TRL, checkpointing=False),
     "trl-liger": Peer("trl", _LIGER, liger=True),
     "trl-liger-off": Peer("trl", _LIGER, liger=True, checkpointing=False),
     "unsloth": Peer("unsloth", _UNSLOTH),
@@ -292,3 +293,14 @@ def first(name: str) -> None:
     """Imports what must come before all else."""
     if PEERS[name].trainer == "unsloth":
         import_module("unsloth")
+
+
+def imported(name: str) -> None:
+    """Imports all that a peer needs; transformers and TRL look for what is in them when it is asked for."""
+    first(name)
+    needs = PEERS[name].needs
+    for module in needs:
+        import_module(module)
+    import_module("transformers").Trainer  # noqa: B018
+    if "trl" in needs:
+        import_module("trl").SFTTrainer  # noqa: B018

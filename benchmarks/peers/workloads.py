@@ -42,6 +42,7 @@ class Mix:
 
 
 CHAT = Mix(760, 300, 32, 1024, (0.15, 0.25))
+CHATS = replace(CHAT, count=1520)  # twice as many, for steps that are soon over
 FULL = Mix(64, 2048, 2048, 2048)
 NOTEBOOK = Mix(240, 400, 32, 720)
 
@@ -73,14 +74,15 @@ class Workload:
 WORKLOADS = {
     "W1": Workload("llama-3.1-8b", CHAT, 2, packed=4096, warm=6, timed=16),
     "W1-8": Workload("llama-3.1-8b", CHAT, 8, warm=12, timed=24),
+    "start": Workload("llama-3.1-8b", CHAT, 8, warm=1, timed=1),  # W1-8's first step, and how long until it is done
     "W2": Workload("llama-3.1-8b", FULL, 4, timed=11),
-    "W3": Workload("llama-3.1-8b", NOTEBOOK, 2, 4, warm=4, timed=16),
-    "S1": Workload("smollm2-135m", CHAT, 2, packed=4096, nf4=False, warm=8, timed=18),
-    "S1-8": Workload("smollm2-135m", CHAT, 8, nf4=False, warm=24, timed=60),
-    "W3-phi-3": Workload("phi-3-mini", NOTEBOOK, 2, 4, warm=4, timed=12),
+    "W3": Workload("llama-3.1-8b", NOTEBOOK, 2, 4, timed=12),
+    "S1": Workload("smollm2-135m", CHATS, 2, packed=4096, nf4=False, warm=16, timed=36),
+    "S1-8": Workload("smollm2-135m", CHAT, 8, nf4=False, warm=24, timed=40),
+    "W3-phi-3": Workload("phi-3-mini", NOTEBOOK, 2, 4, timed=9),
     # transformers leaves Falcon's linear layers, which are of a class of their own, unquantised.
-    "W3-falcon-7b": Workload("falcon-7b", NOTEBOOK, 2, 4, nf4=False, warm=4, timed=12),
-    "W3-glm-4": Workload("glm-4-9b", NOTEBOOK, 2, 4, warm=4, timed=12),
+    "W3-falcon-7b": Workload("falcon-7b", NOTEBOOK, 2, 4, nf4=False, timed=9),
+    "W3-glm-4": Workload("glm-4-9b", NOTEBOOK, 2, 4, timed=9),
 }
 MEMORY = {"W1": ("free", "8GiB", "24GiB")}  # caps a workload is run under; others: free memory alone
 

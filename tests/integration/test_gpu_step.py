@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_step  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
 from peers import workloads  # type: ignore[import-not-found]
+from peers.desk import Desk  # type: ignore[import-not-found]
 
 
 def test_every_machine_makes_the_same_samples() -> None:
@@ -36,12 +38,13 @@ def test_packed_rows_hold_every_sample_once_and_no_row_overflows(lengths: list[i
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own Trainer, on its way to version 6
 def test_luthier_and_a_peer_take_the_steps_whose_first_loss_the_reference_foretells(tmp_path: Path) -> None:
-    def answer(peer: str) -> dict[str, Any]:
+    def answer(peer: str, work: Any = gpu_step.measure) -> dict[str, Any]:
         cell = gpu_step.Cell("S1-8", "free", peer)
         profile = str(tmp_path / "profiles" / f"{peer}.txt")
-        return gpu_step.work(gpu_step.Task(cell, str(tmp_path), True, "", profile, time.time()))
+        return work(gpu_step.Task(cell, str(tmp_path), True, "", profile=profile, started=time.time()))
 
-    prepared, rows = answer("prepare"), [answer("luthier"), answer("transformers")]
+    prepared = answer("prepare", gpu_step.prepare) | {"rate_tflops": 1.0}
+    rows = [answer("luthier"), answer("transformers")]
     for row in rows:
         assert gpu_step.judged(row, prepared)["parity"]
         assert row["tok_s"] > 0
@@ -66,6 +69,66 @@ def test_a_peer_that_is_not_installed_leaves_a_row_that_says_so(tmp_path: Path) 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["peer"] for row in rows] == ["unsloth", "unsloth-off"]
     assert all("unsloth" in row["failed"] and row["failed"].endswith("not installed") for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_that_measures_several_rows_tells_of_no_first_step(tmp_path: Path) -> None:
+    asked = [("S1-8", "prepare"), ("S1-8", "measure"), ("S1", "prepare"), ("S1", "measure")]
+
+    def task(workload: str, what: str) -> str:
+        cell, answer = gpu_step.Cell(workload, "free", "luthier"), str(tmp_path / f"{workload}-{what}.json")
+        return json.dumps(asdict(gpu_step.Task(cell, str(tmp_path), True, answer, what)))
+
+    gpu_step.serve([task(*each) for each in asked])
+    for workload in ("S1-8", "S1"):
+        prepared, row = (json.loads((tmp_path / f"{workload}-{w}.json").read_text()) for w in ("prepare", "measure"))
+        assert gpu_step.judged(row, prepared | {"rate_tflops": 1.0})["parity"]
+        assert not {"first_step_s", "begin_s", "phases"} & row.keys()
+        assert row["left_gib"] == 0.0
+
+
+def test_a_process_that_ends_or_is_too_slow_says_what_it_printed_last(tmp_path: Path) -> None:
+    def heard(code: str, limit: float) -> Any:
+        desk = Desk([sys.executable, "-c", f"import sys, time\n{code}"], tmp_path / "log", {}, tmp_path / "at")
+        desk.tell(str(tmp_path / "answer"))
+        found = desk.hear(tmp_path / "answer", limit)
+        desk.close()
+        assert not desk.open
+        return found
+
+    assert heard("open(sys.stdin.readline().strip(), 'w').write('{\"tok_s\": 1}'); time.sleep(60)", 60) == {"tok_s": 1}
+    (tmp_path / "answer").unlink()
+    assert heard("sys.exit('no such kernel')", 60)["failed"].startswith("exit code 1: ")
+    assert heard("print(7, flush=True); time.sleep(60)", 2)["failed"].startswith("took longer than 2 s: ")
+    assert (tmp_path / "log").read_text().splitlines() == ["no such kernel", "7"]
+
+
+def test_rows_are_made_in_the_order_that_is_asked_for_and_backwards_in_the_next_round() -> None:
+    groups = gpu_step.chosen(gpu_step.cells({}), "W3/free/luthier,W1/free/luthier,W1/free/unsloth$")
+    names = [(number, cell.name) for number, cell in gpu_step.rounds(groups, 2)]
+    first = ["W3/free/luthier", "W1/free/luthier", "W1/free/unsloth"]
+    second = ["W3/free/luthier", "W1/free/unsloth", "W1/free/luthier"]
+    assert names == [(0, name) for name in first] + [(1, name) for name in second]
+
+
+def test_only_rows_that_tell_nothing_are_spared() -> None:
+    def row(peer: str, tok_s: float, **other: Any) -> dict[str, Any]:
+        return {"workload": "W1", "memory": "24GiB", "peer": peer, "round": 0, "tok_s": tok_s, "parity": True} | other
+
+    def spared(number: int, peer: str, *rows: dict[str, Any]) -> bool:
+        found: bool = gpu_step.spared(number, gpu_step.Cell("W1", "24GiB", peer), list(rows))
+        return found
+
+    failed = {"workload": "W1", "memory": "24GiB", "peer": "unsloth-off", "round": 0, "failed": "out of memory"}
+    assert spared(0, "unsloth-off-half", row("unsloth-off", 10))
+    assert not spared(0, "unsloth-off-half", failed, row("unsloth", 10))
+    assert spared(1, "unsloth-off", failed, row("unsloth", 10))
+    assert spared(1, "trl", row("trl", 8.9), row("unsloth", 10))
+    assert not spared(1, "trl", row("trl", 9.1), row("unsloth", 10))
+    assert not spared(1, "trl", row("trl", 8.9), row("unsloth", 10, parity=False))
+    assert not spared(1, "trl", row("unsloth", 10))
+    assert not spared(1, "luthier", row("luthier", 1), row("unsloth", 10))
+    assert not spared(1, "trl", row("trl", 8.9), row("unsloth", 10, memory="free"))
 
 
 def test_luthier_counts_only_beside_a_peer_of_the_same_run_whose_loss_is_right() -> None:
