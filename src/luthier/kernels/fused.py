@@ -101,6 +101,14 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, largest, mass
 
 
+def gather(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `table` [V, H], which may lie in pinned host memory: [*ids.shape, H] where the int64 `ids` are."""
+    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
+    width = table.shape[1]
+    launch("gather", (ids.numel(), -(-width // 1024)), ids.contiguous(), table, out, width, BLOCK=1024, num_warps=4)
+    return out
+
+
 def _rows(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:
     """One program a row of `like` [T, H]."""
     block = _power_of_2(like.shape[1])

@@ -160,6 +160,14 @@ def turn(  # type: ignore
 
 
 @triton.jit
+def gather(ids, table, out, width, BLOCK: tl.constexpr):  # type: ignore
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(table + tl.load(ids + row) * width + at, at < width, 0.0)
+    tl.store(out + row * width + at, value, at < width)
+
+
+@triton.jit
 def _shift(x, BITS: tl.constexpr):  # type: ignore
     return (x >> BITS) & ((1 << (64 - BITS)) - 1)
 

@@ -24,7 +24,7 @@ from luthier.model import attention, families, head, layout
 from luthier.model.decoder import Decoder
 from luthier.model.finite import blaming_weights
 from luthier.model.graphs import CudaRecorder, Graphs, backward
-from luthier.model.offload import stream
+from luthier.model.offload import Streamed, device_of, embedding_to_host, stream
 from luthier.model.original import original
 from luthier.model.pack import Placed, numbers, placed, share_prefix, trim
 from luthier.model.recompute import recomputing
@@ -42,7 +42,8 @@ class CausalModel:
 
     The first `recompute` blocks (True: all) make their activations again in the backward pass; of `recompute_gate_up`
     more, our own decoder makes that product alone again. Of the first `unpacked` ones it keeps the values of packed
-    weights.
+    weights. Of the first `away` ones, what it keeps for the backward pass is in host memory meanwhile; the weights of
+    `streamed` ones are there until they are needed.
 
     Raises ModelError for an adapter or a family that the block of `kernels` does not compute, and for a module that is
     not causal.
@@ -57,20 +58,24 @@ class CausalModel:
         recompute: bool | int = False,
         recompute_gate_up: int = 0,
         unpacked: int = 0,
+        streamed: Streamed | None = None,
+        away: int = 0,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
         attention.take_over(module)
         embed = module.get_input_embeddings()
-        self.device = embed.weight.device
+        self.device = device_of(embed)
         ids = torch.arange(3, 11, device=self.device)[None] % len(embed.weight)
-        self.dtype: torch.dtype = embed(ids[:, :1]).dtype
-        self.parts = _parts(kernels, embed.weight)
+        first = embed(ids[:, :1])
+        self.dtype: torch.dtype = first.dtype
+        self.parts = _parts(kernels, first)
         self.output = head.find(module, ids)
         self.decoder: Decoder | None = None
         self.graphs: Graphs | None = None
         self.layout: layout.Layout = "packed"
         if kernels != "reference":
-            self.decoder = _decoder(module, adapter, self.parts, unpacked)
+            options: Any = {"unpacked": unpacked, "streamed": streamed, "away": away}
+            self.decoder = _decoder(module, adapter, self.parts, options)
             self.decoder.recompute(recompute, recompute_gate_up)
             return
         self.layout = layout.find(module, self._run, len(embed.weight), self.device)
@@ -95,7 +100,7 @@ class CausalModel:
             micro = self.ready(micro)  # before it is moved: a GPU would have to be waited for
             if self.decoder.too_long(micro):
                 return self._beyond_the_window(micro)
-            if on_gpu(self.module.get_input_embeddings().weight):
+            if on_gpu(self.decoder.norm.weight):
                 told = _moved(numbers(micro, self._key(micro)), self.device)
                 return self._placed_hidden(placed(told, micro, max(b - a for a, b in pairwise(micro.bounds))))
             noise = self._set_noise(micro)
@@ -200,12 +205,13 @@ class CausalModel:
         return replace(noise)
 
 
-def _parts(kernels: Kernels, weight: Tensor) -> pointwise.Pointwise:
+def _parts(kernels: Kernels, like: Tensor) -> pointwise.Pointwise:
+    """Those that compute where `like` is."""
     if kernels != "compiled":
         return pointwise.EAGER
-    if not on_gpu(weight):
-        return native.PARTS if weight.is_meta else native.parts()
-    if not weight.is_meta and find_spec("triton") is None:
+    if not on_gpu(like):
+        return native.PARTS if like.is_meta else native.parts()
+    if not like.is_meta and find_spec("triton") is None:
         fix = "install it, or set run.kernels to eager or reference"
         raise ModelError("our block's parts for a GPU need Triton, which is not installed", fix=fix)
     return fused.parts()
@@ -222,13 +228,13 @@ def _all_moved(micro: Micro, device: torch.device) -> Micro:
     return replace(micro, **tensors)
 
 
-def _decoder(module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, unpacked: int) -> Decoder:
+def _decoder(module: Any, adapter: Adapter | None, parts: pointwise.Pointwise, options: dict[str, Any]) -> Decoder:
     family, fix = families.find(module.config), "set run.kernels to auto or reference"
     if family is None:
         raise ModelError(f"our decoder block does not run '{module.config.model_type}' models", fix=fix)
     if adapter is not None and not adapter.foldable:
         raise ModelError("our decoder block does not compute this adapter, or these packed weights", fix=fix)
-    return Decoder(module, family, parts, unpacked=unpacked)
+    return Decoder(module, family, parts, **options)
 
 
 def build(
@@ -242,6 +248,8 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     offload: int = 0,
+    offload_embedding: bool = False,
+    offload_activations: int = 0,
     recompute_gate_up: int = 0,
     unpacked: int = 0,
     graphs: bool = False,
@@ -251,37 +259,48 @@ def build(
 
     `kernels`: `reference` runs the transformers module, which every family can; `eager` and `compiled` our own decoder
     block, for the families in `families.py`. `recompute`, `recompute_gate_up`, `unpacked`: as in `CausalModel`. With
-    `offload`, so many of the first decoder blocks stay in host memory and stream to `device`.
+    `offload`, the weights of so many of the first decoder blocks stay in host memory and stream to `device`; our block
+    streams packed ones. With `offload_embedding` the input embedding stays there, which must be no one else's weight
+    and not trained; with `offload_activations` goes there what so many of our blocks keep for the backward pass.
     With `graphs`, launches are recorded on a GPU (see `CausalModel.record`).
     `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
     shared (see `shell`).
 
-    Raises ModelError for a folder that cannot be loaded and for blocks of ours to be streamed, AdapterError for targets
-    that match nothing.
+    Raises ModelError for a folder that cannot be loaded and for blocks that cannot be streamed, AdapterError for
+    targets that match nothing.
     """
     from luthier.model.load import load_causal
 
-    if offload and kernels != "reference":
-        fix = "set run.kernels to auto or reference, or run.offload=0"
-        raise ModelError("our decoder block does not stream its weights from host memory", fix=fix)
+    _check_offload(model, offload, kernels, recompute)
     return_freed_memory()  # a heap that keeps what it had would keep the weights that loading merges and packs, too
     if loaded is not None:
         module = shell(loaded)
     else:
-        module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", offload=offload)
+        options: Any = {"offload": offload, "offload_embedding": offload_embedding}
+        module = load_causal(folder, model, device=device, dtype=dtype, attention="packed", **options)
+    if offload_embedding:
+        embedding_to_host(module, device)
     with blaming_weights(folder, dtype):
         attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
-        if offload:
-            for parameter in attached.parameters() if attached is not None else ():
-                parameter.data = parameter.data.to(device)
-            stream(module, offload, device)
-        options: Any = {"recompute": recompute, "recompute_gate_up": recompute_gate_up, "unpacked": unpacked}
+        streamed = stream(module, offload, device) if offload else None
+        options = {"recompute": recompute, "recompute_gate_up": recompute_gate_up, "unpacked": unpacked}
+        options |= {"streamed": streamed, "away": offload_activations}
         built = CausalModel(module, attached, kernels=kernels, **options)
     if kernels != "reference":
         keep_freed_memory()
     if graphs:
         built.record()
     return built
+
+
+def _check_offload(model: recipe.Model, offload: int, kernels: Kernels, recompute: bool | int) -> None:
+    """Raises ModelError for blocks that would not find their weights."""
+    if offload and kernels != "reference" and model.quantize is None:
+        fix = "set model.quantize, e.g. {kind: nf4}, or run.kernels=reference, or run.offload=0"
+        raise ModelError("our decoder block streams packed weights from host memory, and these are not", fix=fix)
+    if offload and kernels == "reference" and recompute is not True:
+        fix = "set run.recompute to auto or true, or run.offload=0"
+        raise ModelError("blocks that stream from host memory have to be recomputed", fix=fix)
 
 
 def shell(module: nn.Module) -> nn.Module:

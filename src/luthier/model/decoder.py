@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from torch.autograd.function import once_differentiable
 from luthier.adapters.method import Noise
 from luthier.kernels.ends import Ends
 from luthier.kernels.pointwise import Pointwise
+from luthier.model.away import Away, Parcel
 from luthier.model.block import Block, Kept, Pack, Recompute
 from luthier.model.families import Family, window
 from luthier.model.heads import Segments
 from luthier.model.merged import MergedLinear
+from luthier.model.offload import Streamed
 from luthier.model.pack import Placed
 from luthier.model.shape import blocks_of
 from luthier.model.updates import Updates
@@ -33,17 +35,29 @@ if TYPE_CHECKING:
 class Decoder:
     """The layers of a transformers module, run on packed rows of tokens by our own blocks.
 
-    The module keeps working: its linear layers become views of the blocks' merged weights.
+    The module keeps working: its linear layers become views of the blocks' merged weights. Those of `streamed` blocks
+    come and go; what the first `away` blocks keep for the backward pass waits for it in host memory.
     """
 
-    def __init__(self, module: Any, family: Family, pointwise: Pointwise, *, unpacked: int = 0) -> None:
+    def __init__(
+        self,
+        module: Any,
+        family: Family,
+        pointwise: Pointwise,
+        *,
+        unpacked: int = 0,
+        streamed: Streamed | None = None,
+        away: int = 0,
+    ) -> None:
         base = module.base_model
         self.embed, self.norm = module.get_input_embeddings(), base.get_submodule(family.norm)
         self.rotary, self.window = base.get_submodule(family.rotary), window(module.config)
         layers = cast(Sequence[nn.Module], base.get_submodule(family.layers))
         self.blocks = [Block(layer, number, family, module.config, pointwise) for number, layer in enumerate(layers)]
         _leave_file(module, self.blocks)
-        for block in self.blocks[:unpacked]:
+        self.streamed, first = streamed, 0 if streamed is None else len(streamed.blocks)
+        self.away = Away(min(away, len(layers)), len(layers), self.norm.weight.device) if away else None
+        for block in self.blocks[first : first + unpacked]:
             for linear in block.linears:
                 linear.keep()
         self.updates = Updates(self._linears)
@@ -79,14 +93,18 @@ class Decoder:
             how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
             for how in dict.fromkeys(block.turned for block in self.blocks)
         }
-        for block in self.blocks:
+        away = self.away if torch.is_grad_enabled() else None
+        if away is not None:
+            away.begin()
+        for number, block in enumerate(self.blocks):
             pack = packs[block.turned]
             if block is self.blocks[-1]:
                 pack = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
             wanted = x.requires_grad
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
                 x = self.updates.collected(x)
-            x = _Layer.apply(x, block, pack, wanted, self.updates)  # type: ignore[no-untyped-call]
+            turn = _Turn(number, self.streamed, away if x.requires_grad else None)
+            x = _Layer.apply(x, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
         return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
 
@@ -122,16 +140,45 @@ def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
     """Copies what was not merged, mostly the embedding, so that nothing holds the weights' file in memory any more."""
     merged = {id(p) for block in blocks for linear in block.linears for base in linear.bases for p in base.parameters()}
     for parameter in module.parameters():
-        if id(parameter) not in merged and not parameter.requires_grad and parameter.device.type == "cpu":
+        if id(parameter) not in merged and not parameter.requires_grad and _in_a_file(parameter):
             parameter.data = parameter.data.clone()
+
+
+def _in_a_file(parameter: Tensor) -> bool:
+    """Whether it may be: what is pinned for a GPU was copied there."""
+    return parameter.device.type == "cpu" and not parameter.is_pinned()
+
+
+class _Turn(NamedTuple):
+    """A block's number, and what of it may be in host memory until it is its turn."""
+
+    number: int
+    streamed: Streamed | None
+    away: Away | None
+
+    def forward(self) -> None:
+        if self.streamed is not None:
+            self.streamed.enter(self.number)
+        if self.away is not None:
+            self.away.enter(self.number)
+
+    def backward(self, newest: Parcel | None) -> None:
+        if self.streamed is not None:
+            self.streamed.enter(self.number, -1)
+        if self.away is not None:
+            self.away.call(self.number, newest)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates, turn: _Turn) -> Tensor:
+        turn.forward()
         y, kept, inner = block.forward(x, pack)
         *tensors, attention = block.kept_of(kept)
-        ctx.save_for_backward(x, inner, *tensors, *(attention or ()))
+        saved = x, inner, *tensors, *(attention or ())
+        ctx.turn, ctx.parcel = turn, turn.away and turn.away.send(turn.number, saved)
+        ctx.newest = turn.away and turn.away.newest
+        ctx.save_for_backward(*(() if ctx.parcel else saved))
         ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
         ctx.updates, ctx.layout = updates, updates.layout
         return y
@@ -141,7 +188,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.updates.check(ctx.layout)
         block, pack = ctx.block, ctx.pack
-        x, inner, *rest = ctx.saved_tensors
+        ctx.turn.backward(ctx.newest)
+        x, inner, *rest = ctx.parcel.take() if ctx.parcel else ctx.saved_tensors
         parts = len(Kept._fields) - 1
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
-        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None, None
+        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None, None, None

@@ -62,7 +62,7 @@ class FastDecoder:
         family = families.find(config)
         assert family is not None
         self.device, self.dtype, self.head, self.bucketed = model.device, model.dtype, model.head, bucketed
-        self.embedding, self.rope = model.module.get_input_embeddings().weight, getattr(base, family.rotary)
+        self.embed, self.rope = model.module.get_input_embeddings(), getattr(base, family.rotary)
         self.norm, self.eps = getattr(base, family.norm).weight, getattr(config, family.eps)
         blocks = getattr(base, family.layers)
         self.layers = [_Layer(block, family, merge) for block in blocks]
@@ -200,7 +200,7 @@ class FastDecoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids and positions [T] to the last block's hidden states [T, H]."""
-        x = F.embedding(ids, self.embedding)
+        x: Tensor = self.embed(ids)
         cos, sin = (t[0, :, None] for t in self.rope(x, positions[None]))
         rotated = self.heads + self.kv_heads
         for index, layer in enumerate(self.layers):

@@ -115,6 +115,7 @@ def load_causal(
     dtype: torch.dtype,
     attention: str = "packed",
     offload: int = 0,
+    offload_embedding: bool = False,
 ) -> PreTrainedModel:
     """The transformers model in `folder`, frozen and in eval mode, in `dtype` on `device`, linear layers as
     `model.quantize` says.
@@ -126,10 +127,12 @@ def load_causal(
         attention: `packed` (ours, segments kept apart) or `sdpa` (transformers' own). A family that has no place for it
             gets the next of `packed`, `sdpa`, `eager`; `module.config._attn_implementation` tells which.
         offload: leave the first decoder blocks, so many, in host memory; `offload.stream` makes them run.
+        offload_embedding: leave the input embedding there; `offload.embedding_to_host` makes it run.
 
     Raises:
         ModelError: transformers has no such architecture, or the weights do not fill it.
     """
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -137,10 +140,12 @@ def load_causal(
     placing: Placing | None = None
     try:
         empty = skeleton(_config(folder, model), model, dtype, attention)
-        place = _places(empty, device, offload)
+        place = _places(empty, device, offload, offload_embedding)
         placing = _placing(model, place, dtype)
         with _quietly():
-            module, info = _filled(folder, empty, placing, dtype)
+            # What stays on the host is not read into pinned memory, which torch would keep when it is packed.
+            pinned = torch.device(device).type == "cuda" and not offload
+            module, info = _filled(folder, empty, placing, dtype, pinned)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         refused = ModelError(f"transformers cannot load it ({_one_line(error)})", where=str(folder))
         raise (placing and placing.refused) or refused from error
@@ -208,15 +213,18 @@ def _is_of_a_layer(key: str, module: Any) -> bool:
     return re.sub(r"\.\d+\.", ".#.", key) in known and re.search(r"\.\d+\.", key) is not None
 
 
-def _places(empty: Any, device: torch.device | str, offload: int) -> Callable[[str], torch.device]:
+def _places(empty: Any, device: torch.device | str, offload: int, embedding: bool) -> Callable[[str], torch.device]:
     """Where each parameter and buffer goes, by its name."""
     import torch
 
     from luthier.model.offload import blocks_name
 
     chosen, host = torch.device(device), torch.device("cpu")
-    stays = tuple(f"{blocks_name(empty)}.{i}." for i in range(offload))
-    return lambda name: host if name.startswith(stays) else chosen
+    stays = [f"{blocks_name(empty)}.{i}." for i in range(offload)]
+    if embedding:
+        table = empty.get_input_embeddings().weight
+        stays += [name for name, parameter in empty.named_parameters() if parameter is table]
+    return lambda name: host if name.startswith(tuple(stays)) else chosen
 
 
 def _placing(model: recipe.Model, place: Callable[[str], torch.device], dtype: torch.dtype) -> Placing | None:
@@ -231,15 +239,17 @@ def _placing(model: recipe.Model, place: Callable[[str], torch.device], dtype: t
     return Placing(place, dtype, pack, partial(quantize.from_bitsandbytes, bias=None, dtype=dtype))
 
 
-def _filled(folder: Path, empty: Any, placing: Placing | None, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A model like `empty` with the weights of `folder`, and what transformers found wrong with them."""
+def _filled(
+    folder: Path, empty: Any, placing: Placing | None, dtype: torch.dtype, pinned: bool
+) -> tuple[Any, dict[str, Any]]:
+    """A model like `empty` with the weights of `folder`, and what transformers found wrong with them. `pinned`: as of
+    `weights.Handle`."""
     from transformers import GenerationConfig
 
     from luthier.model.weights import handles
 
     own = (folder / "generation_config.json").is_file()
-    on_gpu = placing is not None and placing.place("").type == "cuda"
-    with handles(shards(folder), copied=placing is not None, pinned=on_gpu) as weights:
+    with handles(shards(folder), copied=placing is not None, pinned=pinned) as weights:
         done: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
             None,
             config=empty.config,

@@ -1,26 +1,33 @@
-"""Keeps the frozen weights of some decoder blocks in host memory, and brings each to the device when it is needed.
+"""Keeps weights in host memory that a GPU needs seldom: of some decoder blocks, which come as they are needed, and the
+input embedding, of which a step reads a few rows.
 
-While one block computes, the next one's weights are copied on a stream of their own: in the forward pass the block
-after it, in the backward pass the block before it. At most two such blocks are on the device at a time. Weights are
-read only, so nothing is copied back; what is trained, such as adapters, stays on the device.
+While one block computes, the next one's weights are copied on a stream of their own: in the forward pass those of the
+block after it, in the backward pass of the block before it. They go to one of two places in turn, which stay where they
+are: a block's tensors are views of its place, whatever lies there just now. Weights are read only, so nothing is copied
+back; what is trained, such as adapters, stays on the device, and so does all of a packed layer's block that is small.
 
-The blocks have to run under activation checkpointing (`run.recompute`): what autograd saves inside a block would keep
-its weights on the device otherwise. The recomputation of a block, in its backward pass, finds them there again.
+Nothing may hold on to such a weight when its block is done. Our own decoder does not; a transformers module has to run
+under activation checkpointing (`run.recompute`), or autograd would find another block's weights there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.kernels.fused import gather
+from luthier.model.lane import Lane
+from luthier.model.quantize import PackedLinear
+
 _ALIGN = 512  # bytes: where a tensor may begin
+PLACES = 2  # on the device, for blocks that come and go
 
 
 def blocks_name(module: nn.Module) -> str:
@@ -44,125 +51,135 @@ def stream(module: nn.Module, count: int, device: torch.device) -> Streamed:
     return Streamed(list(blocks)[:count], device)
 
 
+def is_streamed(module: nn.Module) -> bool:
+    """Whether the module's weights come and go: then they can be read while its block runs, and at no other time."""
+    return getattr(module, "streamed", False)
+
+
+def embedding_to_host(module: Any, device: torch.device) -> None:
+    """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`."""
+    embed = module.get_input_embeddings()
+    weight = embed.weight.data.cpu()
+    embed.weight.data = weight.pin_memory() if device.type == "cuda" else weight
+    embed.device, embed.forward = device, partial(_rows, embed.weight)
+
+
+def device_of(embed: Any) -> torch.device:
+    """Where an embedding's rows are wanted."""
+    found: torch.device = getattr(embed, "device", embed.weight.device)
+    return found
+
+
+def _rows(weight: Tensor, ids: Tensor) -> Tensor:
+    # A GPU reads what is pinned by itself, so nothing has to wait for the host.
+    return gather(weight, ids) if ids.is_cuda else F.embedding(ids, weight)
+
+
 @dataclass(frozen=True)
 class _Part:
     """A tensor of a block, and where in the block's bytes it lies."""
 
     tensor: Tensor
     start: int
-    shape: torch.Size
-    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tensor.nbytes
 
     def view(self, flat: Tensor) -> Tensor:
-        size = self.shape.numel() * self.dtype.itemsize
-        return flat[self.start : self.start + size].view(self.dtype).view(self.shape)
+        return flat[self.start : self.end].view(self.tensor.dtype).view(self.tensor.shape)
 
 
 class _Block:
-    """The frozen tensors of one block: their home, one stretch of host memory, and perhaps a copy on the device."""
+    """What streams of one block, and its home: one stretch of host memory."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
         self.parts = list(_parts(module))
-        size = max((p.start + p.tensor.nbytes for p in self.parts), default=0)
+        streams = {id(part.tensor) for part in self.parts}
+        for tensor in chain(module.parameters(), module.buffers()):
+            if id(tensor) not in streams:
+                tensor.data = tensor.data.to(device)
+        for layer in module.modules():
+            layer.streamed = True  # type: ignore[assignment]
+        size = max((part.end for part in self.parts), default=0)
         self.home = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         for part in self.parts:
             part.view(self.home).copy_(part.tensor.data)
-        self.copy: Tensor | None = None
-        self.ready: Any = None
-        self.point_to(self.home)
 
-    def point_to(self, flat: Tensor) -> None:
+    def point_to(self, place: Tensor) -> None:
         for part in self.parts:
-            part.tensor.data = part.view(flat)
-
-    def fetch(self, side: Any) -> None:
-        """Begins the copy to the device; `wait` has to come before its use."""
-        with torch.cuda.stream(side) if side else nullcontext():
-            self.copy = self.home.to(self.device, non_blocking=True, copy=True)
-            self.ready = side.record_event() if side else None
-        self.point_to(self.copy)
-
-    def wait(self) -> None:
-        if self.ready is not None and self.copy is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self.ready)
-            self.copy.record_stream(current)  # its memory is given to nobody before what is queued here has run
-
-    def release(self) -> None:
-        self.point_to(self.home)
-        self.copy = self.ready = None
+            part.tensor.data = part.view(place)
 
 
 def _parts(module: nn.Module) -> Iterator[_Part]:
+    """Of packed layers all that is packed, and its scales; of a block without any all that is frozen."""
+    packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
+    tensors: Iterable[Tensor] = chain(module.parameters(), module.buffers())
+    if packed:
+        tensors = (x for layer in packed for x in chain(layer.parameters(), layer.buffers()) if x is not layer.bias)
     start = 0
-    for tensor in chain(module.parameters(), module.buffers()):
+    for tensor in tensors:
         if not tensor.requires_grad:
-            yield _Part(tensor, start, tensor.shape, tensor.dtype)
+            yield _Part(tensor, start)
             start += -(-tensor.nbytes // _ALIGN) * _ALIGN
 
 
 class Streamed:
-    """Blocks whose weights come and go, in the order in which they run.
+    """Blocks whose weights come and go. They run in their order, and their backward passes in the other.
 
     Attributes:
-        most: the most blocks that were on the device, or on their way, at a time.
         fetches: how often one was copied to the device.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self.blocks = [_Block(module, device) for module in modules]
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.most = self.fetches = 0
-        self._backward: int | None = None  # the block whose backward pass is under way
-        for index, module in enumerate(modules):
-            module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
+        self.lane = Lane(device)
+        size = max(len(block.home) for block in self.blocks)
+        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(PLACES)]
+        self.holds: list[int | None] = [None] * PLACES  # the block whose weights are there, or on their way
+        self.marks: list[Any] = [None] * PLACES
+        self.fetches = 0
+        self._backward: int | None = None  # the block whose backward pass is under way, by the module
+        for index, (module, block) in enumerate(zip(modules, self.blocks, strict=True)):
+            block.point_to(self.places[index % PLACES])
+            module.register_forward_pre_hook(partial(self._enter, index))
             module.register_forward_hook(partial(self._leave, index))
 
-    @property
-    def live(self) -> int:
-        """How many blocks are on the device, or on their way."""
-        return sum(block.copy is not None for block in self.blocks)
-
-    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if index == self._backward:  # a recomputation; the weights are there
+    def enter(self, index: int, toward: int = 1) -> None:
+        """To be called before block `index` computes. Begins to fetch the one that comes next: `toward` 1 forward, -1
+        backward."""
+        if index >= len(self.blocks):
             return
-        self._backward = None
-        self._keep(index, index + 1)
-        self.blocks[index].wait()
-        hidden = _first_tensor([*args, *kwargs.values()])
-        if index == 0 and hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda gradient: self._keep())  # type: ignore[no-untyped-call]
+        self._fetch(index)
+        self.lane.wait(self.marks[index % PLACES])
+        if 0 <= index + toward < len(self.blocks):
+            self._fetch(index + toward)
+
+    def _fetch(self, index: int) -> None:
+        place, home = index % PLACES, self.blocks[index].home
+        if self.holds[place] == index:
+            return
+        with self.lane.copying():  # behind all that reads what lay there
+            self.places[place][: len(home)].copy_(home, non_blocking=True)
+        self.holds[place], self.marks[place] = index, self.lane.mark()
+        self.fetches += 1
+
+    # A transformers module tells by hooks what our decoder tells itself.
+
+    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if index != self._backward:  # else a recomputation; the weights are there
+            self._backward = None
+            self.enter(index)
 
     def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if index == self._backward:
-            return
         hidden = _first_tensor(out if isinstance(out, tuple) else [out])
-        if hidden is not None and hidden.requires_grad:
+        if index != self._backward and hidden is not None and hidden.requires_grad:
             hidden.register_hook(partial(self._begin_backward, index))  # type: ignore[no-untyped-call]
-        # The backward pass begins with the last block, so it stays.
-        stays = hidden is not None and hidden.requires_grad and index + 1 == len(self.blocks)
-        self._keep(index if stays else index + 1)
 
     def _begin_backward(self, index: int, gradient: Tensor) -> None:
         """Called when the gradient of a block's output is known, so that the block after it is done."""
         self._backward = index
-        self._keep(index, index - 1)
-        self.blocks[index].wait()
-
-    def _keep(self, *wanted: int) -> None:
-        """Leaves the `wanted` blocks on the device, or on their way to it, and no others."""
-        for index, block in enumerate(self.blocks):
-            if block.copy is not None and index not in wanted:
-                block.release()
-        for index in wanted:
-            if 0 <= index < len(self.blocks) and self.blocks[index].copy is None:
-                self.blocks[index].fetch(self.side)
-                self.fetches += 1
-        self.most = max(self.most, self.live)
+        self.enter(index, -1)
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor | None:

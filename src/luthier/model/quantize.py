@@ -48,6 +48,8 @@ class PackedLinear(nn.Module, ABC):
     rounds_inputs = False
     """Whether inputs are rounded too: then the product is not that of the dequantised weight."""
     bias: nn.Parameter | None
+    streamed = False
+    """Whether the weight comes and goes (see `offload.py`)."""
     kept: Tensor | None = None
     """Inside `unpacked`, the weight [out, in] as the product reads it."""
 
@@ -262,7 +264,7 @@ def unpacked(module: nn.Module, room: int) -> Iterator[None]:
     the same to the bit. To unpack a weight costs more than to multiply it by a few rows."""
     layers = []
     for layer in module.modules():
-        if isinstance(layer, PackedLinear) and layer.kept_bytes <= room:
+        if isinstance(layer, PackedLinear) and not layer.streamed and layer.kept_bytes <= room:
             room -= layer.kept_bytes
             layer.keep()
             layers.append(layer)

@@ -1,0 +1,135 @@
+"""What blocks keep for their backward passes, in host memory meanwhile.
+
+It leaves as soon as a block is done, and comes back before the block's backward pass begins, both beside what the GPU
+computes. The first blocks' is sent away: it is missed last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luthier.model.lane import Lane
+
+
+class _View(NamedTuple):
+    """Where in which piece of memory a tensor lies."""
+
+    piece: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+
+
+class Parcel:
+    """Tensors of a GPU in host memory, on their way there, or back. Those that share memory share it again.
+
+    `before`: the parcel that was sent before this one; it is wanted after it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], lane: Lane, before: Parcel | None) -> None:
+        self.lane, self.before = lane, before
+        pieces = {x.untyped_storage()._cdata: _bytes(x) for x in tensors if x is not None}
+        places = {key: place for place, key in enumerate(pieces)}
+        self._views = [None if x is None else _view(x, places[x.untyped_storage()._cdata]) for x in tensors]
+        self._sizes = [len(piece) for piece in pieces.values()]
+        self._device = next(iter(pieces.values())).device
+        with lane.copying():
+            self._home = [_to_host(piece) for piece in pieces.values()]
+        self._mark, self._pieces = lane.mark(), list(pieces.values())  # not to be lent to others before they left
+
+    def leave(self) -> None:
+        """Frees the GPU's memory: what is computed from now on may use it, when the copies are done."""
+        self.lane.wait(self._mark)
+        self._pieces = []
+
+    def fetch(self) -> None:
+        """Begins the way back."""
+        if self._pieces:
+            return
+        self._pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._sizes]
+        with self.lane.copying():  # behind all that used this memory before
+            for piece, home in zip(self._pieces, self._home, strict=True):
+                if home is not None:
+                    piece.copy_(home, non_blocking=True)
+        self._mark = self.lane.mark()
+
+    def take(self) -> list[Tensor | None]:
+        """The tensors, to be used now. They are sent once, and can be taken again."""
+        self.fetch()
+        self.lane.wait(self._mark)
+        pieces, self._pieces = self._pieces, []
+        return [None if view is None else _made(view, pieces[view.piece]) for view in self._views]
+
+
+class Away:
+    """Sends away what the first `count` of so many `blocks` keep.
+
+    On its way a parcel takes memory of the GPU, but only what blocks that stay take later, or have given back: together
+    they never take more than those do, or two parcels.
+    """
+
+    def __init__(self, count: int, blocks: int, device: torch.device) -> None:
+        self.count, self.staying, self.lane = count, blocks - count, Lane(device)
+        self.newest: Parcel | None = None
+        self._going: deque[Parcel] = deque()
+
+    def begin(self) -> None:
+        """To be called before a forward pass: nothing is left of another one."""
+        self.newest = None
+        self._let_go(0)
+        self.lane.wait(self.lane.mark())  # parcels that nobody took, where a backward pass failed, are on their way
+
+    def enter(self, index: int) -> None:
+        """To be called before block `index` computes what it keeps."""
+        made = index + 1 - self.count
+        self._let_go(self.staying - made if made > 0 else max(1, self.staying - 1))
+
+    def send(self, index: int, tensors: Sequence[Tensor | None]) -> Parcel | None:
+        """What block `index` keeps, if it is one of those."""
+        if index >= self.count:
+            return None
+        self.newest = Parcel(tensors, self.lane, self.newest)
+        self._going.append(self.newest)
+        return self.newest
+
+    def call(self, index: int, newest: Parcel | None) -> None:
+        """To be called before the backward pass of block `index`, with the newest parcel that was there when it ran:
+        begins to fetch that, and those before it, as far as there is room."""
+        self._let_go(0)
+        done = self.count + self.staying - 1 - index
+        parcel, more = newest, max(done, int(index == self.count)) if index >= self.count else max(2, self.staying)
+        while parcel is not None and more:
+            parcel.fetch()
+            parcel, more = parcel.before, more - 1
+
+    def _let_go(self, most: int) -> None:
+        """Leaves so many on their way; what is computed from now on waits until the others are gone."""
+        while len(self._going) > most:
+            self._going.popleft().leave()
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """All the memory that `x` is part of."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+def _view(x: Tensor, piece: int) -> _View:
+    return _View(piece, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
+
+
+def _made(view: _View, piece: Tensor) -> Tensor:
+    return piece.view(view.dtype).as_strided(view.shape, view.strides, view.start)
+
+
+def _to_host(piece: Tensor) -> Any:
+    """A copy, None of what has no data. torch lends pinned memory again when a tensor is gone, and its copies done."""
+    if piece.is_meta:
+        return None
+    home = torch.empty(len(piece), dtype=torch.uint8, pin_memory=piece.is_cuda)
+    return home.copy_(piece, non_blocking=True)
