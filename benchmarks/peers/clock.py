@@ -97,7 +97,8 @@ class Clock:
         if self.profile is None:
             return
         kind = torch.profiler.ProfilerActivity
-        self.profiler = torch.profiler.profile(activities=[kind.CUDA if torch.cuda.is_available() else kind.CPU])
+        place = kind.CUDA if torch.cuda.is_available() else kind.CPU
+        self.profiler = torch.profiler.profile(activities=[place], acc_events=True)  # without, some versions warn
         self.profiler.start()
 
 

@@ -94,7 +94,8 @@ def launches(pairs: int) -> int:
     side = Side("cuda", pairs)
     slopes = torch.randn(side.gradient.shape, device="cuda")
     side.finish(slopes)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:  # without, some versions warn
         side.finish(slopes)
         torch.cuda.synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
