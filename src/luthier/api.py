@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier import demos
 from luthier.machine import GIB, machine, named_gpu, unnamed_gpu
 from luthier.recipe import Recipe, flatten, packaged
+from luthier.registry import counted
 from luthier.runs import Run, read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -32,9 +33,17 @@ if TYPE_CHECKING:
 def start(recipe: Recipe | str | Path, *overrides: str) -> Run:
     """The run of a recipe (a Recipe, a file, or a name that ships with luthier), made if it is new."""
     if isinstance(recipe, Recipe):
-        return Run.create(recipe)
+        return Run.create(with_known_metrics(recipe))
     path = packaged(str(recipe)) or Path(recipe)
-    return Run.create(Recipe.load(path, *overrides), name=path.stem, root=path.parent)
+    return Run.create(with_known_metrics(Recipe.load(path, *overrides)), name=path.stem, root=path.parent)
+
+
+def with_known_metrics(recipe: Recipe) -> Recipe:
+    """The recipe itself. Raises RecipeError for a metric that is not known, before hours of training and not after."""
+    from luthier.evaluate.metrics import resolved
+
+    resolved(recipe.evaluate.metrics)
+    return recipe
 
 
 def prepare(run: Run) -> Prepared:
@@ -133,8 +142,8 @@ def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None
 
 def _recomputed(planned: Plan) -> str:
     whole, gate_up = planned.recompute, planned.recompute_gate_up
-    parts = ["all blocks" if whole is True else f"{whole} block(s)"] if whole else []
-    parts += [f"gate|up of {gate_up}{' more' if whole else ''} block(s)"] if gate_up else []
+    parts = ["all blocks" if whole is True else counted(whole, "block")] if whole else []
+    parts += [f"gate|up of {counted(gate_up, 'more block' if whole else 'block')}"] if gate_up else []
     return " and ".join(parts) or "nothing"
 
 
@@ -149,7 +158,7 @@ def _print_plan(planned: Plan, console: Console) -> None:
             table.add_row(name, f"{amount / GIB:.2f}")
     table.add_row("[bold]peak[/]", f"[bold]{planned.peak_bytes / GIB:.2f}[/]")
     table.add_row("allowed", f"{planned.budget_bytes / GIB:.2f}")
-    where = planned.device if planned.place == "cuda" else f"{planned.processes} process(es)"
+    where = planned.device if planned.place == "cuda" else counted(planned.processes, "process", "processes")
     console.print(f"memory, on {where}")
     console.print(table)
     console.print(f"micro-batch of {planned.micro_tokens} tokens, recomputed: {_recomputed(planned)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from luthier.errors import LuthierError, UsageError
+from luthier.registry import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 RESUMING = ("compare", "predict", "study")
 """Verbs that keep what they have done as it comes. `train` answers a signal itself."""
-_EPILOG = """exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable,
-130/143 stopped by a signal, resumable"""
+_EPILOG = (
+    "exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable, "
+    "130/143 stopped by a signal, resumable"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +52,6 @@ def parser() -> argparse.ArgumentParser:
         prog="luthier",
         description="Fine-tune an open language model on your own data, and know whether it got better.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
@@ -111,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN",
         nargs="+",
         help="a run folder against its base; several, against each other: run folders, checkpoints in them "
-        "(RUN/checkpoints/step-00000050) and PEFT adapters made elsewhere",
+        "(RUN/checkpoints/step-00000050) and PEFT adapters made elsewhere. evaluate.key=value changes how the run that "
+        "asks is evaluated, and stays in its recipe",
     )
     compare.add_argument(
         "--base",
@@ -228,6 +231,7 @@ def _emit(value: dict[str, Any]) -> None:
 
 def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
     """The recipe, the folder that its data paths count from, and its name."""
+    from luthier.api import with_known_metrics
     from luthier.recipe import Recipe, packaged
 
     path = packaged(args.recipe) or Path(args.recipe)
@@ -236,8 +240,8 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
 
         run = Run.open(path)
         overrides = [f"run.dir={json.dumps(str(path))}", *args.overrides]  # quoted: values are YAML
-        return Recipe.load(path / "recipe.yaml", *overrides), run.root, path.name
-    return Recipe.load(path, *args.overrides), path.parent, path.stem
+        return with_known_metrics(Recipe.load(path / "recipe.yaml", *overrides)), run.root, path.name
+    return with_known_metrics(Recipe.load(path, *args.overrides)), path.parent, path.stem
 
 
 def _open(args: argparse.Namespace) -> Run:
@@ -278,21 +282,39 @@ def _plan(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from luthier.train.launch import train
 
-    result = train(_open(args), console=_console(args))
+    run = _open(args)
+    result = train(run, console=_console(args))
     if args.json:
         _emit(result)
+    else:
+        print(f"the adapter is in {run.adapter}; next: luthier compare {shlex.quote(str(run.folder))}")
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
     from luthier.api import show_comparison
 
+    changes = [word for word in args.runs if word.startswith("evaluate.") and "=" in word]
+    runs = [word for word in args.runs if word not in changes]
+    if changes:
+        _ask_otherwise(args.questions or next(iter(runs), ""), changes)
     comparison = show_comparison(
-        *args.runs, base=args.base, questions=args.questions, slices=args.slices, console=_console(args)
+        *runs, base=args.base, questions=args.questions, slices=args.slices, console=_console(args)
     )
     if args.json:
         _emit(comparison.as_dict())
     return 0
+
+
+def _ask_otherwise(folder: str, changes: list[str]) -> None:
+    """Keeps changes to a run's `evaluate` in its recipe."""
+    from luthier.api import with_known_metrics
+    from luthier.recipe import Recipe
+    from luthier.runs import Run
+
+    run = Run.open(folder)
+    recipe = Recipe.load(run.folder / "recipe.yaml", f"run.dir={json.dumps(str(run.folder))}", *changes)
+    Run.create(with_known_metrics(recipe), root=run.root)
 
 
 def _study(args: argparse.Namespace) -> int:
@@ -351,7 +373,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _runs(args: argparse.Namespace) -> int:
     wanted = {"list": 0, "show": 1, "diff": 2, "repro": 1}[args.action]
     if len(args.folders) != wanted:
-        raise UsageError(f"`runs {args.action}` takes {wanted} run folder(s)", fix="see luthier runs --help")
+        raise UsageError(f"`runs {args.action}` takes {counted(wanted, 'run folder')}", fix="see luthier runs --help")
     if args.action == "repro":
         return _repro(args)
     if args.out:

@@ -23,6 +23,7 @@ from luthier.machine import GIB, Gpu, Machine
 from luthier.model.families import is_llama
 from luthier.model.shape import blocks_of, padded_tokens, shape
 from luthier.recipe import Full, Lora, Recipe, Run
+from luthier.registry import counted
 
 if TYPE_CHECKING:
     from luthier.model.block import Recompute
@@ -262,7 +263,7 @@ def plan(
         found = _streamed(search)
     if found.peak_bytes > allowed:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
-    device = _gpu(facts).name if setting.place == "cuda" else f"{setting.processes * setting.threads} core(s)"
+    device = _gpu(facts).name if setting.place == "cuda" else counted(setting.processes * setting.threads, "core")
     return replace(found, place=setting.place, device=device, kernels=setting.kernels)
 
 

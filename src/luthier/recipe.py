@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from luthier.errors import RecipeError, UsageError
-from luthier.registry import nearest
+from luthier.registry import nearest, nearest_path
 
 
 class Section(BaseModel):
@@ -26,6 +26,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+
+_SHIPPED = Path(__file__).parent / "recipes"
 
 # What other tools call our keys: an unknown key of theirs is answered with ours.
 _ELSEWHERE = {
@@ -546,11 +548,9 @@ class Recipe(Section):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise RecipeError(
-                f"cannot be read ({error.strerror})",
-                where=str(path),
-                fix="check the path, or write one with `luthier init`",
-            ) from error
+            shipped = [each.stem for each in _SHIPPED.glob("*.yaml")]
+            fix = nearest_path(path, *shipped) or "check the path, or write one with `luthier init`"
+            raise RecipeError(f"cannot be read ({error.strerror})", where=str(path), fix=fix) from error
         except UnicodeDecodeError as error:
             raise RecipeError("is not UTF-8 text", where=str(path), fix="give a YAML recipe") from error
         return cls.parse(text, *overrides, name=str(path))
@@ -558,12 +558,11 @@ class Recipe(Section):
     @classmethod
     def parse(cls, text: str, *overrides: str, name: str = "recipe") -> Recipe:
         tree = _read_yaml(text, name)
-        for override in overrides:
-            _apply(tree, override)
+        given = {_apply(tree, override): override for override in overrides}
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise RecipeError(_explain(error, tree, name)) from error
+            raise RecipeError(_explain(error, tree, name, given)) from error
 
     def dump(self) -> str:
         """The full recipe as YAML, defaults included; `parse(dump())` gives it back."""
@@ -592,7 +591,7 @@ class Recipe(Section):
 
 def packaged(name: str) -> Path | None:
     """The recipe that ships with luthier under this name, unless a file or folder of that name is at hand."""
-    path = Path(__file__).parent / "recipes" / f"{name}.yaml"
+    path = _SHIPPED / f"{name}.yaml"
     return path if path.is_file() and not Path(name).exists() else None
 
 
@@ -621,7 +620,8 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Sets what `section.key=value` says, and returns the parts of its key."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -642,10 +642,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         raise UsageError(f"'{override}' names a list", fix="give the whole list, e.g. evaluate.metrics=[rougeL]")
     node[parts[-1]] = parsed
+    return tuple(parts)
 
 
-def _explain(error: ValidationError, tree: dict[str, Any], name: str) -> str:
-    """All problems at once, a line each: file:line:column: field: what is wrong; what to do."""
+def _explain(error: ValidationError, tree: dict[str, Any], name: str, given: dict[tuple[str, ...], str]) -> str:
+    """All problems at once, a line each: file:line:column (or the override): field: what is wrong; what to do."""
     problems: dict[tuple[tuple[Any, ...], str], list[dict[str, Any]]] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_subject(dict(problem)), []).append(dict(problem))
@@ -653,7 +654,7 @@ def _explain(error: ValidationError, tree: dict[str, Any], name: str) -> str:
     for (path, kind), about in problems.items():
         field = ".".join(map(str, path)) or "recipe"
         message = _of_another_kind(field, kind, about) if kind else _message(path, field, about)
-        lines.append(f"{_place(tree, path, name)}: {field}: {message}")
+        lines.append(f"{_overridden(path, given) or _place(tree, path, name)}: {field}: {message}")
     return "\n".join(lines)
 
 
@@ -682,6 +683,8 @@ def _message(path: tuple[Any, ...], field: str, about: list[dict[str, Any]]) -> 
         return "is missing"
     if problem["type"] in ("union_tag_invalid", "model_type") and (kinds := _kinds(path)):
         return _kind_wanted(field, kinds, problem["input"])
+    if problem["type"] in ("model_type", "model_attributes_type") and not isinstance(problem["input"], dict):
+        return f"is a section that holds keys: {', '.join(_siblings([*path, '']))} (found {problem['input']!r})"
     return _said(about)
 
 
@@ -742,8 +745,15 @@ def sections_in(annotation: Any) -> list[type[Section]]:
     return list(dict.fromkeys(inner for part in get_args(annotation) for inner in sections_in(part)))
 
 
+def _overridden(path: Sequence[Any], given: dict[tuple[str, ...], str]) -> str | None:
+    """The last override that says anything of the value at `path`: of it, of a part of it, or of what holds it."""
+    parts = tuple(map(str, path))
+    about = [text for key, text in given.items() if key[: len(parts)] == parts[: len(key)]]
+    return about[-1] if about and parts else None
+
+
 def _place(tree: Any, path: Sequence[Any], name: str) -> str:
-    """`file:line:column` of the deepest part of `path` that the file has; overrides have no place, only the file."""
+    """`file:line:column` of the deepest part of `path` that the file has."""
     place, node = name, tree
     for part in path:
         try:

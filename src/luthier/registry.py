@@ -9,9 +9,15 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A count and what is counted: `1 block`, `2 blocks`, `2 processes`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -20,6 +26,17 @@ def nearest(name: str, names: list[str]) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return "known names: " + ", ".join(sorted(names))
+
+
+def nearest_path(path: Path, *others: str) -> str:
+    """A sentence part for a file that is not there: the one beside it, or of `others`, that has nearly its name; empty
+    where there is none."""
+    if path.is_dir():
+        return "it is a folder: name a file in it"
+    beside = [str(each) for each in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*beside, *others], n=1, cutoff=0.7)
+    close = close or [name for name in others if name.startswith(str(path))]
+    return f"did you mean '{close[0]}'?" if close else ""
 
 
 class Registry:

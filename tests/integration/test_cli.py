@@ -151,6 +151,12 @@ def test_compare_prints_the_stable_keys(journey: dict[str, Done], desk: Path) ->
     assert (desk / RUN / "report.html").is_file()
 
 
+def test_a_trained_run_can_be_asked_for_other_metrics(journey: dict[str, Done]) -> None:
+    asked = luthier("compare", RUN, "evaluate.metrics=[exact_match]", "--json").json
+    assert list(asked["metrics"]) == ["exact_match"]
+    assert luthier("runs", "show", RUN, "--json").json["recipe"]["evaluate"]["metrics"] == ["exact_match"]
+
+
 def test_predict_answers_every_row(journey: dict[str, Done], desk: Path) -> None:
     assert journey["predict"].json["answered"] == 6
     assert len((desk / "answers [1].csv").read_text().splitlines()) == 7
@@ -200,6 +206,9 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
         (["train", RECIPE, "train.lrr=1"], 1, "lr"),
         (["train", RECIPE, "train.learning_rate=1"], 1, "here it is `train.lr`"),
         (["train", RECIPE, "run.engine=ddpp"], 1, "run.engine"),
+        (["train", RECIPE, "evaluate.metrics=[rougel]"], 1, "unknown metric 'rougel'; did you mean 'rougeL'"),
+        (["compare", RUN, "evaluate.metrics=[rougel]"], 1, "unknown metric 'rougel'; did you mean 'rougeL'"),
+        (["compare", "evaluate.metrics=[rougeL]"], 1, "not a run folder"),
         (["train", "nowhere.yaml"], 1, "luthier init"),
         (["compare", "runs/nowhere"], 1, "runs here"),
         (["predict", RUN, "nowhere.jsonl"], 1, "nowhere.jsonl"),

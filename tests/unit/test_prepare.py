@@ -148,6 +148,7 @@ def test_bad_rows_are_refused_by_the_first_places_and_their_number(made):
     assert [f"train.jsonl:{line}:" in str(caught.value) for line in range(1, 10)] == [False] + [True] * 5 + [False] * 3
     assert "8 rows in all" in str(caught.value)
     assert "data.bad_rows=drop" in caught.value.fix
+    assert "train.jsonl:2: column 1: broken JSON" in str(caught.value)
 
 
 def test_dropped_rows_are_counted_by_reason_and_named_by_line(made):

@@ -27,9 +27,20 @@ def test_an_unknown_key_names_its_place_and_the_nearest_name() -> None:
 
 
 def test_a_key_of_another_tool_is_answered_with_ours() -> None:
-    assert (
-        problem(MINIMAL, "train.learning_rate=1") == "my.yaml: train.learning_rate: unknown key; here it is `train.lr`"
-    )
+    message = "my.yaml:3:9: train.learning_rate: unknown key; here it is `train.lr`"
+    assert problem(MINIMAL + "train: {learning_rate: 1}\n") == message
+
+
+@pytest.mark.parametrize("override", ["train.lr=fast", "train.schedul=linear", "model.quantize.kind=nf5", "data=3"])
+def test_a_fault_of_an_override_is_told_at_the_override_and_not_at_a_place_of_the_file(override: str) -> None:
+    assert problem(MINIMAL + "train: {lr: 1}\n", "train.seed=1", override).startswith(f"{override}: ")
+
+
+def test_a_recipe_that_is_not_there_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "support.yaml").write_text(MINIMAL)
+    for asked, near in ((tmp_path / "suport.yaml", tmp_path / "support.yaml"), (Path("tikets"), Path("tickets"))):
+        with pytest.raises(RecipeError, match=re.escape(f"did you mean '{near}'?")):
+            Recipe.load(asked)
 
 
 def test_a_key_inside_a_list_names_its_place() -> None:

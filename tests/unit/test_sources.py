@@ -180,8 +180,15 @@ def test_a_surrogate_pair_written_as_escapes_is_one_character(tmp_path):
         ("r.json", b"[\n1]", "r.json:2: is a number"),
         ("r.json", b'[{"a": "\\ud800"}]', "r.json:1: a: holds half of a surrogate pair"),
         ("r.json", b'{"x": [{"a": 1}], "y": [{"a": 1}]}', "holds several lists of rows (x, y)"),
-        ("t.csv", b"a,b\n1,2\n3\n", "t.csv:3: has 1 fields, the header has 2"),
+        ("t.csv", b"a,b\n1,2\n3\n", "t.csv:3: has 1 field, the header has 2"),
         ("t.csv", b'a,b\n1,2\n"3,4\n', "t.csv:3: broken table"),
+        ("t.csv", b"a,b\r1,2\r", "t.csv:1: has carriage returns for line ends"),
+        ("t.csv", b'a,"b\n1,2\n', "t.csv:1: broken table"),
+        ("r.jsonl", b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}', "r.jsonl:2: the key 'c' stands twice in one object"),
+        ("r.json", b'[{"a": 1, "a": 2}]', "r.json:1:2: the key 'a' stands twice in one object"),
+        ("r.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        ("r.json", b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page"),
         ("t.csv", b"a,a\n1,2\n", "t.csv:1: columns without a name of their own: ['a']"),
         ("t.csv", b"a,b\n1,caf\xe9\n", "t.csv:2: is not UTF-8 (0xe9 at byte 6)"),
         ("d.txt", b"one\ntwo\0\n", "d.txt:2:4: holds a NUL character"),
@@ -198,6 +205,12 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
     for path in ("no.jsonl", "."):
         with pytest.raises(DataError, match="cannot be read"):
             list(read(Source(path=path), root=tmp_path))
+
+
+def test_a_file_that_is_not_there_is_answered_with_its_neighbour_of_nearly_that_name(tmp_path):
+    (tmp_path / "support.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match=r"did you mean '.*support\.jsonl'"):
+        list(read(Source(path="suport.jsonl"), root=tmp_path))
 
 
 def test_a_bad_table_row_can_be_counted_and_the_rest_is_read(tmp_path):

@@ -219,6 +219,8 @@ def _unknown(rows: Sequence[Row], answers: bool) -> DataError:
             missing = cast(Format, FORMATS.get(name)).answer
             what = f"looks like {name}, but no column is the {missing} (columns: {_names(rows)})"
             return DataError(what, where=file, fix=f"set data.columns, with {missing}: COLUMN")
+    if not any(row.values for row in rows):
+        return DataError("has rows without columns", where=file, fix="check that this is the right file")
     what = f"has columns {_names(rows)}, which no known format has"
     return DataError(what, where=file, fix=f"say what they are, e.g. data.columns: {_guessed_map(rows)}")
 
@@ -260,7 +262,7 @@ def _string(row: Row, field: str, value: Any) -> str:
     if isinstance(value, str) and value and not value.isspace():
         return value
     found = "is empty" if isinstance(value, str) else f"is {kind(value)}, not text"
-    raise _fault(row, field, found, "give the text, or remove the row (data.bad_rows=drop)")
+    raise _fault(row, field, found, "give the text, or remove the row")
 
 
 def _text_of(row: Row, column: str) -> str:

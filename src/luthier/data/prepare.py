@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from array import array
 from bisect import bisect_right
@@ -241,7 +242,7 @@ class _Journey(ExitStack):
                 yield conversation
 
     def _bad(self, ledger: _Ledger, origin: Origin, error: LuthierError) -> None:
-        detail = str(error).removeprefix(str(origin)).removeprefix(": ")
+        detail = re.sub(r"^:(\d+)(?=:)", r": column \1", str(error).removeprefix(str(origin))).removeprefix(": ")
         ledger.drop("bad_row", origin, detail, refuse=self.data.bad_rows == "refuse")
 
     # --- conversations that stay
@@ -455,7 +456,7 @@ class _Ledger:
             self._refused[reason] += 1
             places = self._places.setdefault(reason, [])
             if len(places) < _SHOWN:
-                places.append(f"{origin}:{'' if detail[:1].isdigit() else ' '}{detail}")
+                places.append(f"{origin}: {detail}")
 
     def check(self) -> None:
         """Raises DataError if a row was refused: the first places of each reason, and how many there are."""
@@ -467,7 +468,8 @@ class _Ledger:
                 lines.append(f"{count:,} rows in all are refused as {reason}")
         if lines:
             policies = " and ".join(dict.fromkeys(_POLICIES[reason] for reason in self._refused))
-            raise DataError("\n".join(lines), fix=f"repair them, or drop and count them with {policies}")
+            them = "it" if len(lines) == 1 else "them"
+            raise DataError("\n".join(lines), fix=f"repair {them}, or drop and count such rows with {policies}")
 
 
 class _Origins:

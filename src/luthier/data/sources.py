@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from luthier.data.conversation import Origin, Row
 from luthier.errors import DataError
 from luthier.recipe import Source
+from luthier.registry import counted, nearest_path
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -39,7 +40,6 @@ _DAMAGED = (EOFError, OSError, zlib.error)
 # In JSON text: an escape that may stand for half a surrogate pair or for NUL. Most rows have none, and are not walked.
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_PARSE = json.JSONDecoder().decode
 
 
 def read(
@@ -85,9 +85,20 @@ def _rows(source: Source, root: Path | None, digest: _Hash, bad: Bad) -> Iterato
             raise DataError(
                 f"unknown kind of file '{file.suffix}'", where=file.name, fix=f"known: {kinds}, also .gz, .zst"
             )
+        _check_is_data(file)
         yield from reader(file, bad)
         while file.stored.read(_CHUNK):  # the digest is of the whole file, also of what no reader asked for
             pass
+
+
+def _check_is_data(file: _File) -> None:
+    """Raises DataError for what downloads leave in a file's place: a pointer to it, or a web page."""
+    start = file.stored.peek(1 << 10)[: 1 << 10].lower().lstrip()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        fix = "fetch the file itself: git lfs pull"
+        raise DataError("is a Git LFS pointer, not the data", where=file.name, fix=fix)
+    if start.startswith((b"<!doctype html", b"<html")) and file.suffix not in (".txt", ".md"):
+        raise DataError("is a web page, not the data", where=file.name, fix="download the file itself")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class _File:
     name: str
     suffix: str
     path: Path
-    stored: BinaryIO
+    stored: io.BufferedReader[Any]
     """The bytes as stored, hashed as they are read."""
     content: io.BufferedIOBase
     """The bytes after decompression."""
@@ -110,7 +121,8 @@ def _opened(path: str, root: Path | None, digest: _Hash) -> AbstractContextManag
     try:
         handle = full.open("rb")
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=path, fix="check the path") from error
+        fix = nearest_path(full) or "check the path"
+        raise DataError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
     return _close_after(_uncompressed(path, full, io.BufferedReader(_Hashing(handle, digest))))
 
 
@@ -126,7 +138,7 @@ def _standard_input(digest: _Hash) -> _File:
     stream = io.BufferedReader(_Hashing(sys.stdin.buffer, digest), _CHUNK)
     start = stream.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     suffix = {b"{": ".jsonl", b"[": ".json"}.get(start, ".txt")
-    return _File("-", suffix, Path("-"), cast(BinaryIO, stream), stream)
+    return _File("-", suffix, Path("-"), stream, stream)
 
 
 def _uncompressed(name: str, path: Path, stored: io.BufferedReader) -> _File:
@@ -137,7 +149,7 @@ def _uncompressed(name: str, path: Path, stored: io.BufferedReader) -> _File:
         content = gzip.GzipFile(fileobj=stored)
     elif packing == ".zst":
         content = io.BufferedReader(_Zstd(stored), _CHUNK)
-    return _File(name, suffixes[-1] if suffixes else "", path, cast(BinaryIO, stored), content, plain=not packing)
+    return _File(name, suffixes[-1] if suffixes else "", path, stored, content, plain=not packing)
 
 
 class _Hashing(io.RawIOBase):
@@ -264,6 +276,22 @@ def _document(file: _File, first: int, lines: list[str]) -> Iterator[Row]:
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that stands twice, json would keep the last value and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in found if names.count(name) > 1))
+    return found
+
+
+class _TwiceError(ValueError):
+    """An object has a key, the argument, twice."""
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _jsonl(file: _File, bad: Bad) -> Iterator[Row]:
     for number, line in _lines(file, bad):
         text = line.strip()
@@ -271,7 +299,7 @@ def _jsonl(file: _File, bad: Bad) -> Iterator[Row]:
             continue
         origin = Origin(file.name, number)
         try:
-            value = _PARSE(text)
+            value = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             bad(origin, _broken_json(str(origin), error))
             continue
@@ -284,6 +312,8 @@ def _broken_json(where: str, error: Exception) -> DataError:
         return DataError(
             f"broken JSON: {error.msg}", where=f"{where}:{error.colno}", fix="each line is one object {...}"
         )
+    if isinstance(error, _TwiceError):
+        return DataError(f"the key '{error}' stands twice in one object", where=where, fix="keep one of them")
     return DataError(f"JSON that cannot be read ({type(error).__name__})", where=where, fix="remove this row")
 
 
@@ -382,7 +412,7 @@ class _Cursor:
         self.file, self.line = file, 1
         self._text, self._at, self._column, self._end = "", 0, 1, False
         self._bytes = 0
-        self._decode, self._scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+        self._decode, self._scan = codecs.getincrementaldecoder("utf-8")(), _DECODER.raw_decode
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -406,7 +436,8 @@ class _Cursor:
             try:
                 value, end = self._scan(self._text, self._at)
             except (ValueError, RecursionError) as error:
-                if self._more(size):  # perhaps only cut off: double the look-ahead, so that this stays linear
+                # Perhaps only cut off: double the look-ahead, so that this stays linear.
+                if not isinstance(error, _TwiceError) and self._more(size):
                     size *= 2
                     continue
                 raise self._broken(error) from error
@@ -463,7 +494,10 @@ def _csv(file: _File, bad: Bad) -> Iterator[Row]:
     header = next(lines, "")
     csv.field_size_limit(1 << 31)  # the module's own limit, 128 KiB, is shorter than many documents
     reader = csv.reader(_chain(header, lines), delimiter=max(",;\t", key=header.count), strict=True)
-    names = _header(next(reader, []), file.name)
+    try:
+        names = _header(next(reader, []), file.name)
+    except csv.Error as error:
+        raise _broken_table(f"{file.name}:1", error) from error
     while True:
         origin = Origin(file.name, reader.line_num + 1)
         try:
@@ -471,13 +505,21 @@ def _csv(file: _File, bad: Bad) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            bad(origin, DataError(f"broken table: {error}", where=str(origin), fix="check the quotes of this row"))
+            bad(origin, _broken_table(str(origin), error))
             continue
         if len(cells) == len(names):
             yield Row(dict(zip(names, cells, strict=True)), origin)
         elif cells:
-            what = f"has {len(cells)} fields, the header has {len(names)}"
+            what = f"has {counted(len(cells), 'field')}, the header has {len(names)}"
             bad(origin, DataError(what, where=str(origin), fix="quote fields that hold a separator or a newline"))
+
+
+def _broken_table(where: str, error: csv.Error) -> DataError:
+    if "new-line character" in str(error):  # lines that end in a carriage return alone, as on old Macs
+        what, fix = "has carriage returns for line ends", "save it with \\n or \\r\\n at the ends of lines"
+    else:
+        what, fix = f"broken table: {error}", "check the quotes of this row"
+    return DataError(what, where=where, fix=fix)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

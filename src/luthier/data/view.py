@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from luthier.data.conversation import Example
+from luthier.registry import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -150,7 +151,7 @@ def sentence(report: dict[str, Any]) -> str:
     """The report in one sentence."""
     rows, tokens = report["rows"], report["tokens"]
     return (
-        f"{rows['kept']:,} of {rows['read']:,} rows stay: {tokens['total']:,} tokens, "
+        f"{rows['kept']:,} of {counted(rows['read'], 'row')} stay: {tokens['total']:,} tokens, "
         f"of which {tokens['supervised']:,} ({_share(report):.0%}) are learned."
     )
 

@@ -16,6 +16,7 @@ from luthier.model import families
 from luthier.model.load import dtype_name
 from luthier.plan import Plan, Setting, plan
 from luthier.recipe import Lora, Recipe
+from luthier.registry import counted
 
 if TYPE_CHECKING:
     from luthier.model.causal import Kernels
@@ -191,7 +192,7 @@ def _layouts(recipe: Recipe, facts: Machine, place: str) -> Iterator[_Layout]:
         if asked:
             return
         count //= 2
-        said = f"memory is enough for {count} process(es)"
+        said = f"memory is enough for {counted(count, 'process', 'processes')}"
     yield _Layout("ddp" if run.engine == "ddp" else "local", 1, _threads(recipe, free), said)
 
 

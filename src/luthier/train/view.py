@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from luthier.registry import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -118,7 +120,8 @@ def _remark(event: Event) -> str | None:
         case "start" if event["resumed_from"]:
             return f"going on from step {event['resumed_from']}"
         case "decisions":
-            who = f"{event['processes']} process(es) of {event['threads']} thread(s) on {event['place']}"
+            processes = counted(event["processes"], "process", "processes")
+            who = f"{processes} of {counted(event['threads'], 'thread')} on {event['place']}"
             why = event["why"]
             how = f"{event['dtype']} ({why['dtype']}), {event['kernels']} kernels ({why['kernels']})"
             graphs = f"; recorded as CUDA graphs ({why['graphs']})" if event.get("graphs") else ""
