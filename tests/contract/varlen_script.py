@@ -8,7 +8,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from luthier.kernels import reference
-from luthier.kernels.varlen_backward import Blocks, launched
+from luthier.kernels.ends import Ends
+from luthier.kernels.varlen_backward import Blocks, How, launched, places
 
 # The interpreter of Triton 3.6 reads arrays of one value as numbers, which numpy 2.4 no longer allows.
 interpreter.range = lambda *ends: builtins.range(
@@ -32,19 +33,23 @@ def logarithms(q: Tensor, k: Tensor, bounds: tuple[int, ...]) -> Tensor:
 
 torch.manual_seed(0)
 bounds = (0, *accumulate(LENGTHS))
-edges = torch.tensor(bounds, dtype=torch.int32)
+ends = Ends(torch.tensor(bounds, dtype=torch.int32), max(LENGTHS) + 5)
 SMALL, WIDE, HIGH = Blocks(16, 16, 1, 1), Blocks(16, 32, 1, 1), Blocks(32, 16, 1, 1)
-for heads, groups, size, queries, keys in ((4, 2, 16, HIGH, WIDE), (3, 3, 24, SMALL, SMALL), (4, 1, 32, WIDE, HIGH)):
+CASES = ((4, 2, 16, How(HIGH, WIDE)), (3, 3, 24, How(SMALL, SMALL)), (4, 1, 32, How(WIDE, HIGH)))
+for heads, groups, size, how in (*CASES, (6, 2, 24, How(SMALL, WIDE, apart=True))):
     merged = torch.randn(bounds[-1], heads + 2 * groups, size)
     q, k, v = torch.split(merged, [heads, groups, groups], 1)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     filled = tuple(dict.fromkeys(bounds))
     o, do = reference.segment_attention(*leaves, filled, SCALE), torch.randn(bounds[-1], heads, size)
     wanted = torch.autograd.grad(o, leaves, do)
-    sums = logarithms(q, k, filled)
     dy = torch.full((bounds[-1], heads + 2 * groups + 1, size), torch.nan)  # with room behind, which is left alone
     found = torch.split(dy, [heads, groups, groups, 1], 1)
-    launched(do, o.detach(), sums, q, k, v, edges, max(LENGTHS) + 5, SCALE, *found[:3], queries, keys)
+    tables = [places(ends, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
+    # The sums as flash attention and as cuDNN leave them.
+    for sums in (logarithms(q, k, filled), logarithms(q, k, filled).t().contiguous().t()):
+        room = torch.empty_like(sums), torch.empty(2, *q.shape) if how.apart else None
+        launched(do, o.detach(), sums, q, k, v, *tables, ends.longest, SCALE, *room, *found[:3], how)
+        for name, one, other in zip("qkv", found[:3], wanted, strict=True):
+            print(f"{heads}.{groups}.{sums.stride(0)}.{name}", float((one - other).norm() / other.norm()))
     assert found[3].isnan().all()
-    for name, one, other in zip("qkv", found[:3], wanted, strict=True):
-        print(f"{heads}.{groups}.{name}", float((one - other).norm() / other.norm()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -83,9 +85,10 @@ def test_the_own_gradient_is_hoppers(
         assert not varlen_backward.takes(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts), 64)
 
 
-def test_a_plan_sees_the_own_gradients_memory_and_arithmetic() -> None:
+@pytest.mark.parametrize(("tokens", "apart"), [(512, True), (32768, False)])
+def test_a_plan_sees_the_own_gradients_memory_and_arithmetic(tokens: int, apart: bool) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    y = torch.empty(512, 12, 64, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(tokens, 12, 64, dtype=torch.bfloat16, device="meta")
     ends = Ends(torch.empty(5, dtype=torch.int32, device="meta"), 128)
     with planned_for((9, 0)), Meter().begun() as meter:
         q, k, v = (x.detach().requires_grad_() for x in torch.split(y, [8, 2, 2], 1))
@@ -94,8 +97,24 @@ def test_a_plan_sees_the_own_gradients_memory_and_arithmetic() -> None:
         gradients = torch.autograd.grad(o, (q, k, v), torch.empty_like(o))
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
     assert all(x._base is gradients[0]._base for x in gradients)  # side by side, as a merged product wants them
-    assert meter.figures["work", "backward", "products", "flops"] == 7 * 512 * 128 * 8 * 64
-    assert meter.figures["live", "backward", "backward"] == y.nbytes + o.nbytes
+    assert meter.figures["work", "backward", "products", "flops"] == 7 * tokens * 128 * 8 * 64
+    assert varlen_backward.how(tokens, 8, 2, 64).apart == apart
+    inner, parts, tables = 4 * tokens * 8, apart * 2 * 2 * o.nbytes, 0.01 * y.nbytes
+    assert 0 < meter.figures["live", "backward", "backward"] - (y.nbytes + o.nbytes + inner + parts) < tables
+
+
+def test_blocks_lie_where_segments_do_the_longest_before_the_others() -> None:
+    """Whatever the lengths: each block of each segment once, and the rest is empty and comes last."""
+    for lengths in ((5, 0, 64, 65, 1, 200, 0, 0), (300,), (1,) * 130, (64, 128, 64)):
+        edges = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        for size in (16, 64, 128):
+            found = varlen_backward.places(Ends(edges, 0), int(edges[-1]), size).tolist()
+            wanted = [(s, n, at) for s, n in zip(edges.tolist(), lengths, strict=False) for at in range(0, n, size)]
+            full = [tuple(block) for block in found[: len(wanted)]]
+            assert sorted(full) == sorted(wanted)
+            left = [n - at for _, n, at in full]
+            assert left == sorted(left, reverse=True)
+            assert all(at >= n for _, n, at in found[len(wanted) :])
 
 
 @pytest.mark.parametrize("rows", [None, [3, 200]], ids=["", "chosen"])

@@ -35,7 +35,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
+class How(NamedTuple):
+    """How gradients are computed."""
+
+    queries: Blocks
+    keys: Blocks
+    apart: bool = False  # each query head has programs of its own for the keys it shares, and what they find is summed
+
+
 QUERIES, KEYS = Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)
+QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)  # for heads of 64 values and less
+FEW = 396  # programs of whole groups: three for each multiprocessor; where there are fewer, each head has its own
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
@@ -54,16 +64,16 @@ def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
     )
 
 
+def how(tokens: int, heads: int, groups: int, size: int) -> How:
+    """For so many tokens, query heads, key heads, and values of a head. It follows from nothing else, as the order of
+    sums does."""
+    small = size <= 64
+    queries, keys = (QUERIES_64, KEYS_64) if small else (QUERIES, KEYS)
+    return How(queries, keys, apart=groups < heads and groups * tokens < FEW * keys.keys)
+
+
 def gradients(
-    do: Tensor,
-    o: Tensor,
-    sums: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends: Ends,
-    scale: float,
-    into: Sequence[Tensor],
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts
 ) -> None:
     """Those of q [T, Hq, D], and of k and v [T, Hk, D].
 
@@ -73,30 +83,67 @@ def gradients(
         ends: of the segments.
         into: where they are written, as far from token to token; the heads of a token lie side by side.
     """
-    torch.ops.luthier.varlen_backward(do, o, sums, q, k, v, ends.edges, ends.longest, scale, *into)
+    chosen = how(*q.shape[:2], *k.shape[1:])
+    tables = [places(ends, len(q), size) for size in (chosen.queries.rows, chosen.keys.keys)]
+    parts = q.new_empty(2, *q.shape, dtype=torch.float32) if chosen.apart else None
+    rest = (ends.longest, scale, torch.empty_like(sums), parts, *into)
+    torch.ops.luthier.varlen_backward(do, o, sums, q, k, v, *tables, *rest)
+
+
+def places(ends: Ends, tokens: int, size: int) -> Tensor:
+    """int32 [n, 3]: where programs find the blocks of `size` tokens that segments are cut into. Those with most tokens
+    from their first to the segment's end come first, since they take longest; the last ones are empty.
+
+    Each is told as the token with which its segment begins, the segment's tokens, and those of them before the block.
+    """
+    return ends.made((_cut, size), lambda: _cut(ends.edges, tokens, size))
+
+
+def _cut(edges: Tensor, tokens: int, size: int) -> Tensor:
+    numbers = torch.arange(tokens // size + len(edges) - 1, dtype=torch.int32, device=edges.device)
+    starts, lengths = edges[:-1], edges.diff()
+    # From here on segments have numbers for their blocks: a number each besides one for every `size` tokens is enough.
+    firsts = starts // size + numbers[: len(starts)]
+    owners = torch.searchsorted(firsts, numbers, right=True) - 1
+    before = (numbers - firsts[owners]) * size
+    found = torch.stack([starts[owners], lengths[owners], before], 1)
+    return found[(found[:, 2] - found[:, 1]).argsort(stable=True)]
 
 
 def launched(
-    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float,
-    dq: Tensor, dk: Tensor, dv: Tensor, queries: Blocks = QUERIES, keys: Blocks = KEYS,
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, query_places: Tensor, key_places: Tensor,
+    longest: int, scale: float, inner: Tensor, parts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    chosen: How | None = None,
 ) -> None:  # fmt: skip
-    """`gradients`, by blocks of these sizes."""
-    (_, heads, size), groups = q.shape, k.shape[1]
-    inner = torch.empty_like(sums)
+    """`gradients`, with blocks where `places` says, and room for what they need meanwhile."""
+    (tokens, heads, size), groups = q.shape, k.shape[1]
+    queries, keys, _ = chosen or how(tokens, heads, groups, size)
     if dq.is_meta:
         return
     from luthier.kernels import varlen_jit
 
-    do, segments = _side_by_side(do), len(edges) - 1
-    fixed = {"GROUP": heads // groups, "SIZE": size, "WIDE": max(16, 1 << (size - 1).bit_length())}
-    steps = [x.stride(0) for x in (q, k, v, do, o, dq)]
-    numbers = (inner, scale, *sums.stride(), *steps)
-    varlen_jit.queries[heads, segments, -(-longest // queries.rows)](
-        do, o, q, k, v, sums, edges, dq, *numbers, **fixed, **_options(queries)
-    )
-    varlen_jit.keys_and_values[groups, segments, -(-longest // keys.keys)](
-        do, q, k, v, sums, edges, dk, dv, *numbers, **fixed, **_options(keys)
-    )
+    do, group = _side_by_side(do), heads // groups
+    fixed = {"GROUP": group, "SIZE": size, "WIDE": max(16, _power_of_2(size))}
+    numbers = (scale, *sums.stride(), do.stride(0))
+    steps = [x.stride(0) for x in (q, k, v)]
+    varlen_jit.queries[heads, len(query_places)](
+        do, o, q, k, v, sums, inner, query_places, dq, *numbers, o.stride(0), *steps, dq.stride(0),
+        **fixed, **_options(queries),
+    )  # fmt: skip
+    programs, each, found = (groups, group, (dk, dv)) if parts is None else (heads, 1, parts.unbind())
+    varlen_jit.keys_and_values[programs, len(key_places)](
+        do, q, k, v, sums, inner, key_places, *found, *numbers, *steps, found[0].stride(0),
+        **fixed, HEADS=each, **_options(keys),
+    )  # fmt: skip
+    if parts is not None:
+        sizes = {"WIDTH": groups * size, "PARTS": group, "SIZE": size, "BLOCK": _power_of_2(groups * size)}
+        between = (dv.data_ptr() - dk.data_ptr()) // dk.itemsize
+        varlen_jit.summed[tokens, 2](parts, dk, between, dk.stride(0), **sizes, num_warps=2)
+
+
+def _power_of_2(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -111,14 +158,15 @@ def _options(blocks: Blocks) -> dict[str, Any]:
 # An operation of torch's, so that a plan sees it and its arithmetic.
 
 _operations: Any = library.Library("luthier", "FRAGMENT")  # type: ignore[no-untyped-call]
-_read = ", ".join(f"Tensor {name}" for name in ("do", "o", "sums", "q", "k", "v", "edges"))
-_written = ", ".join(f"Tensor({name}!) d{name}" for name in ("q", "k", "v"))
+_names = ("do", "o", "sums", "q", "k", "v", "query_places", "key_places")
+_read = ", ".join(f"Tensor {name}" for name in _names)
+_written = "Tensor(a!) inner, Tensor(b!)? parts, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv"
 _operations.define(f"varlen_backward({_read}, int longest, float scale, {_written}) -> ()")
 _operations.impl("varlen_backward", launched, "CompositeExplicitAutograd")
 
 
 @register_flop_formula(torch.ops.luthier.varlen_backward)
-def _flops(do: Any, o: Any, sums: Any, q: Any, k: Any, v: Any, edges: Any, longest: int, *_: Any, **__: Any) -> int:
+def _flops(*shapes: Any, **_: Any) -> int:
     """Seven products of the causal half, all segments as long as the longest."""
-    tokens, heads, size = q
+    (tokens, heads, size), longest = shapes[3], shapes[8]
     return 7 * int(tokens * longest * heads * size)

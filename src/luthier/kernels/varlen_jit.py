@@ -1,7 +1,7 @@
 """The Triton kernels of `varlen_backward.py`, which says what they compute and allocates what they write.
 
-Blocks are of `ROWS` queries and `KEYS` keys of one segment. Products are of the tensors' dtype, sums in fp32. `WIDE` is
-the head size, or the next power of two.
+Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where they are, those that take longest first.
+Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ def _write(x, values, first, step, count, at, SIZE: tl.constexpr, WIDE: tl.const
     tl.store(x + (first + at)[:, None] * step + place[None, :], values.to(x.dtype.element_ty), inside)
 
 
+@triton.jit
+def _block(blocks):  # type: ignore
+    """Where this program's segment begins, its tokens, and the first of the block's."""
+    own = blocks + tl.program_id(1) * 3
+    return tl.load(own).to(tl.int64), tl.load(own + 1), tl.load(own + 2)
+
+
 @triton.jit(do_not_specialize=["sum_head"])
 def queries(  # type: ignore
-    do, o, q, k, v, sums, edges, dq, inner, scale, sum_head, sum_step,
-    q_step, k_step, v_step, do_step, o_step, dy_step,
+    do, o, q, k, v, sums, inner, blocks, dq, scale,
+    sum_head, sum_step, do_step, o_step, q_step, k_step, v_step, dq_step,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and `inner`, the products of rows of `do` and `o`."""
-    head, start = tl.program_id(0), tl.load(edges + tl.program_id(1)).to(tl.int64)
-    count = (tl.load(edges + tl.program_id(1) + 1) - start).to(tl.int32)
-    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS  # those with most keys before the others
-    if first < count:
+    head = tl.program_id(0)
+    start, count, first = _block(blocks)
+    first = (tl.cdiv(count, ROWS) - 1) * ROWS - first  # from the end on: the last queries see most keys
+    if first >= 0:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         k += start * k_step + head // GROUP * SIZE
         v += start * v_step + head // GROUP * SIZE
@@ -55,27 +62,29 @@ def queries(  # type: ignore
             share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
             slope = share * (tl.dot(above, tl.trans(value), input_precision="ieee") - level[:, None])
             found = tl.dot(slope.to(key.dtype), key, found, input_precision="ieee")
-        _write(dq + start * dy_step + head * SIZE, found * scale, first, dy_step, count, rows, SIZE, WIDE)
+        _write(dq + start * dq_step + head * SIZE, found * scale, first, dq_step, count, rows, SIZE, WIDE)
 
 
 @triton.jit(do_not_specialize=["sum_head"])
 def keys_and_values(  # type: ignore
-    do, q, k, v, sums, edges, dk, dv, inner, scale, sum_head, sum_step,
-    q_step, k_step, v_step, do_step, o_step, dy_step,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    do, q, k, v, sums, inner, blocks, dk, dv, scale,
+    sum_head, sum_step, do_step, q_step, k_step, v_step, dk_step,
+    GROUP: tl.constexpr, HEADS: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block of keys and values, from all query heads that share them, one after the other."""
-    group, start = tl.program_id(0), tl.load(edges + tl.program_id(1)).to(tl.int64)
-    count = (tl.load(edges + tl.program_id(1) + 1) - start).to(tl.int32)
-    low = tl.program_id(2) * KEYS  # those that most queries see before the others
+    """The gradients of a block of keys and values, from `HEADS` of the query heads that share them, one after the
+    other: all of them, or a part of the sum."""
+    part = tl.program_id(0)
+    start, count, low = _block(blocks)
     if low < count:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
+        group = part * HEADS // GROUP
         key = _read(k + start * k_step + group * SIZE, low, k_step, count, keys, SIZE, WIDE)
         value = _read(v + start * v_step + group * SIZE, low, v_step, count, keys, SIZE, WIDE)
         key_slope, value_slope = tl.zeros([KEYS, WIDE], tl.float32), tl.zeros([KEYS, WIDE], tl.float32)
-        blocks = tl.cdiv(count - low, ROWS)
-        for turn in tl.range(0, GROUP * blocks):
-            head, first = group * GROUP + turn // blocks, low + turn % blocks * ROWS
+        blocks_of_rows = tl.cdiv(count - low, ROWS)
+        for turn in tl.range(0, HEADS * blocks_of_rows):
+            head, first = part * HEADS + turn // blocks_of_rows, low + turn % blocks_of_rows * ROWS
             at, inside = head * sum_head + (start + first + rows) * sum_step, first + rows < count
             query = _read(q + start * q_step + head * SIZE, first, q_step, count, rows, SIZE, WIDE)
             above = _read(do + start * do_step + head * SIZE, first, do_step, count, rows, SIZE, WIDE)
@@ -87,5 +96,20 @@ def keys_and_values(  # type: ignore
             value_slope = tl.dot(share.to(value.dtype), above, value_slope, input_precision="ieee")
             slope = share * (tl.dot(value, tl.trans(above), input_precision="ieee") - level[None, :])
             key_slope = tl.dot(slope.to(query.dtype), query, key_slope, input_precision="ieee")
-        _write(dk + start * dy_step + group * SIZE, key_slope * scale, low, dy_step, count, keys, SIZE, WIDE)
-        _write(dv + start * dy_step + group * SIZE, value_slope, low, dy_step, count, keys, SIZE, WIDE)
+        _write(dk + start * dk_step + part * SIZE, key_slope * scale, low, dk_step, count, keys, SIZE, WIDE)
+        _write(dv + start * dk_step + part * SIZE, value_slope, low, dk_step, count, keys, SIZE, WIDE)
+
+
+@triton.jit
+def summed(  # type: ignore
+    parts, out, between, step, WIDTH: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sums over the query heads that share keys, of keys and then of values: [2, T, heads, PARTS, SIZE] to two
+    tensors [T, heads, SIZE], `between` values apart."""
+    token, which, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    own = parts + (which * tl.num_programs(0) + token) * WIDTH * PARTS + at // SIZE * (PARTS * SIZE) + at % SIZE
+    total = tl.load(own, inside, 0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(own + part * SIZE, inside, 0.0)
+    tl.store(out + which * between + token * step + at, total.to(out.dtype.element_ty), inside)
