@@ -3,6 +3,7 @@ fp32 as flash attention itself."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,23 @@ def test_room_behind_the_rows_changes_no_bit(kind: str) -> None:
             assert spare.has(found[-1][0], room)
             assert spare.has(found[-1][1], 2 * room)
     assert all(map(torch.equal, *found))
+
+
+def test_without_a_compiler_flash_attention_computes_the_gradient(tmp_path: Path) -> None:
+    script = """
+import torch
+from test_cudnn_on_gpu import LENGTHS, made, ours
+found = ours(*made(LENGTHS["odd"], 8, 2, 128, torch.bfloat16), LENGTHS["odd"], 0.1)
+print(all(bool(x.isfinite().all()) for x in found))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CC"}
+    modules = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": modules}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True\n"
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert done.stderr.count("flash attention computes the gradients") == hopper
 
 
 @pytest.mark.parametrize("kind", ["odd", "batch"])

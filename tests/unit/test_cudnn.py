@@ -85,6 +85,15 @@ def test_the_own_gradient_is_hoppers(
         assert not varlen_backward.takes(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts), 64)
 
 
+def test_where_triton_cannot_start_a_kernel_it_is_said_once_and_flash_attention_is_left() -> None:
+    """As on a GPU whose machine has no C compiler."""
+    place = torch.device("cpu")
+    varlen_backward.starts.cache_clear()
+    with pytest.warns(UserWarning, match="flash attention computes the gradients") as told:
+        assert [varlen_backward.starts(place) for _ in range(2)] == [False, False]
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize(("tokens", "apart"), [(512, True), (32768, False)])
 def test_a_plan_sees_the_own_gradients_memory_and_arithmetic(tokens: int, apart: bool) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")

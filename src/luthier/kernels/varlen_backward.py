@@ -8,7 +8,9 @@ are taken twice for it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -60,8 +62,24 @@ def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
         and q.shape[1] <= SHARED * k.shape[1]
         and all(x.stride()[1:] == (size, 1) for x in (q, k, v))
         and longest * max(width, *(x.stride(0) for x in (q, k, v))) < 2**30  # or twice as far, with spare columns
-        and find_spec("triton") is not None
+        and (starts(q.device) if q.is_cuda else find_spec("triton") is not None)
     )
+
+
+@cache
+def starts(place: torch.device) -> bool:
+    """Whether Triton starts a kernel there: it builds what starts one with a C compiler, and not every machine has one.
+    Training does not need it, so that it stops nobody."""
+    try:
+        from luthier.kernels import varlen_jit
+
+        one, out = torch.ones(2, 16, device=place), torch.empty(2, 16, device=place)
+        varlen_jit.summed[1, 2](one, out, 16, 16, WIDTH=16, PARTS=1, SIZE=16, BLOCK=16)
+    except Exception as error:  # of many kinds, a compiler's that fails among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"flash attention computes the gradients of attention, as Triton cannot: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 def how(tokens: int, heads: int, groups: int, size: int) -> How:

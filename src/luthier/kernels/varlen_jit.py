@@ -1,6 +1,6 @@
 """The Triton kernels of `varlen_backward.py`, which says what they compute and allocates what they write.
 
-Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where they are, those that take longest first.
+Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where, those that take longest first.
 Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two.
 """
 
