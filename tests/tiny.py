@@ -76,6 +76,8 @@ class Around:
     def accumulate(self, micro: Micro, scale: float) -> Tensor:
         return backward(self.loss(micro), scale)
 
+    def expect(self, coming: Any) -> None: ...
+
     def keep_less(self) -> bool:
         return False
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from torch import Tensor
 
 import tiny
 from luthier import recipe
-from luthier.data.stream import Micro
+from luthier.data.conversation import Example, Origin
+from luthier.data.packing import share
+from luthier.data.store import TokenStore
+from luthier.data.stream import Micro, Stream
 from luthier.kernels.loss import IGNORED
 from luthier.model import graphs
 from luthier.model.causal import CausalModel
 from luthier.model.graphs import Graphs
-from luthier.model.pack import Placed, Shape, numbers, padded, placed, shape, trim
+from luthier.model.pack import Coming, Placed, Shape, choose, fits, numbers, padded, placed, shape, size, trim
+from luthier.train.batch import batch as rows_of
+from luthier.train.batch import coming
+from luthier.train.engines.local import Local
 from luthier.train.optim import flat_gradient
 
 __all__ = ["kernels"]
@@ -68,6 +75,95 @@ def test_large_micro_batches_are_padded_by_little(tokens: int) -> None:
     assert tokens <= found.tokens <= tokens * 1.13
 
 
+# Shapes that are chosen ahead of time.
+
+
+def spread(tokens: Sequence[int]) -> list[Shape]:
+    return [Shape(count, count // 5, 8, 700) for count in tokens]
+
+
+def seconds(sizes: list[Shape], shapes: list[Shape], price: float, row: float) -> float:
+    """What all take, in tokens: each goes to the first shape that holds as many."""
+    taken = [next(s for s in shapes if s.tokens >= one.tokens and s.rows >= one.rows) for one in sizes]
+    return sum(shape.tokens + row * shape.rows for shape in taken) + price * len(shapes)
+
+
+@pytest.mark.parametrize("price", [1.0, 700.0, 5_000.0, 1e6])
+@pytest.mark.parametrize("row", [0.0, 0.3])
+def test_the_shapes_chosen_take_least_of_all_choices(price: float, row: float) -> None:
+    sizes = [*spread((1000, 1100, 1210, 1300, 1900, 2000, 2050, 3333)), Shape(1950, 1800, 8, 700)]
+    found = choose(sizes, price, row, 24)
+    each = choose(sizes, 0.0, 0.0, 24)  # one for each number of tokens, rounded
+    rows = [max(s.rows for s in sizes if s.tokens <= e.tokens and s.tokens > e.tokens - 128) for e in each]
+    assert [e.rows >= r for e, r in zip(each, rows, strict=True)] == [True] * len(each)
+    least = min(
+        seconds(sizes, _merged(each, cuts), price, row)
+        for count in range(len(each))
+        for cuts in combinations(range(1, len(each)), count)
+    )
+    assert seconds(sizes, found, price, row) == pytest.approx(least)
+
+
+def _merged(each: list[Shape], cuts: tuple[int, ...]) -> list[Shape]:
+    """Neighbours between cuts as one shape."""
+    groups = [each[a:b] for a, b in pairwise((0, *cuts, len(each)))]
+    return [group[-1]._replace(rows=max(shape.rows for shape in group)) for group in groups]
+
+
+def test_the_longer_a_run_the_more_shapes_pay_and_packed_rows_need_one() -> None:
+    sizes = spread(range(1900, 4400, 25))
+    counts = [len(choose(sizes, 100_000 / times, 0.2, 24)) for times in (1, 10, 100, 10_000)]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, 21)
+    assert len(choose(sizes, 0.0, 0.2, 7)) <= 7
+    assert len(choose(spread([8100, 8190, 8180, 8150] * 9), 500.0, 0.2, 24)) == 1
+    assert choose([], 500.0, 0.2, 24) == []
+
+
+def test_micro_batches_can_be_padded_to_the_shapes_chosen_for_them() -> None:
+    batches = many()
+    for price in (0.0, 500.0, 1e9):
+        shapes = choose([size(batch) for batch in batches], price, 0.2, 24)
+        for batch in batches:
+            wanted = next(shape for shape in shapes if fits(batch, shape))
+            made = padded(batch, wanted)
+            assert Shape(len(made.ids), len(made.rows), len(made.samples), wanted.longest) == wanted
+            assert max(b - a for a, b in pairwise(made.bounds)) <= wanted.longest
+            assert wanted.segments * wanted.longest > wanted.tokens, "it looks like a batch of equal rows"
+    whole = Shape(256, 256, 8, 128)
+    assert not fits(batches[0], whole._replace(tokens=128))
+    assert not fits(batches[0], whole._replace(rows=16))
+    assert not fits(batches[0], whole._replace(longest=64))
+    assert not fits(batches[0], whole._replace(segments=4))
+
+
+class Second(Local):
+    """The second of two processes."""
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        return share(lengths, 2)[1]
+
+
+@pytest.mark.parametrize("engine", [Local(), Second()], ids=["one process", "the second of two"])
+def test_what_is_to_come_is_what_comes(tmp_path: Path, engine: Local) -> None:
+    chosen = tiny.recipe("train.epochs=3")
+    made, store = tiny.model(chosen, kernels="eager"), tiny.rows(tmp_path / "rows")
+    stream = Stream(store, None, 1, 8, epochs=2.5)
+    found = coming(stream, engine, 64)
+    came = [m for n in range(stream.steps) for m in rows_of(stream, engine, made, n, 64).micros]
+    assert found == Coming([size(micro) for micro in came], 1.0)
+
+
+def test_of_a_long_run_the_beginning_is_looked_at_and_rows_without_a_target_are_left_out(tmp_path: Path) -> None:
+    origin = Origin("rows.jsonl", 1)
+    rows = [Example([1, 2, 3, 4], learned, 1, origin) for learned in ([0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0])]
+    stream = Stream(TokenStore.write(tmp_path / "rows", rows * 100), None, 1, 2, max_steps=10_000)
+    found = coming(stream, Local(), 4)
+    assert found.times == pytest.approx(10_000 / 2048)
+    assert len(found.sizes) == pytest.approx(4096 / 3, rel=0.1)
+    assert set(found.sizes) == {Shape(2, 2, 1, 2)}
+
+
 DROPPING = recipe.Lora(rank=4, alpha=8, dropout=0.2)
 
 
@@ -77,9 +173,10 @@ def test_padding_changes_neither_the_loss_nor_the_gradients(adapter: Any, recomp
     made = model("llama", kernels, adapter, recompute=recompute)
     for batch in many():
         loss, gradient = gradients(made, batch)
-        padded_loss, padded_gradient = padded_gradients(made, padded(batch, shape(batch)))
-        assert abs(padded_loss - loss) <= 1e-6 * loss
-        assert error(padded_gradient, gradient) <= 2e-6
+        for wanted in (shape(batch), *choose([size(other) for other in many()], 1e9, 0.2, 24)):
+            padded_loss, padded_gradient = padded_gradients(made, padded(batch, wanted))
+            assert abs(padded_loss - loss) <= 1e-6 * loss
+            assert error(padded_gradient, gradient) <= 2e-6
 
 
 def padded_gradients(made: CausalModel, batch: Micro) -> tuple[Tensor, Tensor]:
@@ -135,7 +232,7 @@ class Again:
         return replay
 
 
-def recording(made: CausalModel, fails: Exception | None = None) -> Again:
+def recording(made: CausalModel, fails: Exception | None = None, price: float = 0.0) -> Again:
     """Makes `made` record. On a CPU attention and dropout read the bounds and the step on the host: those of now."""
     recorder = Again(fails)
     steps = {made._key(replace(micro(), step=step)): step for step in range(10)}
@@ -144,7 +241,7 @@ def recording(made: CausalModel, fails: Exception | None = None) -> Again:
         now = replace(told, bounds=tuple(told.edges.tolist()), step=steps[int(told.key)])
         return made._placed_loss(now)
 
-    made.graphs = Graphs(loss, made.device, recorder)
+    made.graphs = Graphs(loss, made.device, recorder, price)
     return recorder
 
 
@@ -171,19 +268,59 @@ def test_replays_train_as_passes_do(adapter: Any) -> None:
     recorder = recording(made)
     for mine, wanted in zip(train(made, batches), train(model("llama", "eager", adapter), batches), strict=True):
         assert error(mine, wanted) <= 1e-5
-    assert (recorder.ran, recorder.recorded, recorder.replayed) == (2, 2, 6)
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (4, 2, 4)
 
 
-def test_a_run_that_records_learns_what_another_one_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("price", [0.0, 300.0], ids=["by a rule", "chosen ahead"])
+def test_a_run_that_records_learns_what_another_one_learns(tmp_path: Path, price: float) -> None:
     chosen = tiny.recipe("train.epochs=3")
     recorded, plain = (tiny.model(chosen, kernels="eager") for _ in range(2))
-    recorder = recording(recorded)
+    recorder = recording(recorded, price=price)
     found, wanted = (
         list(tiny.trainer(tmp_path / name, chosen, causal=m)) for name, m in (("a", recorded), ("b", plain))
     )
     assert [step.loss for step in found] == pytest.approx([step.loss for step in wanted], rel=1e-5)
     assert [step.grad_norm for step in found] == pytest.approx([step.grad_norm for step in wanted], rel=1e-4)
     assert recorder.replayed > recorder.ran > 0
+    assert recorded.graphs is not None
+    assert bool(recorded.graphs.shapes) == bool(price)
+
+
+def test_a_shape_is_recorded_when_it_comes_first_if_it_was_expected_and_else_when_it_comes_again() -> None:
+    made, expected, other = model("llama", "eager"), micro((300, 250, 40)), micro((900, 800))
+    recorder = recording(made, price=1.0)
+    made.expect(lambda: Coming([size(trim(expected))], 1.0))
+    assert made.adapter is not None
+    flat_gradient(made.adapter.named_parameters())
+    counts = []
+    for batch in (expected, expected, other, other, other):
+        made.accumulate(batch, 1.0)
+        counts.append((recorder.ran, recorder.recorded, recorder.replayed))
+    assert counts == [(1, 1, 0), (1, 1, 1), (2, 1, 1), (3, 2, 1), (3, 2, 2)]
+
+
+def test_shapes_follow_from_the_run_and_how_it_is_cut_alone(tmp_path: Path) -> None:
+    """A resumed run pads as the run that was stopped, so that its sums have the same bits."""
+    chosen = tiny.recipe("train.epochs=3", "run.save.every=4")
+
+    def begun(folder: str, tokens: int) -> tuple[Any, Graphs]:
+        made = tiny.model(chosen, kernels="eager")
+        recording(made, price=1.0)
+        assert made.graphs is not None
+        return tiny.trainer(tmp_path / folder, chosen, causal=made, micro_tokens=tokens), made.graphs
+
+    whole, graphs = begun("a", 300)
+    steps = iter(whole)
+    for _ in range(5):
+        next(steps)
+    resumed, again = begun("a", 300)
+    next(iter(resumed))
+    assert resumed.resumed_from == 4
+    assert again.shapes == graphs.shapes
+    whole.progress.micro_tokens = 64  # as after a lack of memory
+    halved, cut = begun("b", 64)
+    next(steps), next(iter(halved))
+    assert graphs.shapes == cut.shapes != again.shapes
 
 
 def test_another_gradient_is_recorded_anew() -> None:
@@ -229,18 +366,18 @@ def test_so_many_shapes_are_recorded_and_others_run_as_they_are(monkeypatch: pyt
     recorder = recording(made)
     for mine, wanted in zip(train(made, batches), train(model("llama", "eager"), batches), strict=True):
         assert error(mine, wanted) <= 1e-5
-    assert (recorder.ran, recorder.recorded, recorder.replayed) == (4, 1, 2)
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (5, 1, 1)
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("it waits")])
 def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(fault: RuntimeError) -> None:
-    made, batches = model("llama", "eager"), [micro()] * 4
+    made, batches = model("llama", "eager"), [micro()] * 6
     recorder = recording(made, fault)
     with pytest.warns(UserWarning, match=str(fault)) as said:
         found = train(made, batches)
     for mine, wanted in zip(found, train(model("llama", "eager"), batches), strict=True):
         assert error(mine, wanted) <= 1e-5
-    assert (recorder.ran, len(said)) == (4, 1)
+    assert (recorder.ran, len(said)) == (2, 1), "a recorder that failed is used again"
 
 
 def test_a_pass_that_runs_out_of_memory_lets_the_graphs_go() -> None:

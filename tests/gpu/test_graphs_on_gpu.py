@@ -16,6 +16,7 @@ from luthier import recipe
 from luthier.data.stream import Micro
 from luthier.model import attention, graphs
 from luthier.model.causal import CausalModel
+from luthier.model.pack import Coming, size, trim
 from luthier.model.quantize import quantize_module
 from luthier.train.optim import flat_gradient
 from luthier.train.reproducible import reproducible
@@ -120,6 +121,45 @@ def test_beyond_the_limit_passes_are_launched_one_by_one(monkeypatch: pytest.Mon
     assert len(recording.graphs.recorded) == 1
 
 
+def test_shapes_that_are_chosen_ahead_train_as_passes_do() -> None:
+    batches = [micro(lengths) for lengths in (LENGTHS + LENGTHS[::-1]) * 2]
+    recording = made(True)
+    assert recording.graphs is not None
+    recording.graphs.price = 500.0
+    recording.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
+    for (loss, gradient), (wanted_loss, wanted) in zip(
+        train(recording, batches), train(made(False), batches), strict=True
+    ):
+        assert error(loss, wanted_loss) < 2e-3
+        assert error(gradient, wanted) < 0.02
+    assert set(recording.graphs.recorded) == set(recording.graphs.shapes)
+    assert len(recording.graphs.shapes) > 1
+
+
+def test_a_recording_that_fails_leaves_a_process_that_goes_on() -> None:
+    """What waits for the GPU ends a recording, and torch ends it only in part."""
+    recording, batches = made(True), [micro(lengths) for lengths in (LENGTHS[0], LENGTHS[1])] * 3
+    assert recording.graphs is not None
+    of_a_pass = recording.graphs.loss
+    recording.graphs.loss = lambda told: of_a_pass(told) * float(told.ids[0] >= 0)
+    with pytest.warns(UserWarning, match="launched one by one"):
+        found = train(recording, batches)
+    for (loss, gradient), (wanted_loss, wanted) in zip(found, train(made(False), batches), strict=True):
+        assert error(loss, wanted_loss) < 2e-3
+        assert error(gradient, wanted) < 0.02
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(8, device="cuda").unique().numel() > 1
+    some = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_reserved()
+    del some
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - (1 << 30), "memory is not given back any more"
+    another = made(True)
+    train(another, batches)
+    assert another.graphs is not None
+    assert len(another.graphs.recorded) == 2
+
+
 def test_a_loss_scale_in_float16_is_recorded_with_its_step() -> None:
     module = base(torch.float16).cuda()
     recording = model(module, "compiled")
@@ -168,6 +208,33 @@ def test_a_small_model_is_faster_by_replays(tokens: int, capsys: pytest.CaptureF
     with capsys.disabled():
         rates = {recorded: f"{speed:.1f} steps/s, {speed * tokens:,.0f} tok/s" for recorded, speed in speeds.items()}
         print(f"\n{tokens} tokens: launched one by one {rates[False]}; replayed {rates[True]}")
+
+
+def test_what_a_recording_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2-135M's shape. Seconds of a pass, of one that is recorded besides, and of a replay, and memory outside of
+    torch's allocator are printed; the plan has them as constants (`_GPU`)."""
+    built, said = smollm2(), []
+    built.record()
+    gradient_of(built)
+    for tokens in (8192, 4096, 3072, 2048):
+        batch, seconds = micro((256,) * (tokens // 256)), []
+        before = _outside()
+        for _ in range(4):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            built.accumulate(batch)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        times = ", ".join(f"{second * 1e3:.0f}" for second in seconds)
+        said.append(f"{tokens} tokens: ms {times}; {(_outside() - before) / 2**20:.1f} MiB of the driver")
+    with capsys.disabled():
+        print("", *said, sep="\n")
+
+
+def _outside() -> int:
+    """Bytes of the GPU that torch's allocator does not know of."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def smollm2() -> CausalModel:

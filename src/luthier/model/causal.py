@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from luthier.model.finite import blaming_weights
 from luthier.model.graphs import CudaRecorder, Graphs, backward
 from luthier.model.offload import Streamed, device_of, embedding_to_host, stream
 from luthier.model.original import original
-from luthier.model.pack import Placed, numbers, placed, share_prefix, trim
+from luthier.model.pack import Coming, Placed, numbers, placed, share_prefix, trim
 from luthier.model.recompute import recomputing
 
 if TYPE_CHECKING:
@@ -131,11 +132,21 @@ class CausalModel:
             self._beyond_the_window(micro)
         return self.graphs.accumulate(micro, self._key(micro), scale, (parameter, parameter.grad))
 
-    def record(self) -> None:
+    def record(self, price: float = 0.0) -> None:
         """Makes `accumulate` record its launches on a GPU, and replay them. Our decoder must run the model, in 16 bits
-        and by flash attention; `plan` knows where."""
+        and by flash attention; `plan` knows where. `price`: as of `Graphs`."""
         assert self.decoder is not None
-        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder())
+        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder(), price)
+
+    def expect(self, coming: Callable[[], Coming]) -> None:
+        """Tells what micro-batches are to come: recorded ones are padded to the shapes that suit these."""
+        if self.graphs is None or not self.graphs.price:
+            return
+        assert self.decoder is not None
+        linears = chain.from_iterable(block.linears for block in self.decoder.blocks)
+        weights = sum(linear.columns[-1].stop * linear.features for linear in linears)
+        head = 0 if self.head.weight is None else self.head.weight.numel()
+        self.graphs.expect(coming(), row=head / weights)
 
     def _nothing(self) -> Tensor:
         """[0, H]: `hidden` where nothing is supervised. It is a part of a parameter, so that a loss of it can go
@@ -253,6 +264,7 @@ def build(
     recompute_gate_up: int = 0,
     unpacked: int = 0,
     graphs: bool = False,
+    graph_price: float = 0.0,
     loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
@@ -262,7 +274,7 @@ def build(
     `offload`, the weights of so many of the first decoder blocks stay in host memory and stream to `device`; our block
     streams packed ones. With `offload_embedding` the input embedding stays there, which must be no one else's weight
     and not trained; with `offload_activations` goes there what so many of our blocks keep for the backward pass.
-    With `graphs`, launches are recorded on a GPU (see `CausalModel.record`).
+    With `graphs`, launches are recorded on a GPU, each shape for `graph_price` (see `CausalModel.record`).
     `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
     shared (see `shell`).
 
@@ -289,7 +301,7 @@ def build(
     if kernels != "reference":
         keep_freed_memory()
     if graphs:
-        built.record()
+        built.record(graph_price)
     return built
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from luthier.data.stream import Micro
-from luthier.model.pack import Placed, Shape, numbers, padded, placed, shape
+from luthier.model.pack import Coming, Placed, Shape, choose, fits, numbers, padded, placed, shape
 
 LIMIT = 24  # graphs of a run: each keeps some MiB of the driver's memory
 
@@ -32,7 +33,11 @@ class Recorder(Protocol):
 
 class CudaRecorder:
     """Graphs that share one pool of memory: they never run at the same time, and nobody reads what one left there after
-    another one ran."""
+    another one ran.
+
+    Passes that are launched have no part in it: what they make the first time and keep, as attention's plans do, would
+    lie where replays write. Their memory is given back before each recording.
+    """
 
     def __init__(self) -> None:
         self.stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -50,17 +55,32 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on with what they do on the GPU meanwhile. The outer stream is that of now: a recording
         # that fails would leave its own behind.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
-        ):
-            out = step()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+            ):
+                out = step()
+        except BaseException:
+            _end_recording(self.pool)
+            raise
 
         def replay() -> Tensor:
             graph.replay()
             return out
 
         return replay
+
+
+def _end_recording(pool: Any) -> None:
+    """Ends what a recording leaves open whose end failed: torch's allocator would go on as if one were under way, and
+    give no memory back; its generator would refuse to draw."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # raised where the end did not fail
+        torch._C._cuda_endAllocateToPool(device, pool)  # type: ignore[attr-defined, unused-ignore]
+        torch._C._cuda_releasePool(device, pool)  # type: ignore[attr-defined, unused-ignore]
+        generator: Any = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 class _Recorded(NamedTuple):
@@ -75,14 +95,25 @@ class Graphs:
         loss: of a micro-batch, with the autograd graph. It must not wait for the GPU, and what it reads must stay where
             it is.
         device: where the model is.
-        recorder: of that device.
+        recorder: of that device; None once recording failed, and nothing is recorded any more.
+        price: what it costs to record a shape, in tokens of a micro-batch; 0: shapes follow a rule, whatever comes.
     """
 
-    def __init__(self, loss: Callable[[Placed], Tensor], device: torch.device, recorder: Recorder) -> None:
-        self.loss, self.device, self.recorder = loss, device, recorder
+    def __init__(
+        self, loss: Callable[[Placed], Tensor], device: torch.device, recorder: Recorder, price: float = 0.0
+    ) -> None:
+        self.loss, self.device, self.price = loss, device, price
+        self.recorder: Recorder | None = recorder
         self.recorded: dict[Shape, _Recorded] = {}
-        self.on, self._longest = True, 1
+        self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
+        self._came: set[Shape] = set()
+        self._longest = 1
         self._made_for: tuple[float, ...] = ()
+
+    def expect(self, coming: Coming, row: float) -> None:
+        """Chooses the shapes of what is to come. `row`: what a supervised row costs, in tokens."""
+        self.shapes = choose(coming.sizes, self.price / coming.times, row, LIMIT)
+        self.forget()
 
     def accumulate(self, micro: Micro, key: int, scale: float, places: Iterable[Tensor]) -> Tensor:
         """Adds the gradient of the loss times `scale`, and returns the loss.
@@ -92,53 +123,73 @@ class Graphs:
             key: dropout's, of seed and step.
             places: a parameter and its `.grad`, by which a graph knows that it reads and adds at the right places.
         """
-        chosen = shape(micro, self._longest)
-        micro, self._longest = padded(micro, chosen), chosen.longest
-        self._check((scale, chosen.longest, *(tensor.data_ptr() for tensor in places)))
+        chosen = self._shape(micro)
+        micro = padded(micro, chosen)
+        self._check((scale, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
         recorded = self.recorded.get(chosen)
         if recorded is not None:
             recorded.numbers.copy_(told, non_blocking=True)
             return recorded.replay().clone()  # the next replay writes there
-        loss = self._now(told, micro, scale)  # which also compiles and chooses what a recording cannot
-        if self.on and len(self.recorded) < LIMIT:
+        loss = self._now(told, micro, scale, chosen.longest)  # compiles and chooses what a recording cannot
+        if self._comes_again(chosen) and len(self.recorded) < LIMIT:
             self._record(chosen, micro, scale)
         return loss
 
-    def _now(self, told: Tensor, micro: Micro, scale: float) -> Tensor:
+    def _shape(self, micro: Micro) -> Shape:
+        found = next((shape for shape in self.shapes if fits(micro, shape)), None)
+        if found is None:
+            found = shape(micro, self._longest)
+            self._longest = found.longest
+        return found
+
+    def _comes_again(self, chosen: Shape) -> bool:
+        """Whether to record a shape: it was chosen ahead of time, or has come before."""
+        again = chosen in self.shapes or chosen in self._came
+        self._came.add(chosen)
+        return again
+
+    def _now(self, told: Tensor, micro: Micro, scale: float, longest: int) -> Tensor:
+        def step() -> Tensor:
+            return self._step(told.to(self.device, non_blocking=True), micro, scale, longest)
+
+        if self.recorder is None:
+            return step()
         try:
-            return self.recorder.run(lambda: self._step(told.to(self.device, non_blocking=True), micro, scale))
+            return self.recorder.run(step)
         except torch.OutOfMemoryError as error:
             self._give_up(error)  # the memory of the graphs is there for the next try
             raise
 
     def forget(self) -> None:
-        """Lets all graphs go, and their memory."""
+        """Lets all graphs go."""
         self.recorded.clear()
 
     def _check(self, made_for: tuple[float, ...]) -> None:
-        """A graph holds the scale as a number, and where parameters and gradients are. Of a longer segment than any
-        before it others are of no use any more."""
+        """A graph holds the scale as a number, and where parameters and gradients are."""
         if made_for != self._made_for:
             self.forget()
             self._made_for = made_for
 
     def _record(self, chosen: Shape, micro: Micro, scale: float) -> None:
         """What is recorded does not run."""
+        if self.recorder is None:
+            return
         try:
             static = numbers(micro, 0).to(self.device)
-            replay = self.recorder.record(lambda: self._step(static, micro, scale))
+            replay = self.recorder.record(lambda: self._step(static, micro, scale, chosen.longest))
         except RuntimeError as error:  # of which running out of memory is one
             self._give_up(error)
         else:
             self.recorded[chosen] = _Recorded(static, replay)
 
-    def _step(self, numbers: Tensor, micro: Micro, scale: float) -> Tensor:
-        return backward(self.loss(placed(numbers, micro, self._longest)), scale)
+    def _step(self, numbers: Tensor, micro: Micro, scale: float, longest: int) -> Tensor:
+        return backward(self.loss(placed(numbers, micro, longest)), scale)
 
     def _give_up(self, error: RuntimeError) -> None:
-        self.on = False
+        """Lets all graphs go, and their memory."""
+        self.recorder = None
         self.forget()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"steps are launched one by one from here on, which only takes longer: {reason}", stacklevel=2)

@@ -3,6 +3,7 @@ begin with are computed once; for recorded steps there are some more, which chan
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from luthier.data.stream import Micro
 from luthier.kernels.loss import IGNORED
 from luthier.model.shape import padded_tokens, power_of_2
 
+ROUND = 128  # tokens, and rows, that the shapes of a run are multiples of: products are computed in tiles of so many
 WORTH = 0.05  # share of the tokens that sharing must save to be worth the copies of keys and values it costs
 
 
@@ -34,6 +36,13 @@ class Shape(NamedTuple):
     rows: int
     segments: int
     longest: int
+
+
+class Coming(NamedTuple):
+    """The sizes of a run's first micro-batches, trimmed, and how often as many come in all of the run."""
+
+    sizes: list[Shape]
+    times: float
 
 
 def trim(micro: Micro) -> Micro:
@@ -79,6 +88,69 @@ def shape(micro: Micro, longest: int = 1) -> Shape:
     segments = power_of_2(max(8, tokens // 128, len(micro.bounds) - 1 + more))
     # So many segments, all as long as the longest, would look like a batch.
     return Shape(tokens, rows, segments if segments * longest > tokens else 2 * segments, longest)
+
+
+def size(micro: Micro) -> Shape:
+    """How much `micro` holds as it is."""
+    longest = max(b - a for a, b in pairwise(micro.bounds))
+    return Shape(len(micro.ids), len(micro.rows), len(micro.bounds) - 1, longest)
+
+
+def choose(sizes: Sequence[Shape], price: float, row: float, limit: int) -> list[Shape]:
+    """The shapes, at most `limit`, that micro-batches of these sizes are padded to so that they take the least time in
+    all, the smallest first. Times are in tokens: a shape costs `price`, and a supervised row as much as `row` tokens.
+
+    Micro-batches that share a shape are neighbours in the order of their tokens, so the best cut of that order is the
+    best cut of its beginning and one more group.
+    """
+    kinds = _kinds(sizes)
+    best: list[tuple[float, list[Shape]]] = [(0.0, [])]
+    for end in range(len(kinds)):
+        groups = _groups(kinds[: end + 1])
+        cuts = [(best[start], shape, count * (shape.tokens + row * shape.rows)) for start, shape, count in groups]
+        least, shape, cost = min(cuts, key=lambda cut: cut[0][0] + cut[2])
+        best.append((least[0] + cost + price, [*least[1], shape]))
+    found = best[-1][1]
+    return found if len(found) <= limit else choose(sizes, 2 * max(price, 1.0), row, limit)
+
+
+def _kinds(sizes: Sequence[Shape]) -> list[tuple[Shape, int]]:
+    """A shape for each rounded number of tokens, ascending, and how many of `sizes` it holds. Segments, which cost next
+    to nothing, are as many and as long in all, since attention's programs are made for their numbers."""
+    if not sizes:
+        return []
+    most = Shape(*(max(column) for column in zip(*sizes, strict=True)))
+    longest = power_of_2(max(ROUND, most.longest))
+    segments = power_of_2(most.segments + -(-_rounded(most.tokens) // longest))
+    rows: dict[int, list[int]] = {}
+    for size in sizes:
+        rows.setdefault(_rounded(size.tokens), []).append(size.rows)
+    return [(Shape(t, min(t, _rounded(max(r))), segments, longest), len(r)) for t, r in sorted(rows.items())]
+
+
+def _groups(kinds: Sequence[tuple[Shape, int]]) -> Iterator[tuple[int, Shape, int]]:
+    """(first, shape that holds them all, how many they hold) of all runs of `kinds` that end with the last."""
+    rows = count = 0
+    for first in range(len(kinds) - 1, -1, -1):
+        shape, more = kinds[first]
+        rows, count = max(rows, shape.rows), count + more
+        yield first, kinds[-1][0]._replace(rows=rows), count
+
+
+def fits(micro: Micro, shape: Shape) -> bool:
+    """Whether `micro` can be padded to `shape`."""
+    mine = size(micro)
+    more = -(-(shape.tokens - mine.tokens) // shape.longest)
+    return (
+        mine.tokens <= shape.tokens
+        and mine.rows <= shape.rows
+        and mine.segments + more <= shape.segments
+        and mine.longest <= shape.longest
+    )
+
+
+def _rounded(count: int) -> int:
+    return -(-count // ROUND) * ROUND
 
 
 def padded(micro: Micro, shape: Shape) -> Micro:

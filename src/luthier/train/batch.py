@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from luthier.data.packing import micro_batches
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro, Sample, Stream, collate
+from luthier.model.pack import Coming, Shape
 from luthier.train.engines import Engine
 from luthier.train.step import Model
+
+_LOOKED = 4096  # samples of a run, by which the sizes of its micro-batches are told
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,25 @@ def batch(stream: Stream, engine: Engine, model: Model, number: int, micro_token
 def packed(store: TokenStore, engine: Engine, samples: Sequence[Sample], step: int, micro_tokens: int) -> list[Micro]:
     """This process's share of the samples, as micro-batches of at most `micro_tokens` tokens; a longer row is one by
     itself."""
+    return [collate(store, pack, step) for pack in _packs(store, engine, samples, micro_tokens)]
+
+
+def coming(stream: Stream, engine: Engine, micro_tokens: int) -> Coming:
+    """What the run's micro-batches hold in this process, trimmed, by a look at its first steps. It depends on the run's
+    data and `micro_tokens` alone, so a resumed run finds the same."""
+    store, looked = stream.store, min(stream.steps, max(1, _LOOKED // stream.samples_per_step))
+    packs = (pack for number in range(looked) for pack in _packs(store, engine, stream.step(number), micro_tokens))
+    sizes = [_size(store, pack) for pack in packs]
+    return Coming([size for size in sizes if size.rows], stream.steps / looked)
+
+
+def _size(store: TokenStore, samples: Sequence[Sample]) -> Shape:
+    learned = [np.flatnonzero(store.example(sample.row)[1][1:]) for sample in samples]
+    ends = [int(places[-1]) + 1 for places in learned if len(places)]  # what follows is trimmed
+    return Shape(sum(ends), sum(len(places) for places in learned), len(ends), max(ends, default=0))
+
+
+def _packs(store: TokenStore, engine: Engine, samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
     lengths = [int(store.lengths[sample.row]) for sample in samples]
     mine = engine.share(lengths)
-    packs = micro_batches([lengths[i] for i in mine], micro_tokens)
-    return [collate(store, [samples[mine[i]] for i in pack], step) for pack in packs]
+    return [[samples[mine[i]] for i in pack] for pack in micro_batches([lengths[i] for i in mine], micro_tokens)]

@@ -22,7 +22,7 @@ from luthier.data.stream import Micro, Sample, Stream, collate
 from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
-from luthier.train.batch import Batch, batch, packed
+from luthier.train.batch import Batch, batch, coming, packed
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
@@ -68,6 +68,7 @@ class Trainer:
         self.optimizer = optim.optimizer(self.adapter.named_parameters(), self.gradient, recipe.train, self._say)
         self.steps, self._peak, self.progress = stream.steps, 0, Progress(step=0, micro_tokens=micro_tokens)
         self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine, model))  # of a step, and ahead of it the next
+        self._expect = lru_cache(maxsize=1)(lambda tokens: model.expect(partial(coming, stream, engine, tokens)))
         self.resumed_from = self.saved = self._resume()
 
     def __iter__(self) -> Iterator[Step]:
@@ -166,6 +167,7 @@ class Trainer:
         """Leaves the gradient of step `number` in `self.gradient`; returns its rows and their summed loss, fp64. If
         memory runs out on any process, all drop what they have and redo the same step with half the token budget."""
         while True:
+            self._expect(self.progress.micro_tokens)
             rows, short = self._batch(number, self.progress.micro_tokens), False
             self.gradient.zero_()
             try:

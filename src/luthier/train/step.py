@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from luthier.adapters.method import Adapter
 from luthier.data.stream import Micro
+from luthier.model.pack import Coming
 
 Event = dict[str, Any]
 
@@ -29,6 +31,9 @@ class Model(Protocol):
     def accumulate(self, micro: Micro, scale: float, /) -> Tensor:
         """Adds the gradient of that loss times `scale` to the `.grad` of the adapter's parameters; returns the loss,
         without gradient."""
+
+    def expect(self, coming: Callable[[], Coming], /) -> None:
+        """Tells what micro-batches are to come, so that it can make ready for them."""
 
     def keep_less(self) -> bool:
         """Takes less memory for the same gradients, in more time, if it can; returns whether it could."""
