@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from rich.console import Console
 
 from luthier import recipe
 from luthier.adapters.lora import attach
-from luthier.api import prepare, start
+from luthier.api import prepare, show_plan, start
 from luthier.demos import DEMOS
 from luthier.model.toy import ARCHITECTURES, toy_folder
 from luthier.recipe import Recipe, flatten, packaged
@@ -194,6 +196,18 @@ def real(name: str, folder: Path, train: str, test: str | None = None, *override
     tests = f"data.test=[{{path: {folder / test}}}]" if test else "data.test=[]"
     words = [f"data.train=[{{path: {folder / train}}}]", tests, "model.base=smollm2-135m", f"run.dir={folder / 'run'}"]
     return prepare(start(name, *words, *overrides))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_planned_for_a_gpu_that_is_not_here_without_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    path = packaged(name)
+    assert path is not None
+    planned = show_plan(Recipe.load(path), gpu="RTX 4090", console=Console(quiet=True))
+    assert (planned.fits, planned.place, planned.device) == (True, "cuda", "RTX 4090")
 
 
 @pytest.mark.embedded

@@ -27,6 +27,10 @@ UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same w
 _AT_ONCE = 4
 
 
+class UnreachableError(ModelError):
+    """There is no network, or none that leads to the hub, and no copy in its cache."""
+
+
 def snapshot(model: recipe.Model, progress: Say | None = None) -> Path:
     """The folder of `model.base` in the hub's cache, at the commit that `model.revision` means now.
 
@@ -193,4 +197,4 @@ def _explained(base: str, error: Exception) -> ModelError:
         f"or use {embedded.NAME}, which needs no hub"
     )
     what = f"the model hub {hub} cannot be reached, and no copy is in its cache ({line[:200]})"
-    return ModelError(what, where=base, fix=fix)
+    return UnreachableError(what, where=base, fix=fix)

@@ -21,7 +21,7 @@ from luthier.errors import ModelError
 from luthier.machine import Machine
 from luthier.model import embedded
 from luthier.model.folder import check_config, check_folder, shards, some
-from luthier.model.hub import config_file, loaded_revision, snapshot, tokenizer_folder
+from luthier.model.hub import UnreachableError, config_file, loaded_revision, snapshot, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +54,29 @@ def model_folder(model: recipe.Model, progress: Callable[[str], None] | None = N
 
 
 def model_config(model: recipe.Model) -> dict[str, Any]:
-    """The `config.json` of `model.base`; from a hub nothing else is fetched. A local folder may hold it alone.
+    """The `config.json` of `model.base`; from a hub nothing else is fetched. A local folder may hold it alone. Those of
+    the shipped recipes' bases are known where the hub is out of reach.
 
     Raises ModelError where `model_folder` would, as far as that can be told from what is there.
     """
     on_hub = _is_on_hub(model)
-    folder = config_file(model).parent if on_hub else _folder(model, None)
+    try:
+        folder = config_file(model).parent if on_hub else _folder(model, None)
+    except UnreachableError:
+        if (known := _published(model.base)) is None:
+            raise
+        return known
     is_alone = [path.name for path in folder.iterdir()] == ["config.json"]
     (check_config if on_hub or is_alone else check_folder)(folder, model)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
+
+
+def _published(base: str) -> dict[str, Any] | None:
+    """What a shipped recipe's base has in its `config.json`, as far as it decides how the model runs."""
+    text = (Path(recipe.__file__).parent / "recipes" / "bases.json").read_text(encoding="utf-8")
+    found: dict[str, Any] | None = json.loads(text).get(base)
+    return found
 
 
 def check_new_tokens(model: recipe.Model, adapter: recipe.Adapter) -> None:
