@@ -416,7 +416,7 @@ def test_the_module_still_runs_by_itself_on_the_merged_weights(kernels: Kernels)
 def test_a_second_model_of_the_same_base_shares_its_weights_and_none_that_were_moved_since(kernels: Kernels) -> None:
     base = module("qwen2")
     first, second = (CausalModel(shell(base), None, kernels=kernels) for _ in range(2))
-    weights = [{x.dense.data_ptr() for x in one.decoder._linears} for one in (first, second)]  # type: ignore[union-attr]
+    weights = [{x.place.data_ptr() for b in m.decoder.blocks for x in b.linears} for m in (first, second)]  # type: ignore[union-attr]
     assert weights[0] == weights[1]
     with torch.no_grad():
         before = first.loss(micro())

@@ -340,6 +340,10 @@ for kind in ("nf4", "fp4"):
                 # The interpreter cuts to bfloat16 where a GPU rounds: at most one unit in the last place.
                 close = torch.allclose(made, wanted, rtol=2**-7, atol=0) if dtype == torch.bfloat16 else False
                 assert close or torch.equal(made, wanted), (kind, shape, dtype)
+                whole = torch.full((shape[0], shape[1] + 3), 5, dtype=dtype)
+                nf4.write_4bit(packed, scales, kind, whole[:, : shape[1]])
+                assert torch.equal(whole[:, : shape[1]], made), (kind, shape, dtype)
+                assert (whole[:, shape[1] :] == 5).all(), (kind, shape, dtype)
 """
 
 

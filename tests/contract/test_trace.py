@@ -91,7 +91,7 @@ def lived(
     model = CausalModel(module, attach(module, adapter, seed=0), kernels=kernels, recompute=recompute)
     assert model.adapter is not None
     if model.decoder is not None:
-        _ = model.decoder.updates.values, model.decoder.updates.gradients  # they stay from one step to the next
+        _ = model.decoder.updates.gradients  # it stays from one step to the next
     flat_gradient(model.adapter.named_parameters())
     batch = micro(lengths, sizes["vocab_size"])
     with Live() as live:

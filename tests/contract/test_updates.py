@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from test_block import ALL, error, gradients, micro, model
+from test_block import ALL, config, error, gradients, micro, model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier import recipe
+from luthier.data.stream import Micro
+from luthier.kernels.place import noticing, planned_for
 from luthier.model.causal import CausalModel
+from luthier.model.trace import outline
 from luthier.train import optim
 
 ODD = recipe.Lora(rank=3, alpha=5, ranks={"q_proj": 5, "up_proj": 1}, alphas={"v_proj": 7})
@@ -55,31 +58,18 @@ def test_gradients_that_are_added_to_one_buffer_have_the_bits_of_those_that_auto
     assert float(total.norm()) > 0
 
 
-class Writes(TorchDispatchMode):
-    """Counts the operations that write into the memory of a tensor."""
-
-    def __init__(self, watched: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.watched, self.count = watched.untyped_storage().data_ptr(), 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0][0] if args and isinstance(args[0], list | tuple) else args[0] if args else None
-        if op._schema.is_mutable and isinstance(first, Tensor):
-            self.count += first.untyped_storage().data_ptr() == self.watched
-        return op(*args, **(kwargs or {}))
-
-
-def test_one_operation_adds_the_gradients_of_a_micro_batch_and_one_takes_the_values() -> None:
-    made, train = model("llama", "eager", ODD), recipe.Train()
-    gradient = buffer(made)
-    assert made.adapter is not None
+def test_on_a_gpu_one_launch_takes_the_values_of_all_layers_and_one_a_block_its_gradients() -> None:
+    """Without data, where launches can be counted."""
+    options: dict[str, Any] = {"kernels": "compiled", "recompute": False, "capability": (9, 0)}
+    made = outline(config("llama").to_dict(), recipe.Model(base="b"), ODD, dtype=torch.bfloat16, **options)
+    tokens, launched = torch.zeros(70, dtype=torch.int64, device="meta"), Counter[str]()
+    batch = Micro(tokens, tokens, (0, 30, 70), tokens, tokens, tokens[:2], step=0)
     assert made.decoder is not None
-    optim.optimizer(made.adapter.named_parameters(), gradient, train)
-    learn(made, (9,))
-    for watched in (gradient, made.decoder.updates.values):
-        with Writes(watched) as writes:
-            learn(made, (7, 30))
-        assert writes.count == 1
+    with planned_for((9, 0)), noticing(lambda kernel, tensors: launched.update([kernel])):
+        hidden = made.decoder.hidden(batch, None)
+        assert launched["rectangles"] == 1
+        hidden.sum().backward()  # type: ignore[no-untyped-call]
+    assert launched["rectangles"] == 1 + len(made.decoder.blocks)
 
 
 def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:

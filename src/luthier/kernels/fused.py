@@ -2,6 +2,7 @@
 
 The twins are in `pointwise.py`; `tests/contract/test_fused.py` holds these to them, through Triton's interpreter. On
 tensors without data they allocate what they allocate with data, and compute nothing: so a plan sees what they take.
+`spare`: so many columns are left free behind each row of what a product reads next (see `spare.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from luthier.kernels.place import launch
 from luthier.kernels.pointwise import Activation, Pointwise
+from luthier.kernels.rectangles import at_once
+from luthier.kernels.spare import empty
 
 
 def parts() -> Pointwise:
@@ -27,59 +30,65 @@ def parts() -> Pointwise:
         activate=activate,
         activate_backward=activate_backward,
         exponentials=exponentials,
+        copies=at_once,
         logit_rows=1024,  # a GPU's products want more rows, and there is no copy in fp32
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """x / rms(x) · weight for rows of x [T, H], and 1 / rms(x) as fp32 [T, 1]."""
-    out, scales = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _rows("rms_norm", x, x, x, weight, out, scales, x.shape[1], eps, ADD=False)
+    out, scales = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
+    _rows("rms_norm", x, x, x, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=False)
     return out, scales
 
 
-def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sum x + update, its norm and its 1 / rms. `update` is overwritten by the sum."""
-    out, scales = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _rows("rms_norm", x, x, update, weight, out, scales, x.shape[1], eps, ADD=True)
+    out, scales = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
+    _rows("rms_norm", x, x, update, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=True)
     return update, out, scales
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x [T, H], plus `residual`; and the norm's output again, for the adapters that read it."""
-    dx, out, add = torch.empty_like(x), torch.empty_like(x), residual is not None
-    _rows("rms_norm_backward", x, dy, x, scale, weight, residual if add else x, dx, out, x.shape[1], ADD=add)
+    dx, out, add = empty(x, len(x), x.shape[1], spare), torch.empty_like(x), residual is not None
+    more = x if residual is None else residual
+    strides = x.shape[1], more.stride(0), dx.stride(0)
+    _rows("rms_norm_backward", x, dy, x, scale, weight, more, dx, out, *strides, ADD=add)
     return dx, out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """(x - mean(x)) / std(x) · weight + bias for rows of x [T, H], and 1 / std(x) beside mean(x), fp32 [T, 2]."""
-    out, moments = torch.empty_like(x), x.new_empty(len(x), 2, dtype=torch.float32)
-    _rows("layer_norm", x, x, weight, bias, out, moments, x.shape[1], eps)
+    out, moments = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 2, dtype=torch.float32)
+    _rows("layer_norm", x, x, weight, bias, out, moments, x.shape[1], out.stride(0), eps)
     return out, moments
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x [T, H], plus `residual`; and the norm's output again, for the adapters that read it."""
-    dx, out = torch.empty_like(x), torch.empty_like(x)
-    _rows("layer_norm_backward", x, dy, x, moments, weight, bias, residual, dx, out, x.shape[1])
+    dx, out = empty(x, len(x), x.shape[1], spare), torch.empty_like(x)
+    strides = x.shape[1], residual.stride(0), dx.stride(0)
+    _rows("layer_norm_backward", x, dy, x, moments, weight, bias, residual, dx, out, *strides)
     return dx, out
 
 
-def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+def activate(x: Tensor, act: Activation, gated: bool, spare: int = 0) -> Tensor:
     """act(x) for x [T, F]; with `gated`, act(gate) · up for x [T, 2F] holding gate and up side by side."""
-    out = x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
-    _tiles("activate", out, x, out, ACT=act, GATED=gated)
+    out = empty(x, len(x), x.shape[1] // 2 if gated else x.shape[1], spare)
+    _tiles("activate", out, x, out, x.stride(0), out.stride(0), ACT=act, GATED=gated)
     return out
 
 
 def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
     """The gradient of x, and `activate(x)` again. They take the places of `x` and of `dh`."""
-    _tiles("activate_backward", dh, dh, x, ACT=act, GATED=gated)
+    _tiles("activate_backward", dh, dh, x, x.stride(0), ACT=act, GATED=gated)
     return x, dh
 
 

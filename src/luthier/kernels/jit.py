@@ -11,7 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm(x, update, weight, out, scales, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+def rms_norm(  # type: ignore
+    x, update, weight, out, scales, width, out_apart, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -23,13 +25,13 @@ def rms_norm(x, update, weight, out, scales, width, eps, ADD: tl.constexpr, BLOC
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
     factor = tl.load(weight + at, inside, 0.0)
     normed = (wide * scale).to(factor.dtype).to(tl.float32) * factor.to(tl.float32)
-    tl.store(out + row * width + at, normed, inside)
+    tl.store(out + row * out_apart + at, normed, inside)
     tl.store(scales + row, scale)
 
 
 @triton.jit
 def rms_norm_backward(  # type: ignore
-    dy, x, scales, weight, residual, dx, out, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+    dy, x, scales, weight, residual, dx, out, width, residual_apart, dx_apart, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -43,13 +45,13 @@ def rms_norm_backward(  # type: ignore
     inner = tl.sum(gradient * normed) / width
     change = (gradient - normed * inner) * scale
     if ADD:
-        change += tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
-    tl.store(dx + row * width + at, change, inside)
+        change += tl.load(residual + row * residual_apart + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * dx_apart + at, change, inside)
     tl.store(out + row * width + at, normed.to(stored.dtype).to(tl.float32) * factor, inside)
 
 
 @triton.jit
-def layer_norm(x, weight, bias, out, moments, width, eps, BLOCK: tl.constexpr):  # type: ignore
+def layer_norm(x, weight, bias, out, moments, width, out_apart, eps, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -58,13 +60,15 @@ def layer_norm(x, weight, bias, out, moments, width, eps, BLOCK: tl.constexpr): 
     apart = tl.where(inside, value - mean, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart) / width + eps)
     factor, shift = tl.load(weight + at, inside, 0.0).to(tl.float32), tl.load(bias + at, inside, 0.0).to(tl.float32)
-    tl.store(out + row * width + at, apart * scale * factor + shift, inside)
+    tl.store(out + row * out_apart + at, apart * scale * factor + shift, inside)
     tl.store(moments + 2 * row, scale)
     tl.store(moments + 2 * row + 1, mean)
 
 
 @triton.jit
-def layer_norm_backward(dy, x, moments, weight, bias, residual, dx, out, width, BLOCK: tl.constexpr):  # type: ignore
+def layer_norm_backward(  # type: ignore
+    dy, x, moments, weight, bias, residual, dx, out, width, residual_apart, dx_apart, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -73,8 +77,8 @@ def layer_norm_backward(dy, x, moments, weight, bias, residual, dx, out, width, 
     factor, shift = tl.load(weight + at, inside, 0.0).to(tl.float32), tl.load(bias + at, inside, 0.0).to(tl.float32)
     gradient = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32) * factor  # 0 outside: so are the sums
     inner, level = tl.sum(gradient * normed) / width, tl.sum(gradient) / width
-    more = tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
-    tl.store(dx + row * width + at, (gradient - level - normed * inner) * scale + more, inside)
+    more = tl.load(residual + row * residual_apart + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * dx_apart + at, (gradient - level - normed * inner) * scale + more, inside)
     tl.store(out + row * width + at, normed * factor + shift, inside)
 
 
@@ -94,23 +98,27 @@ def _act(x, ACT: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def activate(x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+def activate(  # type: ignore
+    x, out, x_apart, out_apart, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    start = x + row * width * (2 if GATED else 1)
+    start = x + row * x_apart
     value, _ = _act(tl.load(start + at, inside, 0.0).to(tl.float32), ACT)
     if GATED:
         value *= tl.load(start + width + at, inside, 0.0).to(tl.float32)
-    tl.store(out + row * width + at, value, inside)
+    tl.store(out + row * out_apart + at, value, inside)
 
 
 @triton.jit
-def activate_backward(dh, x, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+def activate_backward(  # type: ignore
+    dh, x, x_apart, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    start = x + row * width * (2 if GATED else 1)
+    start = x + row * x_apart
     value, slope = _act(tl.load(start + at, inside, 0.0).to(tl.float32), ACT)
     gradient = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
     hidden = value
@@ -194,9 +202,31 @@ def drop(x, out, samples, positions, key, module, width, least, factor, BLOCK: t
 
 
 @triton.jit
+def rectangles(table, factors, source, target, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    entry = tl.program_id(0)
+    told = table + entry * 8
+    read, write = tl.load(told).to(source.dtype), tl.load(told + 1).to(target.dtype)
+    read_apart, write_apart = tl.load(told + 2), tl.load(told + 3)
+    columns, count = tl.load(told + 5).to(tl.int32), (tl.load(told + 4) * tl.load(told + 5)).to(tl.int32)
+    first, width = tl.load(told + 6).to(tl.int32), tl.load(told + 7).to(tl.int32)
+    factor = tl.load(factors + entry)
+    start = tl.program_id(1) * BLOCK
+    while start < count:
+        at = start + tl.arange(0, BLOCK)
+        row, column = at // columns, at % columns - first
+        seen = (at < count) & (column >= 0) & (column < width)
+        value = tl.load(read + row * read_apart + column, seen, 0.0).to(tl.float32) * factor
+        place = write + row * write_apart + column + first
+        if ADD:
+            value += tl.load(place, at < count, 0.0).to(tl.float32)
+        tl.store(place, value, at < count)
+        start += tl.num_programs(1) * BLOCK
+
+
+@triton.jit
 def dequantize(  # type: ignore
-    packed, absmax, nested, offset, code, values, out, count,
-    DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    packed, absmax, nested, offset, code, values, out, count, width, apart,
+    DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = tl.load(absmax + block, block * BLOCK < count, 0)
@@ -207,5 +237,12 @@ def dequantize(  # type: ignore
     pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     byte = tl.load(packed + pair, pair * 2 < count, 0).to(tl.int32)
     both = tl.join(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
-    place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + place, (tl.reshape(both, (BLOCKS, BLOCK)) * scale[:, None]).to(out.dtype.element_ty), place < count)
+    row, start = block * BLOCK // width, block * BLOCK % width
+    if WHOLE:
+        start = tl.multiple_of(start, BLOCK)
+    column = start.to(tl.int32)[:, None] + tl.arange(0, BLOCK)[None, :]
+    place = row[:, None] * apart + column
+    if not WHOLE:  # a block goes on in the next row, or in some more
+        place += column // width * (apart - width)
+    inside = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] < count
+    tl.store(out + place, (tl.reshape(both, (BLOCKS, BLOCK)) * scale[:, None]).to(out.dtype.element_ty), inside)

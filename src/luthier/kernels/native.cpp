@@ -37,11 +37,13 @@ inline float exponential(float x) {
     return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
+// Rows lie side by side, but where a number of values `apart` is told for a tensor.
+
 // y = x · rsqrt(mean(x²) + eps) · weight; with `update`, x + update comes first and is kept in `total`. Weights and
 // biases of norms are fp32, whatever S is.
 template <class S>
-void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, float* scale, int64_t rows,
-              int64_t width, float eps, int threads) {
+void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, int64_t y_apart, float* scale,
+              int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S* in = x + t * width;
@@ -57,7 +59,7 @@ void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, 
         for (int64_t i = 0; i < width; i++) squares += load(in + i) * load(in + i);
         float r = 1.0f / std::sqrt(squares / width + eps);
         scale[t] = r;
-        S* out = y + t * width;
+        S* out = y + t * y_apart;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) store(out + i, load(in + i) * r * weight[i]);
     }
@@ -65,12 +67,13 @@ void rms_norm(const S* x, const S* update, const float* weight, S* total, S* y, 
 
 // With g = dy · weight and n = x · scale: dx = scale · (g - n · mean(g · n)), + residual if there is one; and y again.
 template <class S>
-void rms_norm_backward(const S* dy, const S* x, const float* scale, const float* weight, const S* residual, S* dx,
-                       S* y, int64_t rows, int64_t width, int threads) {
+void rms_norm_backward(const S* dy, const S* x, const float* scale, const float* weight, const S* residual,
+                       int64_t residual_apart, S* dx, int64_t dx_apart, S* y, int64_t rows, int64_t width,
+                       int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
-        const S *d = dy + t * width, *in = x + t * width;
-        S *out = dx + t * width, *normed = y + t * width;
+        const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * residual_apart;
+        S *out = dx + t * dx_apart, *normed = y + t * width;
         float r = scale[t], inner = 0;
 #pragma omp simd reduction(+ : inner)
         for (int64_t i = 0; i < width; i++) inner += load(d + i) * weight[i] * load(in + i);
@@ -79,7 +82,7 @@ void rms_norm_backward(const S* dy, const S* x, const float* scale, const float*
         for (int64_t i = 0; i < width; i++) {
             float n = load(in + i) * r, w = weight[i];
             float change = r * (load(d + i) * w - n * mean);
-            store(out + i, residual ? change + load(residual + t * width + i) : change);
+            store(out + i, residual ? change + load(rest + i) : change);
             store(normed + i, n * w);
         }
     }
@@ -87,12 +90,12 @@ void rms_norm_backward(const S* dy, const S* x, const float* scale, const float*
 
 // y = (x - mean(x)) / std(x) · weight + bias; `moments` are 1 / std and the mean of each row.
 template <class S>
-void layer_norm(const S* x, const float* weight, const float* bias, S* y, float* moments, int64_t rows, int64_t width,
-                float eps, int threads) {
+void layer_norm(const S* x, const float* weight, const float* bias, S* y, int64_t y_apart, float* moments, int64_t rows,
+                int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S* in = x + t * width;
-        S* out = y + t * width;
+        S* out = y + t * y_apart;
         float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < width; i++) sum += load(in + i);
@@ -110,11 +113,12 @@ void layer_norm(const S* x, const float* weight, const float* bias, S* y, float*
 // With g = dy · weight and n = (x - mean) · scale: dx = scale · (g - mean(g) - n · mean(g · n)) + residual; and y again.
 template <class S>
 void layer_norm_backward(const S* dy, const S* x, const float* moments, const float* weight, const float* bias,
-                         const S* residual, S* dx, S* y, int64_t rows, int64_t width, int threads) {
+                         const S* residual, int64_t residual_apart, S* dx, int64_t dx_apart, S* y, int64_t rows,
+                         int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
-        const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * width;
-        S *out = dx + t * width, *normed = y + t * width;
+        const S *d = dy + t * width, *in = x + t * width, *rest = residual + t * residual_apart;
+        S *out = dx + t * dx_apart, *normed = y + t * width;
         float r = moments[2 * t], mean = moments[2 * t + 1], sum = 0, inner = 0;
 #pragma omp simd reduction(+ : sum, inner)
         for (int64_t i = 0; i < width; i++) {
@@ -192,11 +196,12 @@ struct GeluTanh {
 
 // h = act(x), or act(gate) · up for rows of gate|up.
 template <class A, class S>
-void activate(const S* x, S* h, int64_t rows, int64_t width, bool gated, int threads) {
+void activate(const S* x, int64_t x_apart, S* h, int64_t h_apart, int64_t rows, int64_t width, bool gated,
+              int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
-        const S *gate = x + (gated ? 2 : 1) * t * width, *up = gate + width;
-        S* out = h + t * width;
+        const S *gate = x + t * x_apart, *up = gate + width;
+        S* out = h + t * h_apart;
         if (gated) {
 #pragma omp simd
             for (int64_t i = 0; i < width; i++) {
@@ -215,11 +220,12 @@ void activate(const S* x, S* h, int64_t rows, int64_t width, bool gated, int thr
 
 // Overwrites x with its gradient and makes h again.
 template <class A, class S>
-void activate_backward(const S* dh, S* x, S* h, int64_t rows, int64_t width, bool gated, int threads) {
+void activate_backward(const S* dh, S* x, int64_t x_apart, S* h, int64_t rows, int64_t width, bool gated,
+                       int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
         const S* d = dh + t * width;
-        S *gate = x + (gated ? 2 : 1) * t * width, *up = gate + width, *out = h + t * width;
+        S *gate = x + t * x_apart, *up = gate + width, *out = h + t * width;
         if (gated) {
 #pragma omp simd
             for (int64_t i = 0; i < width; i++) {
@@ -321,30 +327,32 @@ void exponentials(S* logits, float* largest, float* mass, int64_t rows, int64_t 
 }  // namespace
 
 #define EXPORT_ACT(NAME, S, ACT, A)                                                                                    \
-    extern "C" void activate_##ACT##_##NAME(const S* x, S* h, int64_t n, int64_t k, int64_t gated, int j) {            \
-        activate<A>(x, h, n, k, gated != 0, j);                                                                        \
+    extern "C" void activate_##ACT##_##NAME(const S* x, int64_t xa, S* h, int64_t ha, int64_t n, int64_t k,            \
+                                            int64_t gated, int j) {                                                    \
+        activate<A>(x, xa, h, ha, n, k, gated != 0, j);                                                                \
     }                                                                                                                  \
-    extern "C" void activate_backward_##ACT##_##NAME(const S* d, S* x, S* h, int64_t n, int64_t k, int64_t gated,      \
-                                                     int j) {                                                          \
-        activate_backward<A>(d, x, h, n, k, gated != 0, j);                                                            \
+    extern "C" void activate_backward_##ACT##_##NAME(const S* d, S* x, int64_t xa, S* h, int64_t n, int64_t k,         \
+                                                     int64_t gated, int j) {                                           \
+        activate_backward<A>(d, x, xa, h, n, k, gated != 0, j);                                                        \
     }
 
 #define EXPORT(NAME, S)                                                                                                \
-    extern "C" void rms_norm_##NAME(const S* x, const S* u, const float* w, S* t, S* y, float* s, int64_t n,           \
-                                    int64_t k, float eps, int j) {                                                     \
-        rms_norm(x, u, w, t, y, s, n, k, eps, j);                                                                      \
+    extern "C" void rms_norm_##NAME(const S* x, const S* u, const float* w, S* t, S* y, int64_t ya, float* s,          \
+                                    int64_t n, int64_t k, float eps, int j) {                                          \
+        rms_norm(x, u, w, t, y, ya, s, n, k, eps, j);                                                                  \
     }                                                                                                                  \
     extern "C" void rms_norm_backward_##NAME(const S* d, const S* x, const float* s, const float* w, const S* r,       \
-                                             S* dx, S* y, int64_t n, int64_t k, int j) {                               \
-        rms_norm_backward(d, x, s, w, r, dx, y, n, k, j);                                                              \
+                                             int64_t ra, S* dx, int64_t da, S* y, int64_t n, int64_t k, int j) {       \
+        rms_norm_backward(d, x, s, w, r, ra, dx, da, y, n, k, j);                                                      \
     }                                                                                                                  \
-    extern "C" void layer_norm_##NAME(const S* x, const float* w, const float* b, S* y, float* m, int64_t n,           \
-                                      int64_t k, float eps, int j) {                                                   \
-        layer_norm(x, w, b, y, m, n, k, eps, j);                                                                       \
+    extern "C" void layer_norm_##NAME(const S* x, const float* w, const float* b, S* y, int64_t ya, float* m,          \
+                                      int64_t n, int64_t k, float eps, int j) {                                        \
+        layer_norm(x, w, b, y, ya, m, n, k, eps, j);                                                                   \
     }                                                                                                                  \
     extern "C" void layer_norm_backward_##NAME(const S* d, const S* x, const float* m, const float* w, const float* b, \
-                                               const S* r, S* dx, S* y, int64_t n, int64_t k, int j) {                 \
-        layer_norm_backward(d, x, m, w, b, r, dx, y, n, k, j);                                                         \
+                                               const S* r, int64_t ra, S* dx, int64_t da, S* y, int64_t n, int64_t k,  \
+                                               int j) {                                                                \
+        layer_norm_backward(d, x, m, w, b, r, ra, dx, da, y, n, k, j);                                                 \
     }                                                                                                                  \
     extern "C" void rotate_##NAME(const S* x, const int64_t* in, const S* c, const S* s, S* y, const int64_t* out,     \
                                   int64_t t, int64_t g, int64_t r, int64_t size, int64_t turned, int64_t step,         \

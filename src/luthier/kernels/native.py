@@ -22,6 +22,7 @@ from torch import Tensor
 
 from luthier.errors import ModelError
 from luthier.kernels.pointwise import Activation, Pointwise
+from luthier.kernels.spare import empty
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -44,37 +45,40 @@ def parts() -> Pointwise:
     return PARTS
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _call("rms_norm", x, None, weight.float(), None, y, scale, *x.shape, ctypes.c_float(eps))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
+    y, scale = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
+    _call("rms_norm", x, None, weight.float(), None, *_rows(y), scale, *x.shape, ctypes.c_float(eps))
     return y, scale
 
 
-def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    _call("rms_norm", x, update, weight.float(), update, y, scale, *x.shape, ctypes.c_float(eps))
+def add_rms_norm(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, scale = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
+    _call("rms_norm", x, update, weight.float(), update, *_rows(y), scale, *x.shape, ctypes.c_float(eps))
     return update, y, scale
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
-    dx, y = torch.empty_like(x), torch.empty_like(x)
-    _call("rms_norm_backward", dy, x, scale, weight.float(), residual, dx, y, *x.shape)
+    dx, y = empty(x, len(x), x.shape[1], spare), torch.empty_like(x)
+    _call("rms_norm_backward", dy, x, scale, weight.float(), *_rows(residual), *_rows(dx), y, *x.shape)
     return dx, y
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, moments = torch.empty_like(x), x.new_empty(len(x), 2, dtype=torch.float32)
-    _call("layer_norm", x, weight.float(), bias.float(), y, moments, *x.shape, ctypes.c_float(eps))
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
+    y, moments = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 2, dtype=torch.float32)
+    _call("layer_norm", x, weight.float(), bias.float(), *_rows(y), moments, *x.shape, ctypes.c_float(eps))
     return y, moments
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
-    dx, y = torch.empty_like(x), torch.empty_like(x)
-    _call("layer_norm_backward", dy, x, moments, weight.float(), bias.float(), residual, dx, y, *x.shape)
+    dx, y = empty(x, len(x), x.shape[1], spare), torch.empty_like(x)
+    factors = weight.float(), bias.float()
+    _call("layer_norm_backward", dy, x, moments, *factors, *_rows(residual), *_rows(dx), y, *x.shape)
     return dx, y
 
 
@@ -101,15 +105,15 @@ def _turn(
     _call("rotate", pointers[0], strides[0], cos, sin, pointers[1], strides[1], *shape, *factors)
 
 
-def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
-    h = x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
-    _call(f"activate_{act}", x, h, *h.shape, int(gated))
+def activate(x: Tensor, act: Activation, gated: bool, spare: int = 0) -> Tensor:
+    h = empty(x, len(x), x.shape[1] // 2 if gated else x.shape[1], spare)
+    _call(f"activate_{act}", *_rows(x), *_rows(h), *h.shape, int(gated), like=x)
     return h
 
 
 def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
     h = torch.empty_like(dh)
-    _call(f"activate_backward_{act}", dh, x, h, *h.shape, int(gated))
+    _call(f"activate_backward_{act}", dh, *_rows(x), h, *h.shape, int(gated))
     return x, h
 
 
@@ -146,10 +150,19 @@ PARTS = Pointwise(
 )
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Calls a function of native.cpp for the dtype of the first 16- or 32-bit float tensor among the arguments. Without
-    data nothing is computed."""
-    first = next(a for a in arguments if isinstance(a, Tensor))
+def _rows(x: Tensor | None) -> tuple[int, int]:
+    """x [T, H], whose rows may lie apart, as native.cpp takes it: where it begins, and how far they do."""
+    if x is None:
+        return 0, 0
+    assert x.stride(1) == 1, x.stride()
+    assert x.device.type in ("cpu", "meta"), x.device
+    return x.data_ptr(), x.stride(0)
+
+
+def _call(name: str, *arguments: Any, like: Tensor | None = None) -> None:
+    """Calls a function of native.cpp for the dtype of `like`, or of the first tensor among the arguments. Without data
+    nothing is computed."""
+    first = next(a for a in arguments if isinstance(a, Tensor)) if like is None else like
     if first.is_meta:
         return
     function = getattr(_library(), f"{name}_{_SUFFIXES[first.dtype]}")

@@ -25,12 +25,13 @@ def dequantize_4bit(
 
 
 def write_4bit(packed: Tensor, absmax: Tensor | NestedScales, kind: str, out: Tensor) -> None:
-    """`dequantize_4bit` into a tensor that lies in one piece."""
-    assert out.is_contiguous()
+    """`dequantize_4bit` into a tensor [out, in], whose rows may lie apart."""
+    assert out.stride(1) == 1, out.stride()
     double = isinstance(absmax, NestedScales)
     scales = absmax if isinstance(absmax, NestedScales) else (absmax,) * 4  # those not read stand for themselves
-    grid = (-(-out.numel() // (_BLOCKS * BLOCK)),)
+    grid, width = (-(-out.numel() // (_BLOCKS * BLOCK)),), out.shape[1]
     # Without fusion a product and a sum are rounded one after the other, as the twin does.
     options = {"DOUBLE": double, "BLOCKS": _BLOCKS, "BLOCK": BLOCK, "NESTED": NESTED}
-    where = (*scales, levels(kind, packed.device), out, out.numel())
-    launch("dequantize", grid, packed, *where, **options, num_warps=8, enable_fp_fusion=False)
+    where = (*scales, levels(kind, packed.device), out, out.numel(), width, out.stride(0))
+    whole = width % BLOCK == 0
+    launch("dequantize", grid, packed, *where, **options, WHOLE=whole, num_warps=8, enable_fp_fusion=False)

@@ -1,7 +1,8 @@
 """The parts of a decoder block between its matrix products: norms, rotary embedding, activation.
 
 These are the eager forms, written for few passes over memory, in place where an input is no longer needed. `native`
-has the same parts in C++, one pass each. Norms accumulate in fp32.
+has the same parts in C++, one pass each. Norms accumulate in fp32. `spare`: so many columns are left free behind each
+row of what a product reads next (see `spare.py`).
 """
 
 from __future__ import annotations
@@ -14,27 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.kernels.rectangles import Copies, one_by_one
+from luthier.kernels.spare import empty
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """x · sigmoid(x); x · Φ(x); and Φ by its approximation through tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """x / rms(x) · weight for rows of x [T, H], in the dtype of x, and 1 / rms(x) as fp32 [T, 1].
 
     A weight [H] that is finer than x is multiplied before anything is rounded.
     """
     scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt_()
-    return _weighted(x.float() * scale, x, weight), scale
+    return _placed(_weighted(x.float() * scale, weight), x, spare), scale
 
 
-def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sum x + update, its norm and its 1 / rms. `update` is overwritten by the sum."""
     total = update.add_(x)
-    return total, *rms_norm(total, weight, eps)
+    return total, *rms_norm(total, weight, eps, spare)
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, plus `residual`; and the norm's output again, for the adapters that read it.
 
@@ -45,22 +51,27 @@ def rms_norm_backward(
     inner = (gradient * normed).mean(-1, keepdim=True)
     dx = gradient.sub_(normed * inner).mul_(scale)
     dx = dx if residual is None else dx.add_(residual)
-    return dx.to(x.dtype), _weighted(normed, x, weight)
+    return _placed(dx, x, spare), _weighted(normed, weight).to(x.dtype)
 
 
-def _weighted(normed: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return (normed.to(weight.dtype) * weight).to(x.dtype)
+def _weighted(normed: Tensor, weight: Tensor) -> Tensor:
+    return normed.to(weight.dtype) * weight
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _placed(values: Tensor, like: Tensor, spare: int) -> Tensor:
+    """`values` [T, H] in the dtype of `like`, with `spare` columns behind each row."""
+    return empty(like, len(values), values.shape[1], spare).copy_(values) if spare else values.to(like.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """(x - mean(x)) / std(x) · weight + bias for rows of x [T, H], rounded once, to the dtype of x; and 1 / std(x)
     beside mean(x), fp32 [T, 2]."""
     y, mean, scale = torch.native_layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
-    return y.to(x.dtype), torch.cat([scale, mean], 1)
+    return _placed(y, x, spare), torch.cat([scale, mean], 1)
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+    dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """As `rms_norm_backward`; with n = (x - mean) · scale: dx = scale · (g - mean(g) - n · mean(g · n))."""
     scale, mean = moments[:, :1], moments[:, 1:]
@@ -68,7 +79,7 @@ def layer_norm_backward(
     gradient = dy.float() * weight
     inner = (gradient * normed).mean(-1, keepdim=True)
     dx = gradient.sub_(gradient.mean(-1, keepdim=True)).sub_(normed * inner).mul_(scale).add_(residual)
-    return dx.to(x.dtype), normed.mul_(weight).add_(bias).to(x.dtype)
+    return _placed(dx, x, spare), normed.mul_(weight).add_(bias).to(x.dtype)
 
 
 def rotate(x_TGRD: Tensor, cos: Tensor, sin: Tensor, scale: float, neighbours: bool) -> Tensor:
@@ -107,12 +118,12 @@ def turn(x_THD: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) 
     _turn(x_THD.clone()[None], x_THD[None], cos, -sin if back else sin, 1.0, neighbours)
 
 
-def activate(x: Tensor, act: Activation, gated: bool) -> Tensor:
+def activate(x: Tensor, act: Activation, gated: bool, spare: int = 0) -> Tensor:
     """act(x) for x [T, F]; with `gated`, act(gate) · up for x [T, 2F] holding gate and up side by side."""
     if not gated:
-        return _act(x, act)
+        return _placed(_act(x, act), x, spare)
     gate, up = x.chunk(2, -1)
-    return _act(gate, act).mul_(up)
+    return _placed(_act(gate, act).mul_(up), x, spare)
 
 
 def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
@@ -166,23 +177,20 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Pointwise:
     """All of the above as one value: a block takes either these or their counterparts in `native`."""
 
-    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] = add_rms_norm
-    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
-        rms_norm_backward
-    )
-    layer_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = layer_norm
-    layer_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
-        layer_norm_backward
-    )
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_rms_norm
+    rms_norm_backward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_backward
+    layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm
+    layer_norm_backward: Callable[..., tuple[Tensor, Tensor]] = layer_norm_backward
     rotate: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor] = rotate
     unrotate: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], None] = unrotate
     turn: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = turn
-    activate: Callable[[Tensor, Activation, bool], Tensor] = activate
+    activate: Callable[..., Tensor] = activate
     activate_backward: Callable[[Tensor, Tensor, Activation, bool], tuple[Tensor, Tensor]] = activate_backward
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax
     softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
     exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials
+    copies: Callable[..., Copies] = one_by_one
     logit_rows: int = 256
     """Rows of logits held at once. The head is read twice a chunk: fewer rows cost reads, more of them memory."""
 

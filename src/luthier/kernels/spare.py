@@ -15,10 +15,15 @@ def empty(like: Tensor, rows: int, width: int, spare: int) -> Tensor:
 
 
 def has(x: Tensor, spare: int) -> bool:
-    """Whether x [rows, width] lies in memory as `empty` gives it."""
+    """Whether x [rows, width] lies in memory as `empty` gives it, which holds nothing else."""
     rows, width = x.shape
-    long_enough = x.untyped_storage().nbytes() >= (x.storage_offset() + rows * (width + spare)) * x.itemsize
-    return x.stride() == (width + spare, 1) and long_enough
+    whole = x.storage_offset() == 0 and x.untyped_storage().nbytes() == rows * (width + spare) * x.itemsize
+    return x.stride() == (width + spare, 1) and whole
+
+
+def made(x: Tensor, spare: int) -> Tensor:
+    """x itself where it has those columns, else a copy that does."""
+    return x if has(x, spare) else empty(x, len(x), x.shape[1], spare).copy_(x)
 
 
 def whole(x: Tensor, spare: int) -> Tensor:

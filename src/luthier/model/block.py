@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters.method import Noise
+from luthier.kernels import spare
 from luthier.kernels.pointwise import Activation, Pointwise
 from luthier.model.families import Family, activation
 from luthier.model.heads import Heads, NormedHeads, Saved, Segments, attention_on
@@ -39,8 +40,7 @@ class Kept(NamedTuple):
 
     attention_scale: Tensor  # of the norm of the block's input: see `Norm`
     qkv_inner: Tensor | None
-    attended: Tensor
-    out_inner: Tensor | None
+    attended: Tensor  # with what `out` adds for its adapters behind it
     attention_added: Tensor | None  # what a norm is put to before it is added, and that norm's scale
     attention_added_scale: Tensor | None
     middle: Tensor | None  # what `down` adds to; in a block that is not parallel what the MLP's norm reads
@@ -79,36 +79,40 @@ class Block:
         if query_norm is not None and key_norm is not None:
             self.attention = NormedHeads(self.attention, heads, query_norm, key_norm)
 
-    def forward(self, x: Tensor, pack: Pack) -> tuple[Tensor, Kept, Tensor | None]:
-        """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed."""
-        kept = self.until_down(x, pack)
-        h = self.pointwise.activate(kept.gate_up, self.act, self.gated)
-        y, inner = self.down.forward(h, self._noise(pack))
+    def forward(self, x: Tensor, pack: Pack, *, keep: bool = True) -> tuple[Tensor, Kept, Tensor | None]:
+        """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed. `keep`:
+        whether there is a backward pass."""
+        kept = self.until_down(x, pack, keep=keep and self.recompute != "all")
+        h = self.pointwise.activate(kept.gate_up, self.act, self.gated, self.down.spare)
+        y, inner = self.down.forward(h, self._noise(pack), keep=keep)
         y, d, d_scale = _ended(self.mlp_end, y)
         y.add_(cast(Tensor, kept.middle))
         return y, kept._replace(middle=None if self.parallel else kept.middle, added=d, added_scale=d_scale), inner
 
-    def until_down(self, x: Tensor, pack: Pack) -> Kept:
-        noise, residual = self._noise(pack), _chosen(x, pack)
-        n, scale = self.attention_norm.forward(x)
-        y, qkv_inner = self.qkv.forward(n, pack.noise)
+    def until_down(self, x: Tensor, pack: Pack, *, keep: bool) -> Kept:
+        noise, residual, ahead = self._noise(pack), _chosen(x, pack), self.gate_up.spare
+        n, scale = self.attention_norm.forward(x, self.qkv.spare)
+        y, qkv_inner = self.qkv.forward(n, pack.noise, keep=keep)
         if self.parallel:  # before attention, so that nothing has to wait for it
-            n, mlp_scale = self.mlp_norm.forward(residual) if self.mlp_norm else (_chosen(n, pack), None)
-            gate_up, gate_up_inner = self.gate_up.forward(n, noise)
+            n, mlp_scale = self.mlp_norm.forward(residual, ahead) if self.mlp_norm else (_chosen(n, pack), None)
+            gate_up, gate_up_inner = self._forward_gate_up(n, noise, keep=keep)
         del n
-        o, attention = self.attention.forward(y, pack.segments)
+        o, attention = self.attention.forward(y, pack.segments, self.out.spare)
         del y
-        middle, out_inner = self.out.forward(o, noise)
+        o = spare.made(o, self.out.spare)
+        middle, _ = self.out.forward(o, noise, keep=False)  # as it is kept in `o`
         middle, z, z_scale = _ended(self.attention_end, middle)
         if self.parallel:
             middle.add_(residual)
         else:
             assert self.mlp_norm is not None
-            middle, n, mlp_scale = self.mlp_norm.forward_sum(residual, middle)
-            gate_up, gate_up_inner = self.gate_up.forward(n, noise)
-        return Kept(
-            scale, qkv_inner, o, out_inner, z, z_scale, middle, mlp_scale, gate_up, gate_up_inner, None, None, attention
-        )
+            middle, n, mlp_scale = self.mlp_norm.forward_sum(residual, middle, ahead)
+            gate_up, gate_up_inner = self._forward_gate_up(n, noise, keep=keep)
+        return Kept(scale, qkv_inner, o, z, z_scale, middle, mlp_scale, gate_up, gate_up_inner, None, None, attention)
+
+    def _forward_gate_up(self, n: Tensor, noise: Noise | None, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """With room behind for what the backward pass does with the gradient, which takes that place."""
+        return self.gate_up.forward(n, noise, keep=keep, behind=self.gate_up.spare)
 
     def kept_of(self, kept: Kept) -> Iterator[Tensor | Saved | None]:
         """The parts of `kept`, None for those that `again` makes."""
@@ -119,10 +123,10 @@ class Block:
     def again(self, kept: Kept, x: Tensor, pack: Pack) -> Kept:
         """All of what was kept, to the bit: `kept` with what of it is missing."""
         if self.recompute == "all":
-            return self.until_down(x, pack)._replace(added=kept.added, added_scale=kept.added_scale)
+            return self.until_down(x, pack, keep=True)._replace(added=kept.added, added_scale=kept.added_scale)
         if self.recompute == "gate_up":
             n = self._mlp_input(x, kept, pack)
-            gate_up, inner = self.gate_up.forward(n, self._noise(pack))
+            gate_up, inner = self._forward_gate_up(n, self._noise(pack), keep=True)
             return kept._replace(gate_up=gate_up, gate_up_inner=inner)
         return kept
 
@@ -134,7 +138,8 @@ class Block:
         dn, gate_up_inner = self._backward_mlp(dy, kept, down_inner, noise)
         if self.mlp_norm is not None:
             read = _chosen(x, pack) if self.parallel else cast(Tensor, kept.middle)
-            dm, n = self.mlp_norm.backward(dn, read, cast(Tensor, kept.mlp_scale), dy)
+            room = 0 if self.parallel or self.attention_end else self.out.spare
+            dm, n = self.mlp_norm.backward(dn, read, cast(Tensor, kept.mlp_scale), dy, room)
             self.gate_up.backward_adapters(gate_up_inner, n, noise)
             del dn, n, read
         da, qkv_inner = self._backward_attention(dy if self.parallel else dm, kept, pack, wanted)
@@ -143,7 +148,8 @@ class Block:
         else:
             if self.mlp_norm is None:
                 _add(da, dn, pack)
-            dx, n = self.attention_norm.backward(da, x, kept.attention_scale, _spread(dm, x, pack))
+            room = 0 if self.mlp_end else self.down.spare  # for the block before, which has the same adapters
+            dx, n = self.attention_norm.backward(da, x, kept.attention_scale, _spread(dm, x, pack), room)
         self.qkv.backward_adapters(qkv_inner, n, pack.noise)
         if self.mlp_norm is None:
             self.gate_up.backward_adapters(gate_up_inner, _chosen(n, pack), noise)
@@ -153,34 +159,35 @@ class Block:
         self, dy: Tensor, kept: Kept, inner: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of what the MLP reads [Q, H] and of the inner values of `gate_up`."""
-        dy = _before_end(self.mlp_end, dy, kept.added, kept.added_scale)
-        inner = self.down.backward_inner(dy, inner)
-        dh = self.down.backward_input(dy, inner, noise)
+        dy = _before_end(self.mlp_end, dy, kept.added, kept.added_scale, self.down.spare)
+        dh, inner = self.down.backward(dy, inner, noise)
+        assert dh is not None
         dg, h = self.pointwise.activate_backward(dh, kept.gate_up, self.act, self.gated)
         self.down.backward_adapters(inner, h, noise)
         del dh, h
-        inner = self.gate_up.backward_inner(dg, kept.gate_up_inner)
-        return self.gate_up.backward_input(dg, inner, noise), inner
+        dn, inner = self.gate_up.backward(dg, kept.gate_up_inner, noise)
+        assert dn is not None
+        return dn, inner
 
     def _backward_attention(
         self, dz: Tensor, kept: Kept, pack: Pack, wanted: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of what attention reads [T, H], None unless `wanted`, and of the inner values of `qkv`."""
         noise = self._noise(pack)
-        dz = _before_end(self.attention_end, dz, kept.attention_added, kept.attention_added_scale)
-        inner = self.out.backward_inner(dz, kept.out_inner)
+        dz = _before_end(self.attention_end, dz, kept.attention_added, kept.attention_added_scale, self.out.spare)
+        on = wanted or bool(self.qkv.updates)
+        do, inner = self.out.backward(dz, self.out.inner(kept.attended), noise, wanted=on)
         self.out.backward_adapters(inner, kept.attended, noise)
-        if not (wanted or self.qkv.updates):
+        if do is None:
             return None, None
-        do = self.out.backward_input(dz, inner, noise)
-        dy = self.attention.backward(do, kept.attended, kept.attention, pack.segments)
-        inner = self.qkv.backward_inner(dy, kept.qkv_inner)
-        return self.qkv.backward_input(dy, inner, pack.noise) if wanted else None, inner
+        dy = self.attention.backward(do, kept.attended, kept.attention, pack.segments, self.qkv.spare)
+        return self.qkv.backward(dy, kept.qkv_inner, pack.noise, wanted=wanted)
 
     def _mlp_input(self, x: Tensor, kept: Kept, pack: Pack) -> Tensor:
         if self.mlp_norm is None:
-            return _chosen(self.attention_norm.forward(x)[0], pack)
-        return self.mlp_norm.forward(_chosen(x, pack) if self.parallel else cast(Tensor, kept.middle))[0]
+            return _chosen(self.attention_norm.forward(x, self.qkv.spare)[0], pack)
+        read = _chosen(x, pack) if self.parallel else cast(Tensor, kept.middle)
+        return self.mlp_norm.forward(read, self.gate_up.spare)[0]
 
     def _noise(self, pack: Pack) -> Noise | None:
         """Past the attention of the last layer only the chosen rows exist."""
@@ -195,9 +202,9 @@ def _ended(norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     return n, x, scale
 
 
-def _before_end(norm: Norm | None, dn: Tensor, x: Tensor | None, scale: Tensor | None) -> Tensor:
+def _before_end(norm: Norm | None, dn: Tensor, x: Tensor | None, scale: Tensor | None, room: int) -> Tensor:
     """The gradient of x of `_ended`."""
-    return dn if norm is None else norm.backward(dn, cast(Tensor, x), cast(Tensor, scale), None)[0]
+    return dn if norm is None else norm.backward(dn, cast(Tensor, x), cast(Tensor, scale), None, room)[0]
 
 
 def _chosen(x: Tensor, pack: Pack) -> Tensor:

@@ -60,7 +60,7 @@ class Decoder:
         for block in self.blocks[first : first + unpacked]:
             for linear in block.linears:
                 linear.keep()
-        self.updates = Updates(self._linears)
+        self.updates = Updates(self._products, pointwise.copies)
         self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
 
     def recompute(self, whole: bool | int, gate_up: int = 0) -> None:
@@ -86,7 +86,7 @@ class Decoder:
 
         With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
         """
-        self.updates.refresh(self._linears)
+        self.updates.refresh(self._products)
         x: Tensor = self.embed(micro.ids)
         told = Ends(micro.edges, micro.longest) if isinstance(micro, Placed) else None
         packs = {
@@ -102,7 +102,7 @@ class Decoder:
                 pack = replace(pack, segments=replace(pack.segments, rows=micro.rows), rows=micro.rows)
             wanted = x.requires_grad
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
-                x = self.updates.collected(x)
+                x = self.updates.collected(x, self._products)
             turn = _Turn(number, self.streamed, away if x.requires_grad else None)
             x = _Layer.apply(x, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
@@ -120,8 +120,8 @@ class Decoder:
         return bool(self.window and len(micro.positions) and int(micro.positions.max()) >= self.window)
 
     @property
-    def _linears(self) -> list[MergedLinear]:
-        return [linear for block in self.blocks for linear in block.linears]
+    def _products(self) -> list[tuple[MergedLinear, ...]]:
+        return [block.linears for block in self.blocks]
 
 
 def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
@@ -129,7 +129,7 @@ def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
     leave holes of their sizes between what the layers keep."""
     if not packed:
         return None
-    values, like = max(linear.columns[-1].stop * linear.features for linear in packed), packed[0]
+    values, like = max(linear.size for linear in packed), packed[0]
     scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
     for linear in packed:
         linear.scratch = scratch
@@ -173,23 +173,25 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates, turn: _Turn) -> Tensor:
         turn.forward()
-        y, kept, inner = block.forward(x, pack)
+        y, kept, inner = block.forward(x, pack, keep=ctx.needs_input_grad[0])
         *tensors, attention = block.kept_of(kept)
         saved = x, inner, *tensors, *(attention or ())
         ctx.turn, ctx.parcel = turn, turn.away and turn.away.send(turn.number, saved)
         ctx.newest = turn.away and turn.away.newest
         ctx.save_for_backward(*(() if ctx.parcel else saved))
         ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
-        ctx.updates, ctx.layout = updates, updates.layout
+        ctx.updates, ctx.then = updates, updates.now
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.updates.check(ctx.layout)
+        ctx.updates.check(ctx.then)
         block, pack = ctx.block, ctx.pack
         ctx.turn.backward(ctx.newest)
         x, inner, *rest = ctx.parcel.take() if ctx.parcel else ctx.saved_tensors
         parts = len(Kept._fields) - 1
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
-        return block.backward(dy, x, kept, inner, pack, ctx.wanted), None, None, None, None, None
+        dx = block.backward(dy, x, kept, inner, pack, ctx.wanted)
+        ctx.updates.gather(block.linears, ctx.then)
+        return dx, None, None, None, None, None

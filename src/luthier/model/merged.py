@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, as one product, and their adapters' gradients."""
+"""Linear layers that read the same input, as one product with their adapters in it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from luthier.adapters.linears import dense_weight, is_quantized
+from luthier.adapters.linears import is_quantized
 from luthier.adapters.lora import LoraLinear
 from luthier.adapters.method import Noise
+from luthier.kernels import spare
 from luthier.kernels.place import on_gpu
+from luthier.kernels.rectangles import Copies, Rectangle
 
 
 class Update(NamedTuple):
@@ -25,53 +27,79 @@ class Update(NamedTuple):
     inner: slice  # its ranks among the merged ones
 
 
-class Matrices(NamedTuple):
-    """A and B of the updates of a merged product, or their gradients, in the dtype of the products."""
+class Gradients(NamedTuple):
+    """Where a product's backward pass leaves them, in the dtype of the products."""
 
     A: Tensor  # [P, K]
-    B: list[Tensor]  # of each update, [out, rank]
+    B: Tensor  # [N, S]; only what a layer's outputs have to do with its own ranks is a gradient, still without scale
 
 
 class MergedLinear:
-    """Linear layers that read the same input, as one product, and their LoRA updates beside it.
+    """Linear layers that read the same input, as one product, and their LoRA updates folded into it. One matrix
+    [N + S, K + S] holds all:
 
-    The merged weight [N, K] becomes the storage of the layers it was made from; packed weights stay packed, and are
-    unpacked side by side each time, into memory that all linears of a model share. Shape suffix: P, the ranks of all
-    updates.
+        W | B
+        A | -
+
+    W [N, K] are the layers' weights, and A [S, K] and B [N, S], times its scale, the updates': each has its own ranks
+    in them, beside which are zeros. So x · Wᵀ + (x · Aᵀ) · Bᵀ is one product, of x with x · Aᵀ in spare columns behind
+    it (see `kernels/spare.py`); and so is the gradient of x, of that of the output with its product with B behind it.
+
+    W becomes the storage of the layers it was made from; packed weights stay packed, and are unpacked each time, into
+    memory that all linears of a model share. Shape suffixes: P, the ranks of all updates; S, rounded up.
     """
 
     scratch: Tensor | None = None
-    values: Matrices
-    gradients: Matrices  # where `backward_inner` and `backward_adapters` put them
+    border: Copies  # puts A and B where they belong
+    gradients: Gradients
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.bases = [cast(Any, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
-        packed = any(is_quantized(base) for base in self.bases)
-        self.dense = None if packed else _merge([base.weight for base in self.bases])
-        self.bias = None if self.bases[0].bias is None else _merge([base.bias for base in self.bases])
         self.columns = _slices([base.out_features for base in self.bases])
-        self.features = self.bases[0].in_features
+        self.outputs, self.features = self.columns[-1].stop, self.bases[0].in_features
         pairs = zip(layers, self.columns, strict=True)
         self.adapted = [(layer, columns) for layer, columns in pairs if isinstance(layer, LoraLinear)]
+        self.spare = _rounded([layer.A for layer, _ in self.adapted])
+        packed = any(is_quantized(base) for base in self.bases)
+        self.dense = None if packed else _merge([base.weight for base in self.bases], self.spare)
+        self.bias = None if self.bases[0].bias is None else _merge([base.bias for base in self.bases])
         self.updates: list[Update] = []
 
     def keep(self) -> None:
         """Keeps the values of packed weights, which else are unpacked for each product."""
-        self.dense = self.weight
+        if self.dense is None:
+            self.dense = self.bases[0].weight.new_empty(self.size, dtype=self.dtype).view(self.shape)
+            self._unpack(self.dense)
 
     @property
-    def weight(self) -> Tensor:
-        """[N, K] in the dtype of the products; where it was packed, only until the next of these is asked for."""
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
+        return self.outputs + self.spare, self.features + self.spare
+
+    @property
+    def size(self) -> int:
+        """Values of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def matrix(self) -> Tensor:
+        """[N + S, K + S] in the dtype of the products; where weights are packed, only until the next of these is asked
+        for."""
         if self.dense is not None:
             return self.dense
-        first, rows = self.bases[0], self.columns[-1].stop
-        if self.scratch is None or (len(self.bases) == 1 and not on_gpu(first.weight)):
-            parts = [dense_weight(base) for base in self.bases]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        merged = self.scratch[: rows * self.features].view(rows, self.features)
-        for base, part in zip(self.bases, self.columns, strict=True):
-            _write(base, merged[part])
-        return merged
+        assert self.scratch is not None
+        self._unpack(matrix := self.place)
+        if self.updates:
+            self.border()
+        return matrix
+
+    @property
+    def place(self) -> Tensor:
+        """Where the matrix is, or will be when it is asked for."""
+        if self.dense is not None:
+            return self.dense
+        assert self.scratch is not None
+        return self.scratch[: self.size].view(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,58 +107,68 @@ class MergedLinear:
         return self.bases[0].weight.dtype if packed is None else packed.compute_dtype  # type: ignore[no-any-return]
 
     def choose(self) -> list[Update]:
-        """Takes the updates of the layers whose adapter is enabled. They need `values` then, and `gradients`."""
+        """Takes the updates of the layers whose adapter is enabled. They need a `border` then, and `gradients`."""
         live = [(layer, columns) for layer, columns in self.adapted if layer.enabled]
         inner = _slices([layer.rank for layer, _ in live])
         self.updates = [Update(*pair, ranks) for pair, ranks in zip(live, inner, strict=True)]
         return self.updates
 
-    def forward(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
-        """x [T, K] to y [T, N], and the updates' inner values x · Aᵀ [T, P]."""
-        weight = self.weight
+    def borders(self) -> list[Rectangle]:
+        """A and B of the updates, around the weights."""
+        matrix, (N, K), end = self.place, (self.outputs, self.features), 0
+        below, beside = matrix[N:, :K], matrix[:N, K:]
+        found = []
+        for layer, columns, ranks in self.updates:
+            found += [Rectangle(layer.A, below[ranks]), Rectangle(layer.B, beside[columns], ranks.start, layer.scale)]
+            end = ranks.stop
+        nothing = self.adapted[0][0].A.detach()[:0].t()  # [K, 0]
+        others = [beside[columns] for columns in self.columns if all(columns != u.columns for u in self.updates)]
+        return found + [Rectangle(nothing.new_empty(len(x), 0), x) for x in (below[end:], *others) if len(x)]
+
+    def forward(self, x: Tensor, noise: Noise | None, *, keep: bool, behind: int = 0) -> tuple[Tensor, Tensor | None]:
+        """x [T, K] to y [T, N], with `behind` more columns free behind each row. With `keep`, the updates' inner values
+        x · Aᵀ [T, S], too, apart from x."""
+        matrix, (N, K) = self.matrix, (self.outputs, self.features)
+        y = spare.empty(x, len(x), N, behind)
         if not self.updates:
-            return (torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())), None
-        A, drops = self.values.A, self._drops(noise)
-        inner = torch.cat([torch.mm(drop(x), A[i].t()) for i, drop in drops], 1) if drops else torch.mm(x, A.t())
-        # The large product adds what is there as it writes; a product of a few ranks would take a pass for that.
-        return self._updated(inner).addmm_(x, weight.t()), inner
-
-    def _updated(self, inner: Tensor) -> Tensor:
-        """What y [T, N] gets besides x · Wᵀ."""
-        y = inner.new_empty(len(inner), self.columns[-1].stop)
-        for columns in self.columns:
-            if all(columns != update.columns for update in self.updates):
-                y[:, columns] = 0 if self.bias is None else self.bias[columns]
-        for (layer, columns, ranks), B in zip(self.updates, self.values.B, strict=True):
-            part = y[:, columns]
-            if self.bias is None:
-                _multiply(inner[:, ranks], B.t(), layer.scale, part)
-            else:
-                torch.addmm(self.bias[columns], inner[:, ranks], B.t(), alpha=layer.scale, out=part)
-        return y
-
-    def backward_inner(self, dy: Tensor, inner: Tensor | None) -> Tensor | None:
-        """The gradient of the inner values; that of each B goes to its place."""
-        if inner is None:
-            return None
-        dinner = torch.empty_like(inner)
-        for (layer, columns, ranks), B, dB in zip(self.updates, self.values.B, self.gradients.B, strict=True):
-            part = dy[:, columns]
-            _multiply(part, B, layer.scale, dinner[:, ranks])
-            _multiply(part.t(), inner[:, ranks], layer.scale, dB)
-        return dinner
-
-    def backward_input(self, dy: Tensor, dinner: Tensor | None, noise: Noise | None) -> Tensor:
-        """The gradient of x [T, K]."""
-        if dinner is None:
-            return torch.mm(dy, self.weight)
-        A, drops = self.values.A, self._drops(noise)
-        if not drops:
-            return torch.mm(dinner, A).addmm_(dy, self.weight)
-        dx = torch.mm(dy, self.weight)
+            return self._multiply(x, matrix[:N, :K], y), None
+        x, drops = spare.made(x, self.spare), self._drops(noise)
+        whole = spare.whole(x, self.spare)
+        inner = whole[:, K:]
+        if drops:
+            inner.zero_()
         for ranks, drop in drops:
-            dx.add_(drop(torch.mm(dinner[:, ranks], A[ranks])))
-        return dx
+            torch.mm(drop(x), matrix[N:, :K][ranks].t(), out=inner[:, ranks])
+        if not drops:
+            torch.mm(x, matrix[N:, :K].t(), out=inner)
+        return self._multiply(whole, matrix[:N], y), inner.clone() if keep else None
+
+    def _multiply(self, x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        return torch.mm(x, weight.t(), out=y) if self.bias is None else torch.addmm(self.bias, x, weight.t(), out=y)
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        """What `forward` left behind x [T, K], which has room for it: the updates' inner values [T, S]."""
+        return spare.whole(x, self.spare)[:, self.features :] if self.updates else None
+
+    def backward(
+        self, dy: Tensor, inner: Tensor | None, noise: Noise | None, *, wanted: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x [T, K], None unless `wanted`, and of the inner values [T, P]; that of B goes to its place.
+        The columns behind dy [T, N] are written to, where there are any."""
+        matrix, (N, K) = self.matrix, (self.outputs, self.features)
+        if not self.updates:
+            return torch.mm(dy, matrix[:N, :K]) if wanted else None, None
+        assert inner is not None
+        dy, drops = spare.made(dy, self.spare), self._drops(noise)
+        whole = spare.whole(dy, self.spare)
+        dinner = torch.mm(dy, matrix[:N, K:], out=whole[:, N:])[:, : self.updates[-1].inner.stop]
+        torch.mm(dy.t(), inner, out=self.gradients.B)
+        if not wanted:
+            return None, dinner
+        dx = torch.mm(dy, matrix[:N, :K]) if drops else torch.mm(whole, matrix[:, :K])
+        for ranks, drop in drops:
+            dx.add_(drop(torch.mm(dinner[:, ranks], matrix[N:, :K][ranks])))
+        return dx, dinner
 
     def backward_adapters(self, dinner: Tensor | None, x: Tensor, noise: Noise | None) -> None:
         """Puts the gradient of each A into its place."""
@@ -149,10 +187,15 @@ class MergedLinear:
             return []
         return [(u.inner, partial(noise.dropped, module=u.layer.index, p=u.layer.dropout)) for u in self.updates]
 
+    def _unpack(self, matrix: Tensor) -> None:
+        for base, rows in zip(self.bases, self.columns, strict=True):
+            _write(base, matrix[rows, : self.features])
 
-def _multiply(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
-    """scale · a b, rounded once."""
-    out.addmm_(a, b, beta=0, alpha=scale)
+
+def _rounded(factors: Sequence[Tensor]) -> int:
+    """The ranks of all these A, rounded up to what a product reads at a time."""
+    step = 64 if factors and on_gpu(factors[0]) else 16
+    return -(-sum(map(len, factors)) // step) * step
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -168,16 +211,18 @@ def _write(base: Any, out: Tensor) -> None:
         out.copy_(base.weight)
 
 
-def _merge(parts: list[Tensor]) -> Tensor:
+def _merge(parts: list[Tensor], border: int = 0) -> Tensor:
     """The parameters `parts`, one under the other in one tensor, of which they become views, unless they are already:
-    a second model of the same base takes no memory for its weights."""
+    a second model of the same base takes no memory for its weights. With a `border`, which is a model's own, there are
+    so many more rows and columns."""
     before = getattr(parts[0], "merged", lambda: None)()
-    if before is not None and _is_made_of(before, parts):
+    if before is not None and not border and _is_made_of(before, parts):
         return before  # type: ignore[no-any-return]
-    merged = torch.cat([p.detach() for p in parts])
-    for part, rows in zip(parts, _slices([len(p) for p in parts]), strict=True):
-        part.data = merged[rows]
-    parts[0].merged = ref(merged)  # type: ignore[attr-defined]
+    rows, sizes = _slices([len(p) for p in parts]), parts[0].shape[1:]
+    merged = parts[0].detach().new_empty(rows[-1].stop + border, *(size + border for size in sizes))
+    for part, some in zip(parts, rows, strict=True):
+        part.data = merged[(some, *map(slice, sizes))].copy_(part.detach())
+    parts[0].merged = (lambda: None) if border else ref(merged)  # type: ignore[attr-defined]
     return merged
 
 

@@ -22,20 +22,23 @@ class Norm:
         self.eps, self.pointwise = eps, pointwise
         self.bias = cast(Tensor, module.bias) if isinstance(module, nn.LayerNorm) else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
+        """`spare`: so many columns are left free behind each row of the output."""
         if self.bias is None:
-            return self.pointwise.rms_norm(x, self.weight, self.eps)
-        return self.pointwise.layer_norm(x, self.weight, self.bias, self.eps)
+            return self.pointwise.rms_norm(x, self.weight, self.eps, spare)
+        return self.pointwise.layer_norm(x, self.weight, self.bias, self.eps, spare)
 
-    def forward_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_sum(self, x: Tensor, update: Tensor, spare: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x + update, in the place of `update`, and what `forward` gives of it."""
         if self.bias is None:
-            return self.pointwise.add_rms_norm(x, update, self.weight, self.eps)
-        return update.add_(x), *self.forward(update)
+            return self.pointwise.add_rms_norm(x, update, self.weight, self.eps, spare)
+        return update.add_(x), *self.forward(update, spare)
 
-    def backward(self, dy: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradient of x, plus `residual`; and the output again."""
+    def backward(
+        self, dy: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, spare: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of x, plus `residual`, with `spare` columns behind each row; and the output again."""
         if self.bias is None:
-            return self.pointwise.rms_norm_backward(dy, x, scale, self.weight, residual)
+            return self.pointwise.rms_norm_backward(dy, x, scale, self.weight, residual, spare)
         assert residual is not None
-        return self.pointwise.layer_norm_backward(dy, x, scale, self.weight, self.bias, residual)
+        return self.pointwise.layer_norm_backward(dy, x, scale, self.weight, self.bias, residual, spare)

@@ -193,11 +193,12 @@ def between(one: Trace, two: Trace, tokens: float) -> Trace:
     return replace(one, tokens=tokens, figures=figures)
 
 
-def mixed(groups: Sequence[tuple[Trace, int]]) -> Trace:
+def mixed(groups: Sequence[tuple[Trace, int]], away: int = 0) -> Trace:
     """The trace of a model of which so many blocks keep for the backward pass what they do in that trace, the first
     group first. Exact where blocks are alike, but for the allocator's holes.
 
-    All that is saved is there when the last group's backward pass begins, and less of it for each group before.
+    All that is saved is there when the last group's backward pass begins, and less of it for each group before. What
+    the first `away` blocks save is in host memory (see `away.py`).
     """
     first, blocks = groups[0][0], sum(count for _, count in groups)
     figures: Figures = {}
@@ -207,8 +208,8 @@ def mixed(groups: Sequence[tuple[Trace, int]]) -> Trace:
                 figures[key] = figures.get(key, 0.0) + amount * count / blocks
     moments: dict[str, list[dict[str, int]]] = {phase: [] for phase in first.live}
     saved = 0.0
-    for trace, count in groups:
-        saved += count * trace.figures["saved",]
+    for (trace, count), held in zip(groups, _held([count for _, count in groups], away), strict=True):
+        saved += held * trace.figures["saved",]
         for phase, parts in trace.live.items() if count else ():
             more = round(saved - blocks * trace.figures["saved",])
             moments[phase].append(parts | {"activations": parts["activations"] + more})
@@ -216,6 +217,16 @@ def mixed(groups: Sequence[tuple[Trace, int]]) -> Trace:
         most = max(reached, key=lambda parts: sum(parts.values()))
         figures |= {("live", phase, part): amount for part, amount in most.items()}
     return replace(first, figures=figures)
+
+
+def _held(counts: Sequence[int], away: int) -> list[int]:
+    """Of each group, how many blocks' parcels are on the GPU at the worst: of those that stay; else two at a time."""
+    held, left, coming = [], away, max(0, 2 - (sum(counts) - away))
+    for count in counts:
+        gone = min(left, count)
+        held.append(count - gone + min(gone, coming))
+        left -= gone
+    return held
 
 
 def _blocks(model: CausalModel) -> nn.ModuleList:
@@ -355,7 +366,6 @@ def _fixed(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
                 part = "adapter" if id(tensor) in trained else _part(module, name)
                 yield part, tensor
     if model.decoder is not None:
-        yield "adapter", model.decoder.updates.values
         yield "gradients", model.decoder.updates.gradients
         if model.decoder.scratch is not None:
             yield "workspace", model.decoder.scratch
