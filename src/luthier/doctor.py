@@ -20,7 +20,10 @@ _OPTIONAL = {
     "wandb": "the wandb tracker",
     "trackio": "the trackio tracker",
     "mlflow": "the mlflow tracker",
-    "peft": "reading our adapters elsewhere",
+    "bitsandbytes": "AdamW with 8-bit or paged moments (luthier[bitsandbytes])",
+    "peft": "adapter.kind: peft (luthier[peft])",
+    "lm_eval": "tasks of lm-eval in comparisons (luthier[harness])",
+    "spacy": "names of people in data.clean.names (luthier[names])",
     "cudnn": "faster attention on Hopper and Blackwell (luthier[cudnn])",
 }
 

@@ -33,12 +33,12 @@ adapter: {{kind: lora, rank: 16, alpha: 32, dropout: 0.0, targets: all-linear}}
 data:
   train: [{{path: {train}}}]
   test: {test}
-  heldout: {{fraction: 0.05}}          # of the training rows, for the loss curve
+  heldout: {heldout:<27}# {heldout_for}
   format: {format}
   columns: {columns}
 {instruction}  template: auto                      # the tokenizer's own chat template
-  supervise: {supervise}                  # which tokens carry loss: answers, last, all
-  length: {length}                        # longer rows are dropped and counted{length_note}
+  supervise: {supervise:<25}# which tokens carry loss: answers, last, all
+  length: {length:<28}# longer rows are dropped and counted{length_note}
 train: {{samples_per_step: 8, epochs: {epochs}, lr: {lr}, schedule: linear, warmup: 0.05, seed: 17}}
 evaluate:
   metrics: {metrics}   # the first decides the verdict
@@ -175,7 +175,11 @@ def _fields(
         "train": _relative(data, out),
         "test": f"[{{path: {_relative(test, out)}}}]"
         if test
-        else "[]                            # a file to compare on; else the held-out rows are used",
+        else "[]                            # a file to compare on",
+        "heldout": "{fraction: 0.05}" if test else f"{{rows: {_enough(len(conversations))}}}",
+        "heldout_for": "of the training rows, for the loss curve"
+        if test
+        else "set aside, for the loss curve and to compare on: there is no test file",
         "format": detection.format,
         "columns": _inline(detection.columns),
         "instruction": f"  instruction: {instruction}\n" if instruction else "",
@@ -188,6 +192,11 @@ def _fields(
         "new_tokens": max(8, min(512, -(-answer * 5 // 4 // 8) * 8)),
         "folder": _scalar(f"runs/{_stem(out)}"),
     }
+
+
+def _enough(rows: int) -> int:
+    """Rows to set aside where nothing else is there to compare on: a verdict wants 30 or more, learning the rest."""
+    return min(100, rows // 4)
 
 
 def _metrics(detection: Detection, documents: bool) -> str:

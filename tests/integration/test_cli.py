@@ -105,6 +105,12 @@ def test_init_gives_answers_the_room_that_99_percent_of_them_need(desk: Path) ->
     assert Recipe.load(desk / "uneven.yaml").evaluate.generate.max_new_tokens == 8
 
 
+def test_init_sets_rows_aside_to_compare_on_where_there_is_no_test_file(journey: dict[str, Done], desk: Path) -> None:
+    assert luthier("init", BASE, DATA, "--out", "alone.yaml").code == 0
+    assert Recipe.load(desk / "alone.yaml").data.heldout.rows == 24 // 4
+    assert Recipe.load(desk / RECIPE).data.heldout.rows == 0
+
+
 def test_data_prints_the_stable_keys(journey: dict[str, Done], desk: Path) -> None:
     report = journey["data"].json
     assert {"rows", "tokens", "duplicates", "leaks", "lengths"} <= report.keys()
