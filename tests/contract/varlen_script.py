@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from luthier.kernels import reference
+from luthier.kernels import reference, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.varlen_backward import Blocks, How, launched, places
 
@@ -43,11 +43,16 @@ for heads, groups, size, how in (*CASES, (6, 2, 24, How(SMALL, WIDE, apart=True)
     filled = tuple(dict.fromkeys(bounds))
     o, do = reference.segment_attention(*leaves, filled, SCALE), torch.randn(bounds[-1], heads, size)
     wanted = torch.autograd.grad(o, leaves, do)
+    wanted_sums = logarithms(q, k, filled)
+    made, sums = torch.empty_like(q), torch.empty_like(wanted_sums)
+    varlen_forward.launched(q, k, v, places(ends, len(q), how.queries.rows), SCALE, made, sums, how.queries)
+    print(f"{heads}.{groups}.o", float((made - o).detach().norm() / o.detach().norm()))
+    print(f"{heads}.{groups}.sums", float((sums - wanted_sums).norm() / wanted_sums.norm()))
     dy = torch.full((bounds[-1], heads + 2 * groups + 1, size), torch.nan)  # with room behind, which is left alone
     found = torch.split(dy, [heads, groups, groups, 1], 1)
     tables = [places(ends, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
     # The sums as flash attention and as cuDNN leave them.
-    for sums in (logarithms(q, k, filled), logarithms(q, k, filled).t().contiguous().t()):
+    for sums in (wanted_sums, wanted_sums.t().contiguous().t()):
         room = torch.empty_like(sums), torch.empty(2, *q.shape) if how.apart else None
         launched(do, o.detach(), sums, q, k, v, *tables, ends.longest, SCALE, *room, *found[:3], how)
         for name, one, other in zip("qkv", found[:3], wanted, strict=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -15,7 +16,7 @@ from test_cudnn_on_gpu import ends, error, made
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from luthier.kernels import cudnn, fused, varlen, varlen_backward
+from luthier.kernels import cudnn, fused, varlen, varlen_backward, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.varlen_backward import Blocks, How, launched, places
 from luthier.model.heads import Heads, RowAttention, Segments
@@ -30,6 +31,10 @@ QUERIES = {
 KEYS = {
     64: ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3)),
     128: ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+}
+FORWARD = {
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)),
+    128: ((64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2)),
 }
 TIMES = 7
 
@@ -123,6 +128,20 @@ def flash(parts: tuple[Tensor, ...], told: Ends, scale: float) -> list[Tensor]:
     return [o, sums, *found]
 
 
+def forward_candidates(shape: tuple[int, int, int], lengths: Sequence[int]) -> None:
+    q, k, v, do = made(lengths, *shape, torch.bfloat16)
+    told, scale = padded(lengths), shape[2] ** -0.5
+    wanted, _ = varlen._flash(q, k, v, told, told, scale, None)
+    if cudnn.forward(q, k, v, told, scale) is not None:
+        print(f"    forward by cuDNN                 {recorded(lambda: cudnn.forward(q, k, v, told, scale)):6.1f}")
+    o, sums = torch.empty_like(do), torch.empty(shape[0], len(q), device="cuda")
+    for sizes in FORWARD[shape[2]]:
+        blocks = Blocks(*sizes)
+        work = partial(varlen_forward.launched, q, k, v, places(told, len(q), blocks.rows), scale, o, sums, blocks)
+        cost = recorded(work)
+        print(f"    forward {sizes!s:24} {cost:6.1f}  from flash's {error(o, wanted.float()):.1e}")
+
+
 def candidates(shape: tuple[int, int, int], lengths: Sequence[int]) -> None:
     _, groups, size = shape
     q, k, v, do = parts = made(lengths, *shape, torch.bfloat16)
@@ -160,6 +179,7 @@ if __name__ == "__main__":
         for name, lengths in LENGTHS.items():
             print(f"{shape}, {name}: {sum(lengths)} tokens, {varlen_backward.how(sum(lengths), *shape)}")
             with torch.no_grad():
+                forward_candidates(shape, lengths)
                 candidates(shape, lengths)
                 layer(shape, lengths)
     print(f"{time.perf_counter() - began:.0f} s")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import cudnn, fused, reference, spare
+from luthier.kernels import cudnn, fused, reference, spare, varlen, varlen_backward
 from luthier.kernels.ends import Ends
 from luthier.kernels.varlen import varlen_attention
 from luthier.model.heads import Heads, RowAttention, Segments
@@ -87,24 +87,45 @@ def test_cudnns_attention_is_as_near_to_fp32_as_flash_attention(
     if way is None:
         pytest.skip("cuDNN does not compute these here")
     parts = made(lengths, *heads, size, dtype)
-    o, sums = cudnn.forward(*parts[:3], ends(lengths), scale) or pytest.fail("nothing was computed")
     wanted, theirs = exact(*parts, lengths, scale), flash(*parts, lengths, scale)
-    assert torch.allclose(sums, theirs[4], atol=1e-3, rtol=1e-4)
-    found = ours(*parts, lengths, scale)
-    assert torch.equal(found[0], o)
-    for mine, other, right in zip(found, theirs, wanted, strict=False):
+    found = cudnn.forward(*parts[:3], ends(lengths), scale) or pytest.fail("nothing was computed")
+    for o, sums in (found, varlen.forward(*parts[:3], ends(lengths), scale)):
+        assert torch.allclose(sums, theirs[4], atol=1e-3, rtol=1e-4)
+        assert error(o, wanted[0]) <= 1.5 * error(theirs[0], wanted[0])
+    for mine, other, right in zip(ours(*parts, lengths, scale), theirs, wanted, strict=False):
         assert error(mine, right) <= 1.5 * error(other, right)
 
 
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("kind", ["odd", "batch"])
-def test_the_same_rows_give_the_same_bits(kind: str) -> None:
+def test_the_same_rows_give_the_same_bits(kind: str, size: int) -> None:
     from luthier.train.reproducible import reproducible
 
     lengths = [4 * n for n in LENGTHS[kind]]
-    parts = made(lengths, 8, 2, 128, torch.bfloat16)
+    parts = made(lengths, 8, 2, size, torch.bfloat16)
     with reproducible("cuda"):
         first, second = (ours(*parts, lengths, 0.1) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_heads_that_share_keys_find_the_same_together_and_apart(size: int) -> None:
+    lengths = LENGTHS["odd"]
+    q, k, v, do = made(lengths, 8, 2, size, torch.bfloat16)
+    if not varlen_backward.takes(q, k, v, max(lengths)):
+        pytest.skip("its gradient is flash attention's here")
+    told = ends(lengths)
+    o, sums = varlen.forward(q, k, v, told, 0.1)
+    how, found = varlen_backward.how(*q.shape[:2], *k.shape[1:]), []
+    for parts in (None, torch.empty(2, *q.shape, device="cuda")):
+        into = [torch.empty_like(do), *torch.empty(2, *k.shape, dtype=k.dtype, device="cuda")]
+        tables = [varlen_backward.places(told, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
+        rest = (told.longest, 0.1, torch.empty_like(sums), parts, *into, how)
+        varlen_backward.launched(do, o, sums, q, k, v, *tables, *rest)
+        found.append(into)
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        assert error(one, other.float()) < 4e-3  # each is rounded to 8 bits once
 
 
 @pytest.mark.parametrize("kind", ["odd", "batch"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels import cudnn, varlen_backward
+from luthier.kernels import cudnn, varlen_backward, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability, on_gpu
 from luthier.kernels.spare import empty
@@ -58,6 +58,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`varlen_attention` [T, Hq, D], with `spare` more values behind each token, and what its gradient needs besides:
     the fp32 logarithms [Hq, T] of the sums of exponentials."""
+    if window is None and varlen_forward.takes(q, k, v, ends.longest):
+        return varlen_forward.forward(q, k, v, ends, scale, spare)
     found = cudnn.forward(q, k, v, ends, scale, spare) if window is None else None
     o, sums = found or _flash(q, k, v, ends, ends, scale, window)
     width = q.shape[1] * q.shape[2]

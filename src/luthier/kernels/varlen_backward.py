@@ -141,17 +141,17 @@ def launched(
     from luthier.kernels import varlen_jit
 
     do, group = _side_by_side(do), heads // groups
-    fixed = {"GROUP": group, "SIZE": size, "WIDE": max(16, _power_of_2(size))}
+    known = fixed(q, k)
     numbers = (scale, *sums.stride(), do.stride(0))
     steps = [x.stride(0) for x in (q, k, v)]
     varlen_jit.queries[heads, len(query_places)](
         do, o, q, k, v, sums, inner, query_places, dq, *numbers, o.stride(0), *steps, dq.stride(0),
-        **fixed, **_options(queries),
+        **known, **options(queries),
     )  # fmt: skip
     programs, each, found = (groups, group, (dk, dv)) if parts is None else (heads, 1, parts.unbind())
     varlen_jit.keys_and_values[programs, len(key_places)](
         do, q, k, v, sums, inner, key_places, *found, *numbers, *steps, found[0].stride(0),
-        **fixed, HEADS=each, **_options(keys),
+        **known, HEADS=each, **options(keys),
     )  # fmt: skip
     if parts is not None:
         sizes = {"WIDTH": groups * size, "PARTS": group, "SIZE": size, "BLOCK": _power_of_2(groups * size)}
@@ -169,7 +169,14 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _options(blocks: Blocks) -> dict[str, Any]:
+def fixed(q: Tensor, k: Tensor) -> dict[str, int]:
+    """What is compiled into a kernel of the heads."""
+    size = q.shape[2]
+    return {"GROUP": q.shape[1] // k.shape[1], "SIZE": size, "WIDE": max(16, _power_of_2(size))}
+
+
+def options(blocks: Blocks) -> dict[str, Any]:
+    """What is compiled into a kernel of its blocks."""
     return {"ROWS": blocks.rows, "KEYS": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of `varlen_backward.py`, which says what they compute and allocates what they write.
+"""The Triton kernels of `varlen_forward.py` and `varlen_backward.py`, which allocate what they write.
 
 Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where, those that take longest first.
 Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two.
@@ -30,6 +30,38 @@ def _block(blocks):  # type: ignore
     """Where this program's segment begins, its tokens, and the first of the block's."""
     own = blocks + tl.program_id(1) * 3
     return tl.load(own).to(tl.int64), tl.load(own + 1), tl.load(own + 2)
+
+
+@triton.jit(do_not_specialize=["sum_head"])
+def attended(  # type: ignore
+    q, k, v, blocks, o, sums, scale, sum_head, sum_step, q_step, k_step, v_step, o_step,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """What a block of queries sees, and the logarithms of their sums of exponentials: by a sum that begins anew,
+    smaller, whenever a score is higher than all before it (Milakov and Gimelshein, 2018, arXiv:1805.02867)."""
+    head = tl.program_id(0)
+    start, count, first = _block(blocks)
+    first = (tl.cdiv(count, ROWS) - 1) * ROWS - first  # from the end on: the last queries see most keys
+    if first >= 0:
+        rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
+        k += start * k_step + head // GROUP * SIZE
+        v += start * v_step + head // GROUP * SIZE
+        query = _read(q + start * q_step + head * SIZE, first, q_step, count, rows, SIZE, WIDE)
+        top, mass = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+        found = tl.zeros([ROWS, WIDE], tl.float32)
+        for low in tl.range(0, first + ROWS, KEYS):
+            key = _read(k, low, k_step, count, keys, SIZE, WIDE)
+            value = _read(v, low, v_step, count, keys, SIZE, WIDE)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * 1.4426950408889634)
+            score = tl.where((low + keys)[None, :] <= (first + rows)[:, None], score, float("-inf"))
+            higher = tl.maximum(top, tl.max(score, 1))
+            share, left = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
+            mass = mass * left + tl.sum(share, 1)
+            found = tl.dot(share.to(value.dtype), value, found * left[:, None], input_precision="ieee")
+            top = higher
+        _write(o + start * o_step + head * SIZE, found / mass[:, None], first, o_step, count, rows, SIZE, WIDE)
+        at = head * sum_head + (start + first + rows) * sum_step
+        tl.store(sums + at, (top + tl.log2(mass)) * 0.6931471805599453, first + rows < count)
 
 
 @triton.jit(do_not_specialize=["sum_head"])
