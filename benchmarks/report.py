@@ -2,10 +2,11 @@
 
     python benchmarks/report.py benchmarks/results/h200.jsonl [--run ID] [--svg docs/design/gpu-step.svg]
 
-Only what was measured together is compared: of each workload and memory the newest run in which both luthier and a peer
-passed the gate of the first loss. Figures are medians over rounds, with the least and the greatest; of a single round
-the spread is that of its steps (10 % to 90 %). The first step is the earliest of the rounds: later ones have files and
-kernels at hand. Of luthier the newest commit counts.
+Only what was measured together is compared: of each workload and memory the newest run, which is a GPU and a day, in
+which both luthier and a peer passed the gate of the first loss. What luthier did without a peer since is told apart,
+and does not count. Figures are medians over rounds, with the least and the greatest; of a single round the spread is
+that of its steps (10 % to 90 %), and a ratio has none. The first step is the earliest of the rounds: later ones have
+files and kernels at hand. Of luthier the newest commit counts.
 """
 
 from __future__ import annotations
@@ -14,23 +15,32 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from peers.workloads import WORKLOADS
+
 TITLES = {
     "transformers": "Trainer + PEFT",
     "trl": "TRL",
+    "trl-off": "TRL, no checkpointing",
     "trl-liger": "TRL + Liger",
     "trl-liger-off": "TRL + Liger, no checkpointing",
     "unsloth": "Unsloth",
     "unsloth-off": "Unsloth, no checkpointing",
 }
 COLUMNS = (
-    "workload | memory | peer | tok/s | spread | luthier ÷ peer | samples/s | of bound | reserved / allocated GiB | "
-    "first step s | first loss"
+    "workload | memory | peer | rounds | tok/s | spread | luthier ÷ peer | samples/s | of bound | "
+    "reserved / allocated GiB | first step s | first loss"
 )
+START = "start"
+# What is aimed at: tokens a second, or so many times what the best peer does; the first step after so many seconds.
+AIMS = {("W1", "free"): 20_500, ("W1", "8GiB"): 14_300, ("W2", "free"): 18_000, ("W3", "free"): 19_000}
+AIMS |= {("S1", "free"): 340_000, ("S1-8", "free"): 230_000}
+TIMES = {("W1", "24GiB"): 1.3, ("W3-phi-3", "free"): 3.0, ("W3-glm-4", "free"): 3.0, ("W3-falcon-7b", "free"): 3.0}
+START_AIM = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,11 @@ class Entry:
         return float(statistics.median(row[key] for row in self.rows))
 
     @property
+    def first_step(self) -> float | None:
+        """Seconds, where a row was measured in a process of its own."""
+        return min((row["first_step_s"] for row in self.rows if "first_step_s" in row), default=None)
+
+    @property
     def spread(self) -> tuple[float, float]:
         """Of tokens a second."""
         if len(self.rows) == 1:
@@ -73,6 +88,7 @@ class Group:
     workload: str
     memory: str
     entries: list[Entry]
+    alone: Entry | None = None  # luthier in a later run, without a peer
 
     @property
     def ours(self) -> Entry | None:
@@ -99,12 +115,14 @@ def main() -> None:
     found = list(groups(rows))
     print(markdown(found, rows))
     if options.svg:
-        options.svg.write_text(plot([group for group in found if group.compared]), encoding="utf-8")
+        shown = [group for group in found if group.compared and group.workload != START]
+        options.svg.write_text(plot(shown), encoding="utf-8")
 
 
 def read(path: Path, run: str | None) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row.get("benchmark") == "gpu_step" and run in (None, row["run_id"])]
+    real = [row for row in rows if row.get("benchmark") == "gpu_step" and not row["dry"]]
+    return [row for row in real if run in (None, row["run_id"])]
 
 
 def groups(rows: list[dict[str, Any]]) -> Iterator[Group]:
@@ -113,7 +131,12 @@ def groups(rows: list[dict[str, Any]]) -> Iterator[Group]:
         here = [row for row in rows if (row["workload"], row["memory"]) == (workload, memory)]
         runs = [row["run_id"] for row in reversed(here)]
         found = [Group(workload, memory, entries(here, run)) for run in dict.fromkeys(runs)]
-        yield next((group for group in found if group.compared), found[0])
+        newest = next((group for group in found if group.ours), None)
+        compared = next((group for group in found if group.compared), None)
+        if compared is None:
+            yield replace(newest or found[0], alone=newest.ours if newest else None)
+        else:
+            yield replace(compared, alone=newest.ours if newest and newest is not compared else None)
 
 
 def entries(rows: list[dict[str, Any]], run: str) -> list[Entry]:
@@ -132,13 +155,19 @@ def entry(peer: str, rows: list[dict[str, Any]]) -> Entry:
 
 
 def markdown(found: list[Group], rows: list[dict[str, Any]]) -> str:
-    compared = [group for group in found if group.compared]
-    alone = [f"{group.workload} ({group.memory})" for group in found if group not in compared]
-    lines = [facts(rows), "", *summary(compared), "", f"| {COLUMNS} |", "|" + " --- |" * len(COLUMNS.split(" | "))]
-    lines += [line for group in found for line in table(group)]
-    if alone:
-        lines += ["", f"Without a luthier row beside a peer's of the same run, so not compared: {', '.join(alone)}."]
-    return "\n".join(lines)
+    steps, starts = ([group for group in found if (group.workload == START) == kind] for kind in (False, True))
+    tables = [
+        [facts(rows)],
+        summary([group for group in steps if group.compared]),
+        first_steps([group for group in starts if group.compared]),
+        lone([group for group in steps if group.alone]),
+        [*header(COLUMNS), *(line for group in steps for line in table(group))],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in tables if lines)
+
+
+def header(names: str) -> list[str]:
+    return [f"| {names} |", "|" + " --- |" * len(names.split(" | "))]
 
 
 def facts(rows: list[dict[str, Any]]) -> str:
@@ -154,26 +183,61 @@ def facts(rows: list[dict[str, Any]]) -> str:
 
 def summary(compared: list[Group]) -> list[str]:
     """A line a comparison. What failed or had a wrong loss is named: it might have been the best."""
-    names = "workload | memory | best peer | tok/s | luthier | ratio | does not count"
-    lines = [f"| {names} |", "|" + " --- |" * len(names.split(" | "))]
+    names = (
+        "workload | memory | luthier tok/s | of bound | GiB | best peer | tok/s | GiB | ratio | aim | does not count"
+    )
+    lines = header(names)
     for group in compared:
         ours, best, out = group.ours, group.best, [entry.title for entry in group.entries if not entry.passed]
         if ours and best:
-            figures = f"{best.median('tok_s'):,.0f} | {ours.median('tok_s'):,.0f} | **{ratio(ours, best)}**"
-            lines.append(f"| {group.workload} | {group.memory} | {best.title} | {figures} | {'; '.join(out)} |")
+            cells = [group.workload, group.memory, f"{ours.median('tok_s'):,.0f}", f"{ours.median('bound_share'):.0%}"]
+            cells += [f"{ours.median('peak_gib'):.1f}", best.title, f"{best.median('tok_s'):,.0f}"]
+            cells += [f"{best.median('peak_gib'):.1f}", f"**{ratio(ours, best)}**", aim(group, ours, best)]
+            lines.append(f"| {' | '.join(cells)} | {'; '.join(out)} |")
+    return lines
+
+
+def aim(group: Group, ours: Entry, best: Entry) -> str:
+    """What was aimed at, and what it lacks."""
+    key, reached = (group.workload, group.memory), ours.median("tok_s")
+    wanted = AIMS.get(key) or TIMES.get(key, 0.0) * best.median("tok_s")
+    said = f"{wanted:,.0f}" if key in AIMS else f"{TIMES.get(key, 0.0):g} times: {wanted:,.0f}"
+    if not wanted:
+        return ""
+    return f"{said}, reached" if reached >= wanted else f"{said}, lacks {1 - reached / wanted:.1%}"
+
+
+def first_steps(compared: list[Group]) -> list[str]:
+    """From the beginning of a process to the end of its first step."""
+    found = [f"{entry.title} {entry.first_step:.1f} s" for group in compared for entry in group.entries if entry.passed]
+    return [f"Start to the first step: {', '.join(found)} (aim: {START_AIM:.0f} s)."] if found else []
+
+
+def lone(found: list[Group]) -> list[str]:
+    """What luthier did with no peer beside it."""
+    names = "without a peer in the same run, so not compared | memory | tok/s | spread | run | commit"
+    lines = header(names) if found else []
+    for group in found:
+        if entry := group.alone:
+            low, high, last = *entry.spread, entry.rows[-1]
+            cells = [group.workload, group.memory, f"{entry.median('tok_s'):,.0f}", f"{low:,.0f} to {high:,.0f}"]
+            lines.append(f"| {' | '.join([*cells, last['run_id'], last['commit']])} |")
     return lines
 
 
 def ratio(ours: Entry, peer: Entry) -> str:
-    """Of the medians, and the least and the greatest that the spreads leave."""
+    """Of the medians; of several rounds each also the least and the greatest that the spreads leave."""
+    said = f"{ours.median('tok_s') / peer.median('tok_s'):.2f}"
+    if min(len(ours.rows), len(peer.rows)) == 1:
+        return said
     low, high = ours.spread[0] / peer.spread[1], ours.spread[1] / peer.spread[0]
-    return f"{ours.median('tok_s') / peer.median('tok_s'):.2f} ({low:.2f} to {high:.2f})"
+    return f"{said} ({low:.2f} to {high:.2f})"
 
 
 def table(group: Group) -> Iterator[str]:
     for entry in group.entries:
         name = f"**{entry.title}**" if entry is group.best or entry.ours else entry.title
-        cells = [entry.failed or "not measured", *[""] * 7]
+        cells = [entry.failed or "not measured", *[""] * 8]
         if entry.rows:
             cells = figures(entry, group.ours)
         yield f"| {group.workload} | {group.memory} | {name} | " + " | ".join(cells) + " |"
@@ -182,20 +246,28 @@ def table(group: Group) -> Iterator[str]:
 def figures(entry: Entry, ours: Entry | None) -> list[str]:
     low, high = entry.spread
     beside = ratio(ours, entry) if ours and entry.passed and entry is not ours else ""
+    start = entry.first_step
     return [
+        f"{len(entry.rows)}",
         f"{entry.median('tok_s'):,.0f}",
         f"{low:,.0f} to {high:,.0f}",
         beside,
         f"{entry.median('samples_s'):,.1f}",
         f"{entry.median('bound_share'):.1%}",
         f"{entry.median('peak_gib'):.1f} / {entry.median('peak_allocated_gib'):.1f}",
-        f"{min(row['first_step_s'] for row in entry.rows):.1f}",
+        "" if start is None else f"{start:.1f}",
         f"{entry.rows[0]['losses'][0]:.4f}" + ("" if entry.passed else " **wrong**"),
     ]
 
 
 # ------------------------------------------------------------------------------------------------ the plot
-LEFT, WIDTH, BAR, GAP, MARGIN = 260, 420, 18, 14, 54  # pixels
+LEFT, WIDTH, BAR, GAP, MARGIN = 300, 380, 18, 16, 54  # pixels
+STYLE = """
+text{font:12px sans-serif;fill:#222} .head{font-weight:bold} .axis{text-anchor:middle;fill:#555} .name{text-anchor:end}
+.ours{fill:#b5541c} .peer{fill:#8a97a6} .grid{stroke:#ddd} .page{fill:#fff}
+@media (prefers-color-scheme:dark){text{fill:#ddd} .axis{fill:#aaa} .ours{fill:#e07b39} .peer{fill:#6b7785}
+.grid{stroke:#3a3f46} .page{fill:#16181c}}
+"""
 
 
 def plot(found: list[Group]) -> str:
@@ -203,20 +275,21 @@ def plot(found: list[Group]) -> str:
     parts, y = [text(LEFT, 18, "share of the arithmetic bound without recomputation", "head")], MARGIN
     for group in found:
         shown = [entry for entry in group.entries if entry.passed]
-        memory = "" if group.memory == "free" else f", at most {group.memory}"
-        parts.append(text(8, y + 13, f"{group.workload}{memory}", "head"))
+        parts.append(text(8, y + 13, heading(group), "head"))
         for place, entry in enumerate(shown):
             parts += bar(entry, y + BAR * (place + 1))
         y += BAR * (len(shown) + 1) + GAP
     grid = [line(share, y - GAP) for share in (0, 25, 50, 75, 100)]
-    style = (
-        "text{font:12px sans-serif;fill:#222}.head{font-weight:bold}.ours{fill:#b5541c}.peer{fill:#8a97a6}"
-        ".grid{stroke:#ddd}.axis{text-anchor:middle;fill:#555}.name{text-anchor:end}"
-    )
-    size = f'viewBox="0 0 {LEFT + WIDTH + 90} {y}" width="{LEFT + WIDTH + 90}" height="{y}"'
+    size = f'viewBox="0 0 {LEFT + WIDTH + 110} {y}" width="{LEFT + WIDTH + 110}" height="{y}"'
     said = "Share of the arithmetic bound that each peer reaches on each workload"
-    body = "\n".join([f"<style>{style}</style>", '<rect width="100%" height="100%" fill="#fff"/>', *grid, *parts])
+    body = "\n".join([f"<style>{STYLE}</style>", '<rect class="page" width="100%" height="100%"/>', *grid, *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{said}">\n{body}\n</svg>\n'
+
+
+def heading(group: Group) -> str:
+    workload = WORKLOADS[group.workload]
+    memory = "" if group.memory == "free" else f", at most {group.memory.replace('GiB', ' GiB')}"
+    return f"{group.workload}: {workload.shape}{' in NF4' if workload.nf4 else ''}{memory}"
 
 
 def bar(entry: Entry, y: int) -> list[str]:

@@ -131,21 +131,15 @@ def test_only_rows_that_tell_nothing_are_spared() -> None:
     assert not spared(1, "trl", row("trl", 8.9), row("unsloth", 10, memory="free"))
 
 
-def test_luthier_counts_only_beside_a_peer_of_the_same_run_whose_loss_is_right() -> None:
-    def row(run: str, peer: str, tok_s: float, parity: bool = True) -> dict[str, Any]:
-        said = {
-            "run_id": run,
-            "workload": "W2",
-            "memory": "free",
-            "peer": peer,
-            "round": 0,
-            "commit": "a",
-            "device": "GPU",
-        }
-        rates = {"tok_s": tok_s, "spread": [tok_s, tok_s], "samples_s": 1.0, "bound_share": 0.5, "first_step_s": 9.0}
-        memory = {"peak_gib": 8.0, "peak_allocated_gib": 7.0}
-        return said | rates | memory | {"driver": "", "versions": {}, "losses": [12.6], "parity": parity}
+def row(run: str, peer: str, tok_s: float, **other: Any) -> dict[str, Any]:
+    """Of a result."""
+    said = {"run_id": run, "workload": "W2", "memory": "free", "peer": peer, "round": 0, "commit": "a", "device": "GPU"}
+    rates = {"tok_s": tok_s, "spread": [tok_s, tok_s], "samples_s": 1.0, "bound_share": 0.5, "first_step_s": 9.0}
+    memory = {"peak_gib": 8.0, "peak_allocated_gib": 7.0}
+    return said | rates | memory | {"driver": "", "versions": {}, "losses": [12.6], "parity": True} | other
 
+
+def test_luthier_counts_only_beside_a_peer_of_the_same_run_whose_loss_is_right() -> None:
     def best(*rows: dict[str, Any]) -> str | None:
         found = next(iter(report.groups(list(rows))))
         assert report.markdown([found], list(rows))
@@ -157,3 +151,26 @@ def test_luthier_counts_only_beside_a_peer_of_the_same_run_whose_loss_is_right()
     assert best(ours, trl, row("monday", "unsloth", 10000, parity=False)) == "trl"
     assert best(ours, trl, row("monday", "unsloth", 10000)) == "unsloth"
     assert best(ours | {"parity": False}, trl) is None
+
+
+def test_the_report_tells_what_is_compared_what_is_alone_and_what_an_aim_lacks() -> None:
+    def said(*rows: dict[str, Any]) -> str:
+        text: str = report.markdown(list(report.groups(list(rows))), list(rows))
+        return text
+
+    compared = [row("monday", "luthier", 17100), row("monday", "trl", 9000)]
+    assert "| W2 | free | 17,100 | 50% | 8.0 | TRL | 9,000 | 8.0 | **1.90** | 18,000, lacks 5.0% |" in said(*compared)
+    again = [{**old, "round": 1, "tok_s": 1.1 * old["tok_s"]} for old in compared]
+    assert "| **1.90 (1.73 to 2.09)** | 18,000, lacks 0.2% |" in said(*compared, *again)
+    assert "without a peer" not in said(*compared)
+    later = said(*compared, row("tuesday", "luthier", 18500, commit="b"))
+    assert "| W2 | free | 18,500 | 18,500 to 18,500 | tuesday | b |" in later
+    assert "| 17,100 |" in later
+    starts = [row("monday", peer, 1, workload="start", first_step_s=s) for peer, s in (("luthier", 9.5), ("trl", 17))]
+    assert "Start to the first step: luthier 9.5 s, TRL 17.0 s" in said(*compared, *starts)
+
+
+def test_what_was_tried_on_a_cpu_is_not_reported(tmp_path: Path) -> None:
+    rows = [{**row("monday", "trl", 1), "benchmark": "gpu_step", "dry": dry} for dry in (True, False)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert report.read(tmp_path / "rows.jsonl", None) == rows[1:]
