@@ -25,6 +25,7 @@ from luthier.train.rehearse import rehearse
 from luthier.train.reproducible import reproducible
 from luthier.train.worker import model_of
 
+EPOCHS = 100  # over the steps, of the run that is planned: of a run as short as what is timed, recording would not pay
 CONTEXT = 0.75  # GiB of CUDA's own: a recipe's memory is all that the GPU holds, a cap is what torch reserves
 LEARNED: dict[str, Any] = {
     "adapter": {"rank": RANK, "alpha": RANK, "dropout": 0.0},
@@ -53,8 +54,11 @@ def train(
         clock.begin()
         rehearse(trainer)
         clock.phase("rehearsal")
-        losses = []
-        for _ in range(clock.total):
+        losses = [trainer.step().loss]
+        clock.tick()
+        for _ in steps if decisions.graphs else ():  # once more, so that no shape is recorded while steps are timed
+            trainer.step()
+        for _ in range(1, clock.total):
             losses.append(trainer.step().loss)
             clock.tick()
     chosen = {key: value for key, value in decisions.as_dict().items() if key != "why"}
@@ -65,11 +69,11 @@ def train(
 def decided(
     folder: Path, workload: Workload, steps: list[Step], facts: Machine, *, memory: str, overrides: list[str]
 ) -> tuple[Recipe, Decisions]:
-    """What `luthier train` would decide."""
+    """What `luthier train` would decide of a run that goes over the steps again and again."""
     recipe = recipe_of(folder, workload, memory, overrides)
     tokens = sum(len(sample.ids) for step in steps for row in step for sample in row)
     mean = tokens / (len(steps) * recipe.train.samples_per_step)  # of what the plan counts as samples
-    return recipe, decide(recipe, config(folder), facts, Rows(workload.mix.longest, mean, len(steps)))
+    return recipe, decide(recipe, config(folder), facts, Rows(workload.mix.longest, mean, EPOCHS * len(steps)))
 
 
 def recipe_of(folder: Path, workload: Workload, memory: str, overrides: list[str]) -> Recipe:
@@ -115,11 +119,14 @@ def _example(ids: list[int], learned: int) -> Example:
 
 
 class InOrder(Stream):
-    """The benchmark's steps as they are; the rows of `store` are their samples, one after the other."""
+    """The benchmark's steps as they are, again and again; the rows of `store` are their samples, one after the
+    other."""
 
     def __init__(self, store: TokenStore, steps: list[Step]) -> None:
-        super().__init__(store, None, 0, 1, max_steps=len(steps))
-        self.ends = list(accumulate(sum(len(row) for row in step) for step in steps))
+        counts = [sum(len(row) for row in step) for step in steps]
+        super().__init__(store, None, 0, max(counts), max_steps=EPOCHS * len(steps))
+        self.ends = list(accumulate(counts))
 
     def step(self, number: int) -> list[Sample]:
+        number %= len(self.ends)
         return [Sample(row, row, 0) for row in range(self.ends[number - 1] if number else 0, self.ends[number])]

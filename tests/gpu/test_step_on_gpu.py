@@ -20,6 +20,7 @@ from luthier.model import attention
 from luthier.model.causal import CausalModel
 from luthier.recipe import Train
 from luthier.train import optim
+from luthier.train.rehearse import rehearse
 
 pytestmark = pytest.mark.gpu
 
@@ -122,6 +123,12 @@ def model() -> CausalModel:
     )
     module = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).bfloat16().eval().cuda()
     return CausalModel(module, attach(module, tiny.recipe().adapter, 0), kernels="compiled")
+
+
+def test_a_rehearsal_tells_what_it_takes_and_not_what_was_there_before(tmp_path: Path) -> None:
+    trainer, loaded = tiny.trainer(tmp_path, tiny.recipe(), causal=model()), torch.empty(1 << 30, device="cuda")
+    del loaded
+    assert 0 < rehearse(trainer) < 1 << 30
 
 
 @pytest.mark.parametrize("micro_tokens", [1000, 60])

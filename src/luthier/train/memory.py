@@ -18,6 +18,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
 
 
+def forget_peak() -> None:
+    """Has `peak_bytes` begin anew, where it is that of a GPU: what loading took is no part of a step."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_bytes() -> int:
     """The most memory this process has held: of the GPU where one is used, else resident memory."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import torch
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
-from luthier.train.memory import out_of_memory, peak_bytes, release
+from luthier.train.memory import forget_peak, out_of_memory, peak_bytes, release
 
 if TYPE_CHECKING:
     from luthier.train.loop import Trainer
@@ -21,11 +21,13 @@ def rehearse(trainer: Trainer) -> int:
     any process, more blocks of all recompute, if the recipe leaves that open; where all do, all processes try half the
     tokens. So they train, too.
 
-    Returns the peak bytes of all processes. Raises MemoryPlanError if one row alone does not fit.
+    Returns the peak bytes of all processes, without what loading took on a GPU. Raises MemoryPlanError if one row alone
+    does not fit.
     """
     store = trainer.stream.store
     longest = int(store.lengths.max())
     release()  # what loading and packing took and gave back
+    forget_peak()
     while True:
         tokens = min(trainer.progress.micro_tokens, longest * trainer.recipe.train.samples_per_step)
         if not trainer.engine.highest(_runs_out(trainer, worst(store, max(tokens, longest)))):
