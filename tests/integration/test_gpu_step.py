@@ -105,10 +105,10 @@ def test_a_process_that_ends_or_is_too_slow_says_what_it_printed_last(tmp_path: 
 
 def test_rows_are_made_in_the_order_that_is_asked_for_and_backwards_in_the_next_round() -> None:
     groups = gpu_step.chosen(gpu_step.cells({}), "W3/free/luthier,W1/free/luthier,W1/free/unsloth$")
-    names = [(number, cell.name) for number, cell in gpu_step.rounds(groups, 2)]
+    names = [(number, cell.name) for number, cell in gpu_step.rounds(groups, 3)]
     first = ["W3/free/luthier", "W1/free/luthier", "W1/free/unsloth"]
     second = ["W3/free/luthier", "W1/free/unsloth", "W1/free/luthier"]
-    assert names == [(0, name) for name in first] + [(1, name) for name in second]
+    assert names == [(number, name) for number, row in enumerate((first, second, first)) for name in row]
 
 
 def test_only_rows_that_tell_nothing_are_spared() -> None:
@@ -124,6 +124,7 @@ def test_only_rows_that_tell_nothing_are_spared() -> None:
     assert not spared(0, "unsloth-off-half", failed, row("unsloth", 10))
     assert spared(1, "unsloth-off", failed, row("unsloth", 10))
     assert spared(1, "trl", row("trl", 8.9), row("unsloth", 10))
+    assert not spared(0, "trl", row("trl", 8.9), row("unsloth", 10))
     assert not spared(1, "trl", row("trl", 9.1), row("unsloth", 10))
     assert not spared(1, "trl", row("trl", 8.9), row("unsloth", 10, parity=False))
     assert not spared(1, "trl", row("unsloth", 10))
