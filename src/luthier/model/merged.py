@@ -72,6 +72,11 @@ class MergedLinear:
             self._unpack(self.dense)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of what `keep` keeps."""
+        return self.size * self.dtype.itemsize if self.dense is None else 0
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix."""
         return self.outputs + self.spare, self.features + self.spare
