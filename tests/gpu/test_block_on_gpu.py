@@ -86,14 +86,14 @@ def gradients(made: CausalModel, batch: Micro) -> tuple[float, Tensor]:
     return float(loss.detach()), torch.cat([g.flatten().float().cpu() for g in flat])
 
 
-def wanted(packed: bool, family: str = "llama") -> tuple[float, Tensor]:
+def wanted(packed: bool, family: str = "llama", adapter: recipe.Lora = ADAPTER) -> tuple[float, Tensor]:
     """fp32 on the CPU; with packed weights, of the values they unpack to in bfloat16."""
     module = base(torch.bfloat16, family)
     if packed:
         other = copy.deepcopy(module)
         for name in quantize_module(other, NF4, torch.bfloat16):
             module.get_submodule(name).weight.data.copy_(other.get_submodule(name).dequantize())
-    return gradients(model(module.float(), "reference"), micro())
+    return gradients(model(module.float(), "reference", adapter), micro())
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -107,6 +107,52 @@ def test_loss_and_gradients_are_those_of_the_reference(packed: bool, kernels: st
     expected_loss, expected = wanted(packed)
     assert loss == pytest.approx(expected_loss, rel=2e-3)
     assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's linear layers have biases
+@pytest.mark.parametrize("weights", ["dense", "unpacked each time", "kept unpacked"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [16, 8])
+def test_products_with_adapters_in_them_are_those_of_the_reference(
+    family: str, weights: str, dropout: float, rank: int
+) -> None:
+    """Ranks of q, k and v that take more than 64 columns, and such that leave some of 64 free; one is odd."""
+    from luthier.train.reproducible import reproducible
+
+    adapter = recipe.Lora(rank=rank, alpha=12, dropout=dropout, ranks={"k_proj": 3 * rank - 1}, alphas={"v_proj": 7})
+    module, packed = base(torch.bfloat16, family), weights != "dense"
+    if packed:
+        quantize_module(module, NF4, torch.bfloat16)
+    made = model(module.cuda(), "compiled", adapter, unpacked=2 if weights == "kept unpacked" else 0)
+    with reproducible("cuda"):
+        found, again = (gradients(made, micro()) for _ in range(2))
+    assert torch.equal(found[1], again[1])
+    expected = wanted(packed, family, adapter)
+    assert found[0] == pytest.approx(expected[0], rel=2e-3)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 0.03
+
+
+@pytest.mark.parametrize("weights", ["dense", "unpacked each time"])
+def test_adapters_that_change_or_are_switched_off_do_so_in_the_products(weights: str) -> None:
+    module, packed = base(torch.bfloat16), weights != "dense"
+    if packed:
+        quantize_module(module, NF4, torch.bfloat16)
+    made = model(module.cuda(), "compiled")
+    assert made.adapter is not None
+    with torch.no_grad():
+        first = made.loss(micro())
+        for parameter in made.adapter.parameters():
+            parameter.mul_(2)
+        changed = made.loss(micro())
+        with made.adapter.disabled():
+            without = made.loss(micro())
+        for parameter in made.adapter.parameters():
+            parameter.mul_(0.5)
+        assert torch.equal(made.loss(micro()), first)
+    with made.adapter.disabled(), torch.no_grad():
+        plain = CausalModel(made.module, made.adapter, kernels="reference").loss(micro())
+    assert float(without) == pytest.approx(float(plain), rel=2e-3)
+    assert len({float(first), float(changed), float(without)}) == 3
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
