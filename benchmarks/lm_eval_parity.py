@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.asking.answers import Memo
+from luthier.evaluate.asking.subject import Subject
+from luthier.evaluate.asking.suite import suite
 from luthier.evaluate.harness import scores
-from luthier.evaluate.subject import Subject
-from luthier.evaluate.suite import suite
 from luthier.model.load import model_folder
 from luthier.runs import Run
 

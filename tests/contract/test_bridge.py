@@ -299,7 +299,7 @@ def test_without_peft_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("method", peft.PROMPTS)
 def test_a_run_with_virtual_tokens_is_planned_trained_and_read_back(tmp_path: Path, method: str) -> None:
     import tiny
-    from luthier.evaluate.subject import Subject
+    from luthier.evaluate.asking.subject import Subject
     from luthier.train.launch import train
 
     chosen = settings(method).model_dump_json()

@@ -221,7 +221,7 @@ def test_transformers_reads_the_saved_tokenizer_with_the_same_ids(tmp_path: Path
 
 def test_a_run_trains_new_tokens_saves_them_and_reads_them_back(tmp_path: Path) -> None:
     """One path: the tokens are in the data, the embedding grows or has room, and the adapter's folder has all."""
-    from luthier.evaluate.subject import Subject
+    from luthier.evaluate.asking.subject import Subject
     from luthier.train.launch import train
 
     run = tiny.run(tmp_path, "adapter.new_tokens=[banana]", "train.epochs=1", "evaluate.samples=0")

@@ -17,8 +17,8 @@ from playwright.sync_api import Browser, Page
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.evaluate.comparison import judge
 from luthier.evaluate.metrics import Answer
+from luthier.evaluate.page.report import render
 from luthier.evaluate.page.rows import marked
-from luthier.evaluate.report import render
 from luthier.recipe import Recipe
 from luthier.runs import Run, write_json
 

@@ -20,13 +20,13 @@ import tiny
 from luthier.cli import main
 from luthier.data.conversation import Conversation, Example, Message, Origin, to_json
 from luthier.errors import DataError, RecipeError, RunError, UsageError
-from luthier.evaluate.answers import Memo, Task, _rest, chunks, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, _rest, chunks, plan, sampling_of, work
+from luthier.evaluate.asking.sides import pair_of
+from luthier.evaluate.asking.subject import Subject
+from luthier.evaluate.asking.suite import suite
+from luthier.evaluate.asking.workers import Job, fill, processes, share
 from luthier.evaluate.compare import compare
 from luthier.evaluate.predict import predict
-from luthier.evaluate.sides import pair_of
-from luthier.evaluate.subject import Subject
-from luthier.evaluate.suite import suite
-from luthier.evaluate.workers import Job, fill, processes, share
 from luthier.machine import machine
 from luthier.model.generate import Sampling, generate
 from luthier.model.load import load_causal

@@ -17,17 +17,17 @@ import tiny
 from luthier import api
 from luthier.errors import AdapterError, RecipeError, RunError, UsageError
 from luthier.evaluate import tables
-from luthier.evaluate.answers import Memo, collect, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, collect, sampling_of, work
+from luthier.evaluate.asking.neighbours import trainings
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.sides import by_base, entries, open_sides, with_bases
+from luthier.evaluate.asking.suite import suite
+from luthier.evaluate.asking.workers import Job, fill, needed, turns
 from luthier.evaluate.compare import compare
-from luthier.evaluate.neighbours import trainings
 from luthier.evaluate.schema import check
-from luthier.evaluate.seat import Seat
 from luthier.evaluate.several import _pinned, compare_several
-from luthier.evaluate.sides import by_base, entries, open_sides, with_bases
 from luthier.evaluate.slices import LENGTH
 from luthier.evaluate.statistics.paired import figure
-from luthier.evaluate.suite import suite
-from luthier.evaluate.workers import Job, fill, needed, turns
 from luthier.runs import Run, read_json
 from luthier.train.checkpoint import read_adapter
 from luthier.train.launch import train

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier.cli import main
+from luthier.evaluate.asking.sides import pair_of
+from luthier.evaluate.asking.subject import Subject
+from luthier.evaluate.asking.workers import Job, fill
 from luthier.evaluate.compare import compare
 from luthier.evaluate.forgetting import FEW_PASSAGES, FEW_QUESTIONS, Forgetting, general
 from luthier.evaluate.metrics.text import PERPLEXITY
 from luthier.evaluate.several import compare_several
-from luthier.evaluate.sides import pair_of
 from luthier.evaluate.statistics.paired import paired
-from luthier.evaluate.subject import Subject
-from luthier.evaluate.workers import Job, fill
 from luthier.runs import Run
 from luthier.train.launch import train
 

@@ -10,12 +10,12 @@ import pytest
 
 import tiny
 from luthier.errors import RecipeError
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.asking.answers import Memo
+from luthier.evaluate.asking.subject import Subject
 from luthier.evaluate.compare import compare
 from luthier.evaluate.harness import model_of, scores
 from luthier.evaluate.several import compare_several
 from luthier.evaluate.statistics.paired import figure
-from luthier.evaluate.subject import Subject
 from luthier.evaluate.terminal import render
 from luthier.runs import Run
 from luthier.train.launch import train

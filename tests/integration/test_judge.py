@@ -15,7 +15,7 @@ import pytest
 import tiny
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError, RunError, UsageError
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.asking.answers import Memo
 from luthier.evaluate.comparison import judge as compare_answers
 from luthier.evaluate.judge import preferred, with_opinions
 from luthier.evaluate.metrics import Answer, resolved

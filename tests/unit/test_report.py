@@ -13,12 +13,12 @@ import pytest
 import luthier.evaluate
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.evaluate.comparison import Comparison, judge
-from luthier.evaluate.figures import Axis, chart, histogram, interval, labels, smooth
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.page.facts import duration
+from luthier.evaluate.page.figures import Axis, chart, histogram, interval, labels, smooth
+from luthier.evaluate.page.report import render, write_report
 from luthier.evaluate.page.rows import fitting, marked, read
 from luthier.evaluate.page.scores import chance
-from luthier.evaluate.report import render, write_report
 from luthier.recipe import Recipe
 from luthier.runs import Run, write_json
 

@@ -11,9 +11,9 @@ import pytest
 
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import MemoryPlanError
+from luthier.evaluate.asking.neighbours import Taken, Training, room, trainings
 from luthier.evaluate.comparison import Scored, contrast, score
 from luthier.evaluate.metrics import METRICS, Answer
-from luthier.evaluate.neighbours import Taken, Training, room, trainings
 from luthier.evaluate.ranking import Unit, alone, decide, manner, noise, pairs, wilson
 from luthier.evaluate.slices import LENGTH, OTHER, apart, cut, values
 from luthier.evaluate.statistics.correction import holm
@@ -220,7 +220,7 @@ def test_a_run_that_trains_is_seen_while_it_does_and_its_lock_is_not_touched(
 
 @pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
 def test_who_answers_beside_a_training_run_is_last_for_a_core_and_first_to_go() -> None:
-    code = "import os; from luthier.evaluate.neighbours import step_back; step_back(); print(os.nice(0))"
+    code = "import os; from luthier.evaluate.asking.neighbours import step_back; step_back(); print(os.nice(0))"
     code += "; print(open('/proc/self/oom_score_adj').read())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert told == ["19", "1000"]

@@ -8,22 +8,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.answers import collect, sampling_of
+from luthier.evaluate.asking.answers import collect, sampling_of
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.sides import Opened, open_sides, pair_of
+from luthier.evaluate.asking.subject import Subject
+from luthier.evaluate.asking.suite import Suite, digest, suite
+from luthier.evaluate.asking.workers import Job, done, needed, turns
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
 from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.forgetting import forgetting, general_answers
 from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
+from luthier.evaluate.page.report import write_report
 from luthier.evaluate.ranking import Pair, described
-from luthier.evaluate.report import write_report
-from luthier.evaluate.seat import Seat
-from luthier.evaluate.sides import Opened, open_sides, pair_of
 from luthier.evaluate.slices import cut
 from luthier.evaluate.statistics.paired import LEVEL, RESAMPLES
-from luthier.evaluate.subject import Subject
-from luthier.evaluate.suite import Suite, digest, suite
 from luthier.evaluate.terminal import progress, render
-from luthier.evaluate.workers import Job, done, needed, turns
 from luthier.runs import Run, versions, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.data.conversation import Conversation
-    from luthier.evaluate.answers import Memo
+    from luthier.evaluate.asking.answers import Memo
+    from luthier.evaluate.asking.workers import Turn
     from luthier.evaluate.metrics import Answer
-    from luthier.evaluate.workers import Turn
 
 __all__ = ["Comparison", "compare", "render"]
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.conversation import Conversation, Example, Message, Origin
-from luthier.evaluate.answers import Memo, Task, choices_of, choosing, collect, likelihoods
+from luthier.evaluate.asking.answers import Memo, Task, choices_of, choosing, collect, likelihoods
 from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Answer, Metric
 from luthier.evaluate.metrics.choice import ACCURACY_LIKELIHOOD
@@ -24,7 +24,7 @@ from luthier.evaluate.statistics.paired import Paired, figure, signed
 
 if TYPE_CHECKING:
     from luthier.data.tokens import Encoder
-    from luthier.evaluate.subject import Side, Subject
+    from luthier.evaluate.asking.subject import Side, Subject
 
 GENERAL: dict[str, Metric] = {"perplexity": PERPLEXITY, "accuracy": ACCURACY_LIKELIHOOD}
 FEW_PASSAGES, FEW_QUESTIONS = 12, 40

@@ -14,13 +14,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, RunError
-from luthier.evaluate.answers import Memo, unpacked_where_free
+from luthier.evaluate.asking.answers import Memo, unpacked_where_free
+from luthier.evaluate.asking.neighbours import trainings
+from luthier.evaluate.asking.sides import Opened, by_base
+from luthier.evaluate.asking.subject import Side, Subject
+from luthier.evaluate.asking.suite import digest
 from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Metric, Statistics, exp_ratio, ratio
-from luthier.evaluate.neighbours import trainings
-from luthier.evaluate.sides import Opened, by_base
-from luthier.evaluate.subject import Side, Subject
-from luthier.evaluate.suite import digest
 
 if TYPE_CHECKING:
     from pathlib import Path

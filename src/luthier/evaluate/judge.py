@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.conversation import Conversation
 from luthier.errors import RunError
-from luthier.evaluate.answers import Memo
+from luthier.evaluate.asking.answers import Memo
+from luthier.evaluate.asking.suite import digest
 from luthier.evaluate.metrics import Answer
-from luthier.evaluate.suite import digest
 from luthier.recipe import Judge, is_loopback
 
 if TYPE_CHECKING:

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from luthier.data.conversation import Conversation, Origin, Row, to_json
 from luthier.errors import DataError, LuthierError, UsageError
-from luthier.evaluate.answers import collect, sampling_of
+from luthier.evaluate.asking.answers import collect, sampling_of
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.sides import Opened, open_sides, pair_of
+from luthier.evaluate.asking.suite import answerable
+from luthier.evaluate.asking.workers import Job, done, turns
 from luthier.evaluate.metrics import Answer, Metric, resolved
 from luthier.evaluate.metrics.choice import parse_choice
-from luthier.evaluate.seat import Seat
-from luthier.evaluate.sides import Opened, open_sides, pair_of
-from luthier.evaluate.suite import answerable
 from luthier.evaluate.terminal import Bar, progress
-from luthier.evaluate.workers import Job, done, turns
 from luthier.runs import Run, read_json, sync_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.data.formats import Detection
-    from luthier.evaluate.subject import Subject
+    from luthier.evaluate.asking.subject import Subject
 
 Json = dict[str, Any]
 Bad = Callable[[Origin, LuthierError], None]

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, UsageError
-from luthier.evaluate.answers import collect, sampling_of
+from luthier.evaluate.asking.answers import collect, sampling_of
+from luthier.evaluate.asking.neighbours import is_there
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.sides import Entry, Opened, asker_of, entries, open_sides, with_bases
+from luthier.evaluate.asking.suite import digest, suite
+from luthier.evaluate.asking.workers import Job, done, needed, turns
 from luthier.evaluate.compare import keep, note_source, settings, with_forgetting
 from luthier.evaluate.comparison import Comparison, check_decides, contrast, score
 from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.metrics import Answer, resolved
-from luthier.evaluate.neighbours import is_there
+from luthier.evaluate.page.report import render
 from luthier.evaluate.ranking import Unit, decide, described, noise, pairs
-from luthier.evaluate.report import render
-from luthier.evaluate.seat import Seat
-from luthier.evaluate.sides import Entry, Opened, asker_of, entries, open_sides, with_bases
 from luthier.evaluate.slices import cut
-from luthier.evaluate.suite import digest, suite
 from luthier.evaluate.terminal import progress
-from luthier.evaluate.workers import Job, done, needed, turns
 from luthier.runs import Run, read_json, write_atomic
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import LuthierError, Stopped, UsageError
-from luthier.evaluate.answers import sampling_of
-from luthier.evaluate.subject import Side, Subject
+from luthier.evaluate.asking.answers import sampling_of
+from luthier.evaluate.asking.subject import Side, Subject
 from luthier.evaluate.terminal import printable
 from luthier.runs import Run
 from luthier.train.interrupt import Interrupt, stopped

@@ -1,1 +1,2 @@
-"""The parts of report.html, each a pure function of a run's files (scores, rows, facts), and how pages are made."""
+"""report.html: its parts, each a pure function of a run's files (scores, rows, facts), the figures in them, how pages are
+made, and `report`, which writes it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from luthier.evaluate.figures import Series, chart, histogram, smooth
+from luthier.evaluate.page.figures import Series, chart, histogram, smooth
 from luthier.evaluate.statistics.paired import figure
 from luthier.machine import GIB
 from luthier.runs import Run, read_json

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from luthier.evaluate.figures import Axis, interval
 from luthier.evaluate.metrics import Metric, shown
+from luthier.evaluate.page.figures import Axis, interval
 from luthier.evaluate.statistics.paired import figure, signed
 
 Json = dict[str, Any]

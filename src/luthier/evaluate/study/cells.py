@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from luthier import recipe
 from luthier.data.store import TokenStore
 from luthier.errors import NotFiniteError, RunError
-from luthier.evaluate.answers import Memo, Task, collect, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, collect, plan, sampling_of, work
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.subject import SIDES, Side, Subject
+from luthier.evaluate.asking.suite import digest, suite
+from luthier.evaluate.asking.workers import needed
 from luthier.evaluate.comparison import score
-from luthier.evaluate.seat import Seat
-from luthier.evaluate.subject import SIDES, Side, Subject
-from luthier.evaluate.suite import digest, suite
-from luthier.evaluate.workers import needed
 from luthier.runs import Run, read_json, write_json
 from luthier.train.decide import Decisions
 from luthier.train.group import Event, Progress, report

@@ -29,11 +29,11 @@ from luthier.data.conversation import Conversation
 from luthier.data.prepare import Prepared
 from luthier.data.store import TokenStore
 from luthier.errors import MemoryPlanError, RunError, UsageError
+from luthier.evaluate.asking.suite import suite
 from luthier.evaluate.comparison import check_decides
 from luthier.evaluate.metrics import resolved
 from luthier.evaluate.study.cells import base_scores_of, scores_of
 from luthier.evaluate.study.findings import Cell, Findings, find
-from luthier.evaluate.suite import suite
 from luthier.machine import Machine, machine
 from luthier.plan import budget
 from luthier.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from luthier import __version__
-from luthier.evaluate.figures import Axis, Series, chart, interval
+from luthier.evaluate.page.figures import Axis, Series, chart, interval
 from luthier.evaluate.page.template import ours, template
 from luthier.evaluate.statistics.paired import figure, signed
 from luthier.evaluate.study.view import expectation, labelled

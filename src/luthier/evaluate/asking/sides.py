@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from luthier import recipe
 from luthier.errors import AdapterError, RunError, UsageError
-from luthier.evaluate.seat import Seat, Stored
-from luthier.evaluate.subject import Side, Subject
+from luthier.evaluate.asking.seat import Seat, Stored
+from luthier.evaluate.asking.subject import Side, Subject
 from luthier.runs import Run
 
 Kind = Literal["base", "run", "checkpoint", "adapter"]

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.data.conversation import Conversation, from_json
 from luthier.errors import RunError
-from luthier.evaluate.answers import Advance, Memo, Task, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Advance, Memo, Task, plan, sampling_of, work
+from luthier.evaluate.asking.neighbours import Training, room, step_back, taken, trainings
+from luthier.evaluate.asking.seat import Seat
+from luthier.evaluate.asking.sides import Entry, Opened, by_base, open_sides
+from luthier.evaluate.asking.suite import suite
 from luthier.evaluate.forgetting import general_tasks
 from luthier.evaluate.metrics import resolved
-from luthier.evaluate.neighbours import Training, room, step_back, taken, trainings
-from luthier.evaluate.seat import Seat
-from luthier.evaluate.sides import Entry, Opened, by_base, open_sides
-from luthier.evaluate.suite import suite
 from luthier.machine import machine
 from luthier.runs import Run
 
@@ -196,7 +196,7 @@ def share(tasks: Sequence[Task], rank: int, count: int) -> list[Task]:
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "luthier.evaluate.workers", *arguments]
+    command = [sys.executable, "-P", "-m", "luthier.evaluate.asking.workers", *arguments]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

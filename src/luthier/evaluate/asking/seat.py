@@ -13,7 +13,7 @@ from luthier.runs import Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.evaluate.subject import Subject
+    from luthier.evaluate.asking.subject import Subject
     from luthier.model.causal import CausalModel
 
 

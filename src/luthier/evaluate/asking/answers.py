@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from luthier.data.conversation import Conversation, Example, Message
 from luthier.data.packing import micro_batches
+from luthier.evaluate.asking.subject import SIDES, Side, Subject
+from luthier.evaluate.asking.suite import answerable, answered, digest
 from luthier.evaluate.metrics import Answer
-from luthier.evaluate.subject import SIDES, Side, Subject
-from luthier.evaluate.suite import answerable, answered, digest
 from luthier.runs import Run
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier import recipe
 from luthier.errors import RunError
-from luthier.evaluate.seat import Seat, Stored
-from luthier.evaluate.suite import digest
+from luthier.evaluate.asking.seat import Seat, Stored
+from luthier.evaluate.asking.suite import digest
 from luthier.machine import machine
 from luthier.runs import Run, read_json
 

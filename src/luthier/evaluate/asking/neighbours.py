@@ -20,7 +20,7 @@ from luthier.machine import Machine
 from luthier.runs import Run, read_json
 
 if TYPE_CHECKING:
-    from luthier.evaluate.subject import Subject
+    from luthier.evaluate.asking.subject import Subject
 
 PROCESS = 480 << 20
 """Bytes of a process with torch and transformers imported: as the plan of training has it."""
