@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from luthier.kernels import reference, varlen_forward
+from luthier.kernels import pointwise, reference, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.varlen_backward import Blocks, How, launched, places
 
@@ -36,7 +36,7 @@ bounds = (0, *accumulate(LENGTHS))
 ends = Ends(torch.tensor(bounds, dtype=torch.int32), max(LENGTHS) + 5)
 SMALL, WIDE, HIGH = Blocks(16, 16, 1, 1), Blocks(16, 32, 1, 1), Blocks(32, 16, 1, 1)
 CASES = ((4, 2, 16, How(HIGH, WIDE)), (3, 3, 24, How(SMALL, SMALL)), (4, 1, 32, How(WIDE, HIGH)))
-for heads, groups, size, how in (*CASES, (6, 2, 24, How(SMALL, WIDE, apart=True))):
+for heads, groups, size, how in (*CASES, (6, 2, 32, How(SMALL, WIDE, apart=True))):
     merged = torch.randn(bounds[-1], heads + 2 * groups, size)
     q, k, v = torch.split(merged, [heads, groups, groups], 1)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
@@ -51,10 +51,17 @@ for heads, groups, size, how in (*CASES, (6, 2, 24, How(SMALL, WIDE, apart=True)
     dy = torch.full((bounds[-1], heads + 2 * groups + 1, size), torch.nan)  # with room behind, which is left alone
     found = torch.split(dy, [heads, groups, groups, 1], 1)
     tables = [places(ends, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
+    cos, sin = torch.randn(2, len(q), size // 2)
+    turned = [x.clone() for x in wanted]
+    for x in turned[:2]:
+        pointwise.turn(x, cos, sin, True, False)
     # The sums as flash attention and as cuDNN leave them.
-    for sums in (wanted_sums, wanted_sums.t().contiguous().t()):
+    cases = [(wanted_sums, None, None, wanted), (wanted_sums.t().contiguous().t(), None, None, wanted)]
+    if size != 24:
+        cases[1] = (cases[1][0], cos, sin, turned)
+    for sums, *rotation, right in cases:
         room = torch.empty_like(sums), torch.empty(2, *q.shape) if how.apart else None
-        launched(do, o.detach(), sums, q, k, v, *tables, ends.longest, SCALE, *room, *found[:3], how)
-        for name, one, other in zip("qkv", found[:3], wanted, strict=True):
+        launched(do, o.detach(), sums, q, k, v, *tables, ends.longest, SCALE, *rotation, *room, *found[:3], how)
+        for name, one, other in zip("qkv", found[:3], right, strict=True):
             print(f"{heads}.{groups}.{sums.stride(0)}.{name}", float((one - other).norm() / other.norm()))
     assert found[3].isnan().all()

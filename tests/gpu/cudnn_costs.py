@@ -152,7 +152,7 @@ def candidates(shape: tuple[int, int, int], lengths: Sequence[int]) -> None:
     def work(how: How) -> Callable[[], None]:
         tables = [places(told, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
         room = torch.empty_like(sums), torch.empty(2, *q.shape, device="cuda") if how.apart else None
-        return lambda: launched(do, o, sums, q, k, v, *tables, told.longest, scale, *room, *found, how)
+        return lambda: launched(do, o, sums, q, k, v, *tables, told.longest, scale, None, None, *room, *found, how)
 
     first = How(Blocks(*QUERIES[size][0]), Blocks(*KEYS[size][0]))
     hows = [first._replace(queries=Blocks(*blocks)) for blocks in QUERIES[size]]

@@ -120,7 +120,7 @@ def test_heads_that_share_keys_find_the_same_together_and_apart(size: int) -> No
     for parts in (None, torch.empty(2, *q.shape, device="cuda")):
         into = [torch.empty_like(do), *torch.empty(2, *k.shape, dtype=k.dtype, device="cuda")]
         tables = [varlen_backward.places(told, len(q), blocks) for blocks in (how.queries.rows, how.keys.keys)]
-        rest = (told.longest, 0.1, torch.empty_like(sums), parts, *into, how)
+        rest = (told.longest, 0.1, None, None, torch.empty_like(sums), parts, *into, how)
         varlen_backward.launched(do, o, sums, q, k, v, *tables, *rest)
         found.append(into)
     assert torch.equal(found[0][0], found[1][0])

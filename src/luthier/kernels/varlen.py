@@ -3,7 +3,6 @@ where they are faster cuDNN's forward pass (`cudnn.py`) and a backward pass of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from luthier.kernels import cudnn, varlen_backward, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability, on_gpu
 from luthier.kernels.spare import empty
+from luthier.kernels.varlen_backward import Parts, Turn
 
 LARGEST = 256  # head size
-
-Parts = Sequence[Tensor]
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -69,19 +67,24 @@ def forward(
 
 
 def backward(
-    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts
-) -> None:
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts,
+    turn: Turn | None = None,
+) -> bool:  # fmt: skip
     """Writes the gradients of q, k and v.
 
     Args:
         do: [T, Hq, D].
         o, sums: what `forward` returned, without a window.
         into: tensors of the shapes of q, k and v, which lie in each token as those do.
+        turn: cos and sin [T, D / 2] of the rotary embedding that q and k came from, by halves of a head.
+
+    Returns whether they are the gradients of what was turned; those of what came out of it otherwise.
     """
     if varlen_backward.takes(q, k, v, ends.longest):
-        varlen_backward.gradients(do, o, sums, q, k, v, ends, scale, into)
-        return
+        varlen_backward.gradients(do, o, sums, q, k, v, ends, scale, into, turn)
+        return turn is not None
     put(_flash_backward(do, o, sums, q, k, v, ends, scale, None), into)
+    return False
 
 
 def put(found: Parts, into: Parts) -> None:

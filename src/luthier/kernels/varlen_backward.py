@@ -26,6 +26,7 @@ SHARED = 8  # query heads that share keys, at most: a program goes through them 
 
 
 Parts = Sequence[Tensor]
+Turn = tuple[Tensor, Tensor]
 
 
 class Blocks(NamedTuple):
@@ -74,7 +75,7 @@ def starts(place: torch.device) -> bool:
         from luthier.kernels import varlen_jit
 
         one, out = torch.ones(2, 16, device=place), torch.empty(2, 16, device=place)
-        varlen_jit.summed[1, 2](one, out, 16, 16, WIDTH=16, PARTS=1, SIZE=16, BLOCK=16)
+        varlen_jit.summed[1, 2](one, None, None, out, 16, 16, HALF=0, WIDTH=16, PARTS=1, SIZE=16, BLOCK=16)
     except Exception as error:  # of many kinds, a compiler's that fails among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"flash attention computes the gradients of attention, as Triton cannot: {reason}", stacklevel=2)
@@ -91,8 +92,9 @@ def how(tokens: int, heads: int, groups: int, size: int) -> How:
 
 
 def gradients(
-    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts
-) -> None:
+    do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, into: Parts,
+    turn: Turn | None = None,
+) -> None:  # fmt: skip
     """Those of q [T, Hq, D], and of k and v [T, Hk, D].
 
     Args:
@@ -100,11 +102,14 @@ def gradients(
         sums: fp32 [Hq, T], the logarithms of the sums of exponentials.
         ends: of the segments.
         into: where they are written, as far from token to token; the heads of a token lie side by side.
+        turn: cos and sin [T, D / 2] of the rotary embedding of halves of a head; then they are those of what q and k
+            were before it. D is a power of two.
     """
     chosen = how(*q.shape[:2], *k.shape[1:])
     tables = [places(ends, len(q), size) for size in (chosen.queries.rows, chosen.keys.keys)]
     parts = q.new_empty(2, *q.shape, dtype=torch.float32) if chosen.apart else None
-    rest = (ends.longest, scale, torch.empty_like(sums), parts, *into)
+    cos, sin = turn or (None, None)
+    rest = (ends.longest, scale, cos, sin, torch.empty_like(sums), parts, *into)
     torch.ops.luthier.varlen_backward(do, o, sums, q, k, v, *tables, *rest)
 
 
@@ -130,8 +135,8 @@ def _cut(edges: Tensor, tokens: int, size: int) -> Tensor:
 
 def launched(
     do: Tensor, o: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, query_places: Tensor, key_places: Tensor,
-    longest: int, scale: float, inner: Tensor, parts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-    chosen: How | None = None,
+    longest: int, scale: float, cos: Tensor | None, sin: Tensor | None, inner: Tensor, parts: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, chosen: How | None = None,
 ) -> None:  # fmt: skip
     """`gradients`, with blocks where `places` says, and room for what they need meanwhile."""
     (tokens, heads, size), groups = q.shape, k.shape[1]
@@ -141,22 +146,23 @@ def launched(
     from luthier.kernels import varlen_jit
 
     do, group = _side_by_side(do), heads // groups
-    known = fixed(q, k)
-    numbers = (scale, *sums.stride(), do.stride(0))
-    steps = [x.stride(0) for x in (q, k, v)]
+    known, half = fixed(q, k), 0 if cos is None else size // 2
+    numbers, steps = (scale, *sums.stride(), do.stride(0)), [x.stride(0) for x in (q, k, v)]
     varlen_jit.queries[heads, len(query_places)](
-        do, o, q, k, v, sums, inner, query_places, dq, *numbers, o.stride(0), *steps, dq.stride(0),
-        **known, **options(queries),
+        do, o, q, k, v, sums, inner, query_places, cos, sin, dq, *numbers, o.stride(0), *steps, dq.stride(0),
+        **known, HALF=half, **options(queries),
     )  # fmt: skip
     programs, each, found = (groups, group, (dk, dv)) if parts is None else (heads, 1, parts.unbind())
     varlen_jit.keys_and_values[programs, len(key_places)](
-        do, q, k, v, sums, inner, key_places, *found, *numbers, *steps, found[0].stride(0),
-        **known, HEADS=each, **options(keys),
+        do, q, k, v, sums, inner, key_places, cos, sin, *found, *numbers, *steps, found[0].stride(0),
+        **known, HALF=half if parts is None else 0, HEADS=each, **options(keys),
     )  # fmt: skip
     if parts is not None:
-        sizes = {"WIDTH": groups * size, "PARTS": group, "SIZE": size, "BLOCK": _power_of_2(groups * size)}
+        sizes = {"HALF": half, "WIDTH": groups * size, "PARTS": group, "SIZE": size}
         between = (dv.data_ptr() - dk.data_ptr()) // dk.itemsize
-        varlen_jit.summed[tokens, 2](parts, dk, between, dk.stride(0), **sizes, num_warps=2)
+        varlen_jit.summed[tokens, 2](
+            parts, cos, sin, dk, between, dk.stride(0), **sizes, BLOCK=_power_of_2(groups * size), num_warps=2
+        )
 
 
 def _power_of_2(number: int) -> int:
@@ -185,8 +191,9 @@ def options(blocks: Blocks) -> dict[str, Any]:
 _operations: Any = library.Library("luthier", "FRAGMENT")  # type: ignore[no-untyped-call]
 _names = ("do", "o", "sums", "q", "k", "v", "query_places", "key_places")
 _read = ", ".join(f"Tensor {name}" for name in _names)
+_turned = "Tensor? cos, Tensor? sin"
 _written = "Tensor(a!) inner, Tensor(b!)? parts, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv"
-_operations.define(f"varlen_backward({_read}, int longest, float scale, {_written}) -> ()")
+_operations.define(f"varlen_backward({_read}, int longest, float scale, {_turned}, {_written}) -> ()")
 _operations.impl("varlen_backward", launched, "CompositeExplicitAutograd")
 
 

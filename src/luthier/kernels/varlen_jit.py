@@ -26,6 +26,22 @@ def _write(x, values, first, step, count, at, SIZE: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
+def _write_turned(  # type: ignore
+    x, values, cos, sin, start, first, step, count, at, HALF: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """`_write`, turned back by rotary embedding of features i and i + `HALF`, all of a head; where it is 0 as they are.
+    The segment begins at `start` of `cos` and `sin`."""
+    if HALF == 0:
+        _write(x, values, first, step, count, at, SIZE, WIDE)
+    else:
+        one, other = tl.split(tl.permute(tl.reshape(values, (values.shape[0], 2, HALF)), (0, 2, 1)))
+        c = _read(cos + start * HALF, first, HALF, count, at, HALF, HALF).to(tl.float32)
+        s = _read(sin + start * HALF, first, HALF, count, at, HALF, HALF).to(tl.float32)
+        _write(x, one * c + other * s, first, step, count, at, HALF, HALF)
+        _write(x + HALF, other * c - one * s, first, step, count, at, HALF, HALF)
+
+
+@triton.jit
 def _block(blocks):  # type: ignore
     """Where this program's segment begins, its tokens, and the first of the block's."""
     own = blocks + tl.program_id(1) * 3
@@ -66,9 +82,10 @@ def attended(  # type: ignore
 
 @triton.jit(do_not_specialize=["sum_head"])
 def queries(  # type: ignore
-    do, o, q, k, v, sums, inner, blocks, dq, scale,
+    do, o, q, k, v, sums, inner, blocks, cos, sin, dq, scale,
     sum_head, sum_step, do_step, o_step, q_step, k_step, v_step, dq_step,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    HALF: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and `inner`, the products of rows of `do` and `o`."""
     head = tl.program_id(0)
@@ -94,14 +111,15 @@ def queries(  # type: ignore
             share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
             slope = share * (tl.dot(above, tl.trans(value), input_precision="ieee") - level[:, None])
             found = tl.dot(slope.to(key.dtype), key, found, input_precision="ieee")
-        _write(dq + start * dq_step + head * SIZE, found * scale, first, dq_step, count, rows, SIZE, WIDE)
+        dq += start * dq_step + head * SIZE
+        _write_turned(dq, found * scale, cos, sin, start, first, dq_step, count, rows, HALF, SIZE, WIDE)
 
 
 @triton.jit(do_not_specialize=["sum_head"])
 def keys_and_values(  # type: ignore
-    do, q, k, v, sums, inner, blocks, dk, dv, scale,
+    do, q, k, v, sums, inner, blocks, cos, sin, dk, dv, scale,
     sum_head, sum_step, do_step, q_step, k_step, v_step, dk_step,
-    GROUP: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values, from `HEADS` of the query heads that share them, one after the
@@ -128,20 +146,35 @@ def keys_and_values(  # type: ignore
             value_slope = tl.dot(share.to(value.dtype), above, value_slope, input_precision="ieee")
             slope = share * (tl.dot(value, tl.trans(above), input_precision="ieee") - level[None, :])
             key_slope = tl.dot(slope.to(query.dtype), query, key_slope, input_precision="ieee")
-        _write(dk + start * dk_step + part * SIZE, key_slope * scale, low, dk_step, count, keys, SIZE, WIDE)
+        dk += start * dk_step + part * SIZE
+        _write_turned(dk, key_slope * scale, cos, sin, start, low, dk_step, count, keys, HALF, SIZE, WIDE)
         _write(dv + start * dk_step + part * SIZE, value_slope, low, dk_step, count, keys, SIZE, WIDE)
 
 
 @triton.jit
 def summed(  # type: ignore
-    parts, out, between, step, WIDTH: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    parts, cos, sin, out, between, step,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums over the query heads that share keys, of keys and then of values: [2, T, heads, PARTS, SIZE] to two
-    tensors [T, heads, SIZE], `between` values apart."""
+    """The sums over the query heads that share keys, of keys, turned back as `_write_turned` does, and of values:
+    [2, T, heads, PARTS, SIZE] to two tensors [T, heads, SIZE], `between` values apart."""
     token, which, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     inside = at < WIDTH
-    own = parts + (which * tl.num_programs(0) + token) * WIDTH * PARTS + at // SIZE * (PARTS * SIZE) + at % SIZE
+    parts += (which * tl.num_programs(0) + token) * WIDTH * PARTS
+    total = _summed(parts, at, inside, PARTS, SIZE)
+    if HALF != 0 and which == 0:
+        sign = tl.where(at % SIZE < HALF, 1, -1)
+        other = _summed(parts, at + sign * HALF, inside, PARTS, SIZE) * sign
+        c = tl.load(cos + token * HALF + at % HALF, inside, 0.0).to(tl.float32)
+        s = tl.load(sin + token * HALF + at % HALF, inside, 0.0).to(tl.float32)
+        total = total * c + other * s
+    tl.store(out + which * between + token * step + at, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _summed(parts, at, inside, PARTS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore
+    own = parts + at // SIZE * (PARTS * SIZE) + at % SIZE
     total = tl.load(own, inside, 0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(own + part * SIZE, inside, 0.0)
-    tl.store(out + which * between + token * step + at, total.to(out.dtype.element_ty), inside)
+    return total

@@ -170,11 +170,20 @@ class RowAttention:
         do, dy = do.view(whole.shape), empty(do, len(whole), self.heads.width, spare)
         into = self.heads.split(dy)
         if rest:
-            varlen.backward(do, whole, rest[0], q, k, v, segments.ends, self.heads.scale, into)
+            turn = self._halves(segments)
+            turned = varlen.backward(do, whole, rest[0], q, k, v, segments.ends, self.heads.scale, into, turn)
         else:
             put(torch.autograd.grad(whole, [q, k, v], do), into)
-        self._turn(dy, segments, True)
+            turned = False
+        if not turned:
+            self._turn(dy, segments, True)
         return dy
+
+    def _halves(self, segments: Segments) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, where halves of a head are turned together, all of it, as `varlen_backward` can."""
+        size = self.heads.size
+        whole = 2 * segments.cos.shape[1] == size and not self.heads.neighbours
+        return (segments.cos, segments.sin) if whole and size in (16, 32, 64, 128) else None
 
     def _turn(self, y: Tensor, segments: Segments, back: bool) -> None:
         for heads in self.heads.turned(y) if segments.cos.shape[1] else ():
