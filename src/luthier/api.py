@@ -147,6 +147,15 @@ def _recomputed(planned: Plan) -> str:
     return " and ".join(parts) or "nothing"
 
 
+def _in_host_memory(planned: Plan) -> str:
+    parts = ["the input embedding"] if planned.offload_embedding else []
+    if planned.offload:
+        parts.append(f"the weights of {counted(planned.offload, 'block')}, which come as they are needed")
+    if planned.offload_activations:
+        parts.append(f"what {counted(planned.offload_activations, 'block')} keep for the backward pass")
+    return "; ".join(parts)
+
+
 def _print_plan(planned: Plan, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -165,6 +174,8 @@ def _print_plan(planned: Plan, console: Console) -> None:
     console.print(f"products in {planned.dtype}: {planned.why['dtype']}")
     path = "the transformers module" if planned.kernels == "reference" else "our decoder block"
     console.print(f"run by {path}: {planned.why['kernels']}")
+    if planned.host_bytes:
+        console.print(f"in host memory, {planned.host_bytes / GIB:.1f} GiB: {_in_host_memory(planned)}")
     if planned.graphs:
         console.print(f"recorded as CUDA graphs: {planned.why['graphs']}")
     console.print(f"about {planned.seconds_per_step:.2g} s a step")

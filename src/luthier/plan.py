@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from luthier.errors import MemoryPlanError, RecipeError
 from luthier.machine import GIB, Gpu, Machine
 from luthier.model.families import is_llama
-from luthier.model.shape import blocks_of, padded_tokens, shape
+from luthier.model.shape import blocks_of, padded_tokens, power_of_2, shape
 from luthier.recipe import Full, Lora, Recipe, Run
 from luthier.registry import counted
 
@@ -45,6 +46,12 @@ _LONGEST_USEFUL = {"cpu": 4096, "cuda": 16384, "mps": 4096}  # tokens of a micro
 _MOST_CUTS = 16  # micro-batches of a step that are considered
 _ROOM = 33 / 32  # of a micro-batch beyond its part of a step, so that rows fit
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for all rows
+_WAITING = 0.02  # of a step's work, for copies beside it, that `auto` puts up with
+_FASTER = 0.95  # of a step's time: to be a little faster is not worth keeping weights in host memory
+_GRAPHS = 24  # as LIMIT of model/graphs.py, which needs torch
+_SPREAD = 0.5  # of a micro-batch's tokens: what is added at most where all are padded to one shape
+_WORTH = 0.97  # of a step's time: to be a little faster is not worth recording
+_STEPS = 1000  # of a run whose data is not known yet
 _SUPERVISED = 0.3  # share of the tokens that are learned, where the data is not known yet
 
 # Sustained FLOP/s of a training step per core, measured on SmolLM2-135M (docs/log.md), by dtype and instruction set.
@@ -64,13 +71,18 @@ class _Sustained(NamedTuple):
     products: float = 0.7  # of the dense rate, LoRA's small products included
     bandwidth: float = 0.7
     edge: float = 2e-6  # seconds that an operation loses at its begin and end
-    launch: float = 30e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
+    launch: float = 50e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
     replay: float = 6e-6  # seconds from one operation of a CUDA graph to the next
+    record: float = 130e-6  # seconds for an operation of a shape to be recorded, and be launched before that
+    node: int = 10 * 1024  # bytes of the driver's for an operation of a CUDA graph: a guess
 
 
 _GPU = _Sustained()
 # The driver's context and the kernels it loads, outside of torch's allocator; by the major compute capability.
 _CONTEXT = {7: 350 * _MIB, 8: 450 * _MIB, 9: 770 * _MIB}
+# Bytes/s between a GPU and pinned host memory, by the major compute capability: PCI Express 3, 4 and 5 (an H200:
+# 55 GB/s).
+_HOST_RATE = {7: 12e9, 8: 24e9, 9: 50e9}
 # What torch's allocator holds besides all that the trace follows, as a share of that, by what runs the model: what
 # libraries' kernels take for themselves, and holes that another order of the same tensors leaves. Calibrated from above
 # in 29 cells on an H200 (docs/guides/memory.md).
@@ -97,12 +109,20 @@ class Plan:
     """The part of the peak that a process can measure: on a GPU what torch's allocator reserves, not the context."""
     offload: int = 0
     """Decoder blocks whose weights stay in host memory."""
+    offload_embedding: bool = False
+    """Whether the input embedding stays in host memory."""
+    offload_activations: int = 0
+    """Decoder blocks of which what is kept for the backward pass is in host memory meanwhile."""
+    host_bytes: int = 0
+    """Of host memory that is pinned for these three."""
     recompute_gate_up: int = 0
     """Decoder blocks after those that compute the product gate|up alone again."""
     unpacked: int = 0
     """Decoder blocks of whose packed weights the values are kept beside."""
     graphs: bool = False
     """Whether launches are recorded as CUDA graphs, and replayed."""
+    graph_price: float = 0.0
+    """What it costs to record a shape, in tokens of a micro-batch; 0 where none is."""
     kernels: Kernels = "reference"
     advice: tuple[str, ...] = ()
     dtype: str = ""
@@ -147,10 +167,11 @@ class Setting:
 
 class _Keeping(NamedTuple):
     """What a model's blocks keep for the backward pass: the first `whole` make all again, `gate_up` more that product
-    alone, and the others nothing."""
+    alone, and the others nothing. Of the first `away` it is in host memory meanwhile."""
 
     whole: int = 0
     gate_up: int = 0
+    away: int = 0
 
 
 class _Cost(NamedTuple):
@@ -159,6 +180,7 @@ class _Cost(NamedTuple):
     parts: dict[str, int]
     outside: int  # bytes of them that torch cannot see
     seconds: Callable[[float, float, int], _Seconds]  # of a step: its tokens, micro-batches and unpacked blocks
+    kept: tuple[float, ...] = ()  # bytes that each block leaves for the backward pass
 
     @property
     def bytes(self) -> int:
@@ -176,6 +198,13 @@ class _Seconds(NamedTuple):
 
     work: float
     launches: float = 0.0
+    forward: float = 0.0  # of the work, that of the forward pass
+
+    @property
+    def launched(self) -> float:
+        """Of a step: the host runs ahead and falls behind, so that where both take as long, a sixth is lost. The fourth
+        norm is near what was measured on an H200 (0.35 of the work: nothing lost; 1: 17 %; 4: all of it)."""
+        return self.work * (1 + (self.launches / self.work) ** 4) ** 0.25 if self.work else self.launches
 
 
 _Estimate = Callable[[int, _Keeping], _Cost]  # of the worst micro-batch of so many tokens
@@ -193,8 +222,23 @@ class _Estimator:
     """Bytes of a block's weights."""
     values: int = 0
     """Bytes of the values of a block's packed weights, which our decoder can keep beside."""
+    embedding: int = 0
+    """Bytes of the input embedding, where our decoder can leave it in host memory."""
+    host_rate: float = 0.0
+    """Bytes/s between the device and host memory."""
+    sends: bool = False
+    """Whether what blocks keep can be there meanwhile."""
     unrecorded: str = "they are our block's steps on a GPU alone"
     """Why launches cannot be recorded, or nothing."""
+
+
+class _Graphs(NamedTuple):
+    """What recorded launches take."""
+
+    why: str  # they are recorded, or are not
+    bytes: int = 0  # 0: they are not
+    driver: int = 0  # of these bytes, those that torch's allocator does not know of
+    price: float = 0.0  # of a shape, in tokens
 
 
 class _Found(NamedTuple):
@@ -203,8 +247,7 @@ class _Found(NamedTuple):
     keeping: _Keeping
     unpacked: int
     cost: _Cost
-    graphs: int = 0  # bytes, where launches are recorded
-    why: str = ""  # they are, or are not
+    graphs: _Graphs
 
 
 def parse_bytes(text: str) -> int:
@@ -256,15 +299,23 @@ def plan(
     allowed = budget(recipe.run.memory, facts, setting.place)
     step = _Step.of(recipe, setting, longest, mean)
     estimator = _estimator(recipe, config, setting, facts, step)
-    search = _Search(recipe.run, estimator, setting, step, allowed)
-    found = search.best()
-    streams = recipe.run.offload if recipe.run.offload != "auto" else not found.fits
-    if setting.place == "cuda" and setting.kernels == "reference" and streams:
-        found = _streamed(search)
+    _check_graphs(recipe.run, estimator)
+    found = _offloaded(_Search(recipe.run, estimator, setting, step, allowed, facts.available * _SHARE))
     if found.peak_bytes > allowed:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else counted(setting.processes * setting.threads, "core")
     return replace(found, place=setting.place, device=device, kernels=setting.kernels)
+
+
+_STREAMS = "what comes from host memory is not recorded"
+
+
+def _check_graphs(run: Run, estimator: _Estimator) -> None:
+    """Raises RecipeError where launches are to be recorded that cannot be."""
+    streams = run.offload not in ("auto", 0) or run.offload_activations not in ("auto", 0)
+    if run.graphs is True and (why := estimator.unrecorded or (streams and _STREAMS)):
+        what = f"a step's launches cannot be recorded: {why}"
+        raise RecipeError(what, where="run.graphs: true", fix="leave it out, or set run.graphs=auto")
 
 
 @dataclass(frozen=True)
@@ -308,14 +359,20 @@ class _Search:
     setting: Setting
     step: _Step
     allowed: float
+    host: float = 0.0
+    """Bytes of host memory that may be pinned to make a step faster."""
+    embedded: bool = True
+    """Whether the embedding is on the device, and not in host memory."""
+    streamed: int = 0
+    """Blocks whose weights come from host memory."""
 
     def best(self) -> Plan:
         """The fastest that fits, else the smallest. Sizes are ranked by what is near, and what blocks keep is chosen by
         what is exact."""
         exact, sizes = self.estimator.exact, self.step.sizes
-        if exact(sizes[0], self.least).bytes <= self.room:
+        if self.fits(exact, sizes[0], self.least):
             return self.planned(self.found(exact, sizes[0], self.least))
-        if exact(sizes[-1], self.most).bytes > self.room:
+        if not self.fits(exact, sizes[-1], self.most):
             return self.smallest()
         near = [found for size in sizes if (found := self.fastest(self.estimator.near, size))]
         ranked = sorted(near, key=lambda found: (found.seconds, -found.tokens))
@@ -329,45 +386,129 @@ class _Search:
 
     def fastest(self, estimate: _Estimate, tokens: int) -> _Found | None:
         """The fastest of what blocks may keep of micro-batches of so many tokens, if anything fits."""
-        if estimate(tokens, self.most).bytes > self.room:
+        if not self.fits(estimate, tokens, self.most):
             return None
         found = []
         for whole in self.wholes:
             choices = [_Keeping(whole, count) for count in self.gate_ups(whole)]
-            place = _first(choices, lambda keeping: estimate(tokens, keeping).bytes <= self.room)
+            place = _first(choices, lambda keeping: self.fits(estimate, tokens, self.sent(estimate, tokens, keeping)))
             if place < len(choices):
-                found.append(self.found(estimate, tokens, choices[place]))
+                most = self.sent(estimate, tokens, choices[place])
+                sent = [most._replace(away=away) for away in self.aways(most.away)]
+                fewest = sent[_first(sent, lambda keeping: self.fits(estimate, tokens, keeping))]
+                found.append(self.found(estimate, tokens, fewest))
             if place == 0:
                 break  # to make more again only takes longer
         return min(found, key=lambda found: found.seconds, default=None)
 
+    def fits(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> bool:
+        cost = estimate(tokens, keeping)
+        wanted = self.taken(cost, tokens).bytes if self.run.graphs is True else 0
+        return cost.bytes + wanted <= self.room
+
+    def sent(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> _Keeping:
+        """With as many blocks' parcels away as the recipe says, else as go and come while others compute. The last
+        block's would have to be back at once."""
+        asked, blocks = self.run.offload_activations, self.estimator.blocks
+        if not self.estimator.sends or self.run.graphs is True:
+            return keeping
+        if asked != "auto":
+            return keeping._replace(away=min(asked, blocks))
+        cost = estimate(tokens, keeping)
+        passing = cost.seconds(min(tokens, self.step.tokens), 1, 0)
+        most = sum(sent <= self.host for sent in accumulate(cost.kept[: blocks - 1]))
+        longest = _WAITING * passing.work
+        late = bisect_left(range(1, most + 1), True, key=lambda away: self.late(cost, passing, away) > longest)
+        return keeping._replace(away=late)
+
+    def late(self, cost: _Cost, passing: _Seconds, away: int) -> float:
+        """Seconds for which a micro-batch waits for what the first `away` blocks keep to leave, with as many on their
+        way as `away.py` lets there be. It has longer to come back."""
+        blocks = self.estimator.blocks
+        now, leaving, left = 0.0, 0.0, list[float]()
+        for number in range(blocks):
+            many = blocks - number - 1 if number >= away else max(1, blocks - away - 1)
+            if len(left) > many:
+                now = max(now, left[-many - 1])
+            now += passing.forward / blocks
+            if number < away:
+                leaving = max(now, leaving) + cost.kept[number] / self.estimator.host_rate
+                left.append(leaving)
+        return now - passing.forward
+
+    def aways(self, most: int) -> Sequence[int]:
+        return range(most + 1) if self.run.offload_activations == "auto" else [most]
+
     def found(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> _Found:
         cost, step = estimate(tokens, keeping), self.step
         left, cuts = self.room - cost.bytes, step.cuts(tokens)
-        graphs, why = self.graphs(cost, tokens, left, cost.seconds(step.tokens, cuts, self.unpacked(left)))
-        unpacked = self.unpacked(left - graphs)
-        work, launches = cost.seconds(step.tokens, cuts, unpacked)
-        seconds = max(work, launches * _GPU.replay / _GPU.launch if graphs else launches)
-        return _Found(seconds, tokens, keeping, unpacked, cost, graphs, why)
+        graphs = _Graphs(_STREAMS) if keeping.away or self.streamed else self.graphs(cost, tokens, left)
+        unpacked = self.unpacked(left - graphs.bytes)
+        whole = cost.seconds(step.tokens, cuts, unpacked)
+        seconds = self.recorded(whole, cuts)[0] if graphs.bytes else whole.launched
+        seconds += cuts * self.waiting(cost, keeping, cost.seconds(step.tokens / cuts, 1, unpacked))
+        return _Found(seconds, tokens, keeping, unpacked, cost, graphs)
 
-    def graphs(self, cost: _Cost, tokens: int, left: float, seconds: _Seconds) -> tuple[int, str]:
-        """The bytes that recorded launches take, 0 where none are recorded, and why they are or are not."""
+    def waiting(self, cost: _Cost, keeping: _Keeping, passing: _Seconds) -> float:
+        """Seconds for which a micro-batch waits for copies: the weights of a streamed block come twice, while the block
+        before it or after it computes."""
+        late = self.late(cost, passing, keeping.away) if keeping.away else 0.0
+        if not self.streamed:
+            return late
+        copy, blocks = self.estimator.frozen / self.estimator.host_rate, self.estimator.blocks
+        passes = passing.forward, passing.work - passing.forward
+        return late + self.streamed * sum(max(0.0, copy - seconds / blocks) for seconds in passes)
+
+    def graphs(self, cost: _Cost, tokens: int, left: float) -> _Graphs:
+        """What recorded launches take of the bytes that are left, if they are worth it."""
         if self.run.graphs is False:
-            return 0, "as the recipe says"
+            return _Graphs("as the recipe says")
         if self.estimator.unrecorded:
-            return 0, self.estimator.unrecorded
+            return _Graphs(self.estimator.unrecorded)
+        cuts, unpacked = self.step.cuts(tokens), self.unpacked(left)
+        seconds, taken = cost.seconds(self.step.tokens, cuts, unpacked), self.taken(cost, tokens)
         times = f"a step's launches take the host {seconds.launches:.2g} s, its work takes the GPU {seconds.work:.2g} s"
-        if self.run.graphs == "auto" and seconds.launches <= seconds.work:
-            return 0, times
-        taken = cost.recorded(max(tokens, self.step.longest))
-        return (taken, times) if taken <= left else (0, f"{times}, but {taken / GIB:.1f} GiB for them are not there")
+        if self.run.graphs is True:
+            return taken._replace(why="as the recipe says")
+        if self.recorded(seconds, cuts)[0] > _WORTH * seconds.launched:
+            return _Graphs(times)
+        if taken.bytes > left:
+            return _Graphs(f"{times}, but {taken.bytes / GIB:.1f} GiB for them are not there")
+        return taken._replace(why=times)
+
+    def taken(self, cost: _Cost, tokens: int) -> _Graphs:
+        """What recorded launches take, if there are any."""
+        tokens, cuts = max(tokens, self.step.longest), self.step.cuts(tokens)
+        one, two = (cost.seconds(times * self.step.tokens, cuts, 0) for times in (1, 2))
+        operations = one.launches / cuts / _GPU.launch
+        driver = int(self.recorded(one, cuts)[1] * operations * _GPU.node)
+        price = operations * _GPU.record * self.step.tokens / (two.work - one.work)
+        return _Graphs("", cost.recorded(tokens) + driver, driver, price)
+
+    def recorded(self, seconds: _Seconds, cuts: float) -> tuple[float, int]:
+        """Of a step that is replayed, its share of all recordings included, and how many shapes make it the fastest:
+        the more there are, the less is added to a micro-batch."""
+        spread = min(_SPREAD, self.step.most / self.step.tokens - 1)
+        recording = seconds.launches / cuts * _GPU.record / _GPU.launch / (self.setting.steps or _STEPS)
+        replays = seconds.launches * _GPU.replay / _GPU.launch
+        of = (
+            (max(seconds.work * (1 + spread / shapes), replays) + shapes * recording, shapes)
+            for shapes in range(1, _GRAPHS + 1)
+        )
+        return min(of)
 
     @property
     def room(self) -> float:
         """Bytes of a process, without the values that the recipe wants kept."""
         asked = self.run.unpacked
         values = 0 if asked == "auto" else min(asked, self.estimator.blocks) * self.estimator.values
-        return self.allowed / self.setting.processes - values
+        return self.allowed / self.setting.processes - values + self.elsewhere
+
+    @property
+    def elsewhere(self) -> int:
+        """Bytes of weights that are in host memory and not on the device, which has places for two streamed blocks."""
+        embedding = 0 if self.embedded else self.estimator.embedding
+        return embedding + max(0, self.streamed - 2) * self.estimator.frozen
 
     def unpacked(self, left: float) -> int:
         """How many blocks keep their packed weights' values where so many bytes are left. `auto` leaves half of them to
@@ -380,11 +521,14 @@ class _Search:
     @property
     def least(self) -> _Keeping:
         """The least that blocks may make again."""
-        return _Keeping(self.wholes[0], self.gate_ups(self.wholes[0])[0])
+        keeping = _Keeping(self.wholes[0], self.gate_ups(self.wholes[0])[0])
+        asked = self.run.offload_activations
+        return keeping if asked == "auto" else self.sent(self.estimator.exact, self.step.sizes[0], keeping)
 
     @property
     def most(self) -> _Keeping:
-        return _Keeping(self.wholes[-1], self.gate_ups(self.wholes[-1])[-1])
+        keeping = _Keeping(self.wholes[-1], self.gate_ups(self.wholes[-1])[-1])
+        return self.sent(self.estimator.exact, self.step.sizes[-1], keeping)
 
     @property
     def wholes(self) -> Sequence[int]:
@@ -402,7 +546,8 @@ class _Search:
     def planned(self, found: _Found) -> Plan:
         processes, values = self.setting.processes, self.estimator.values
         parts = found.cost.parts | ({"unpacked": found.unpacked * values} if values else {})
-        parts |= {"graphs": found.graphs} if found.graphs else {}
+        parts |= {"graphs": found.graphs.bytes} if found.graphs.bytes else {}
+        parts |= {"weights": parts["weights"] - self.elsewhere}
         parts = {name: amount * processes for name, amount in parts.items()}
         peak, whole = sum(parts.values()), found.keeping.whole
         return Plan(
@@ -414,12 +559,23 @@ class _Search:
             whole == self.estimator.blocks or whole or False,
             processes,
             found.seconds,
-            measurable_bytes=peak - found.cost.outside * processes,
+            measurable_bytes=peak - (found.cost.outside + found.graphs.driver) * processes,
             recompute_gate_up=found.keeping.gate_up,
             unpacked=found.unpacked,
-            graphs=found.graphs > 0,
-            why={"graphs": found.why} if self.setting.place == "cuda" else {},
+            graphs=found.graphs.bytes > 0,
+            graph_price=found.graphs.price,
+            offload=self.streamed,
+            offload_embedding=not self.embedded,
+            offload_activations=found.keeping.away,
+            host_bytes=self.pinned(found),
+            why={"graphs": found.graphs.why} if self.setting.place == "cuda" else {},
         )
+
+    def pinned(self, found: _Found) -> int:
+        """Bytes of host memory, of which torch pins large pieces as powers of two."""
+        embedding = 0 if self.embedded else power_of_2(self.estimator.embedding)
+        weights = self.streamed * power_of_2(self.estimator.frozen)
+        return embedding + weights + math.ceil(sum(found.cost.kept[: found.keeping.away]))
 
 
 def _first(choices: Sequence[_Keeping], fits: Callable[[_Keeping], bool]) -> int:
@@ -429,35 +585,51 @@ def _first(choices: Sequence[_Keeping], fits: Callable[[_Keeping], bool]) -> int
     return bisect_left(choices, True, key=fits) if fits(choices[-1]) else len(choices)
 
 
-def _streamed(search: _Search) -> Plan:
-    """With as many blocks in host memory as the recipe says, else as few as let one longest row fit. Streamed blocks
-    are recomputed, and two of them are on the GPU at a time. Each comes to it twice a micro-batch (about 50 GB/s)."""
-    search = replace(search, run=search.run.model_copy(update={"recompute": True}))
-    count, size, allowed = search.estimator.blocks, search.estimator.frozen, search.allowed
-    wanted: int
-    if search.run.offload == "auto":
-        smallest = search.smallest()
-        wanted = 2 + math.ceil(max(0, smallest.peak_bytes - allowed) / size)
-    else:
-        wanted = search.run.offload
-        if wanted > count:
+def _offloaded(search: _Search) -> Plan:
+    """With as much in host memory as the recipe says, else as little as fits, or makes a step faster."""
+    asked, streams = search.run.offload_embedding, search.run.offload
+    streams = 0 if search.run.graphs is True else streams
+    found = search.best()
+    if search.estimator.embedding and (asked is True or (asked == "auto" and not _is_plain(found, search))):
+        without = replace(search, embedded=False)
+        less = without.best()
+        if asked is True or _is_better(less, found):
+            search, found = without, less
+    if search.estimator.frozen and streams != 0 and (streams != "auto" or not _is_plain(found, search)):
+        less = min(_streamed(search), key=lambda plan: (not plan.fits, plan.seconds_per_step))
+        found = less if streams != "auto" or _is_better(less, found) else found
+    return found
+
+
+def _is_plain(found: Plan, search: _Search) -> bool:
+    """Whether a step is one micro-batch of which all is kept, so that more memory would make it no faster."""
+    kept = not (found.recompute or found.recompute_gate_up or found.offload_activations)
+    return found.fits and kept and found.micro_tokens >= search.step.sizes[0]
+
+
+def _is_better(less: Plan, found: Plan) -> bool:
+    """Whether a plan that has more in host memory is worth that."""
+    if not found.fits:
+        return less.fits or less.peak_bytes < found.peak_bytes
+    return less.fits and less.seconds_per_step < _FASTER * found.seconds_per_step
+
+
+def _streamed(search: _Search) -> Iterator[Plan]:
+    """With as many blocks in host memory as the recipe says, else from as few as let one longest row fit to all."""
+    if search.setting.kernels == "reference":  # a transformers module must not hold on to weights that go
+        search = replace(search, run=search.run.model_copy(update={"recompute": True}))
+    count, asked = search.estimator.blocks, search.run.offload
+    if asked != "auto":
+        if asked > count:
             what, fix = f"the model has {count} blocks", f"write at most {count}, or auto"
-            raise RecipeError(what, where=f"run.offload: {wanted}", fix=fix)
-    wanted = min(count, wanted)
-    saved = max(0, wanted - 2) * size
-    found = replace(search, allowed=allowed + saved).best()
-    parts = {**found.parts, "streamed to host memory": -saved}
-    peak = found.peak_bytes - saved
-    return replace(
-        found,
-        parts=parts,
-        peak_bytes=peak,
-        budget_bytes=int(allowed),
-        fits=peak <= allowed,
-        measurable_bytes=found.measurable_bytes - saved,
-        seconds_per_step=found.seconds_per_step + 2 * wanted * size / 50e9,
-        offload=wanted,
-    )
+            raise RecipeError(what, where=f"run.offload: {asked}", fix=fix)
+        yield replace(search, streamed=asked).best()
+        return
+    yield replace(search, streamed=count).best()
+    lacking = search.smallest().peak_bytes - search.allowed
+    fewest = min(count, 2 + math.ceil(max(0, lacking) / search.estimator.frozen))
+    for streamed in {fewest, (fewest + count) // 2} if lacking > 0 else ():
+        yield replace(search, streamed=streamed).best()
 
 
 def _rows(tokens: int, longest: int) -> tuple[int, ...]:
@@ -495,9 +667,9 @@ def _formula(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Ma
 
     def estimate(tokens: int, keeping: _Keeping) -> _Cost:
         tokens = max(tokens, step.longest)
-        kept = tokens * model.token_bytes(size, min(tokens, step.longest), rank, *keeping)
+        kept = tokens * model.token_bytes(size, min(tokens, step.longest), rank, keeping.whole, keeping.gate_up)
         activations = max(loading, math.ceil(kept * (1 + _HOLES)))
-        flops = model.token_flops(adapter, step.mean, _SUPERVISED, *keeping)
+        flops = model.token_flops(adapter, step.mean, _SUPERVISED, keeping.whole, keeping.gate_up)
         return _Cost({**fixed, "activations": activations}, 0, lambda tokens, *_: _Seconds(tokens * flops / rate))
 
     return _Estimator(model.layers, estimate, estimate, has_gate_up=True)
@@ -513,7 +685,7 @@ def _rate(dtype: str, facts: Machine, cores: int) -> float:
 
 
 def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, step: _Step) -> _Estimator:
-    from luthier.model.offload import blocks_name
+    from luthier.model.offload import blocks_name, streamed_bytes
     from luthier.model.trace import between, mixed
 
     ours = setting.kernels != "reference"
@@ -533,18 +705,32 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
 
     def estimate(trace: Callable[[Recompute, int], Trace]) -> _Estimate:
         def cost(tokens: int, keeping: _Keeping) -> _Cost:
-            counts = {"all": keeping.whole, "gate_up": keeping.gate_up, "nothing": blocks - sum(keeping)}
+            rest = blocks - keeping.whole - keeping.gate_up
+            counts = {"all": keeping.whole, "gate_up": keeping.gate_up, "nothing": rest}
             groups = [(trace(cast("Recompute", keeps), tokens), count) for keeps, count in counts.items() if count]
-            return _traced_cost(mixed(groups), setting, facts, share)
+            found = _traced_cost(mixed(groups, keeping.away), setting, facts, share)
+            kept = tuple(trace.figures["saved",] for trace, count in groups for _ in range(count))
+            return found._replace(kept=kept)
 
         return cost
 
     model = _outline(*settings, setting.dtype, setting.kernels, False, capability)
     found = model.module.get_submodule(blocks_name(model.module))
-    blocks, frozen = len(found), sum(p.nbytes for p in found[0].parameters() if not p.requires_grad)
-    values = sum(getattr(layer, "kept_bytes", 0) for layer in found[0].modules()) if ours else 0
+    blocks, on_gpu = len(found), setting.place == "cuda"
+    frozen = streamed_bytes(found[0]) if on_gpu and (not ours or recipe.model.quantize is not None) else 0
+    host_rate = _HOST_RATE[min(9, max(7, _gpu(facts).capability[0]))] if on_gpu else 0.0
+    embedding = _embedding(model) if on_gpu and ours else 0
+    values = sum(linear.kept_bytes for linear in model.decoder.blocks[0].linears) if model.decoder else 0
     why = _unrecorded(config, setting, facts)
-    return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values, why)
+    return _Estimator(
+        blocks, estimate(trace), estimate(line), ours, frozen, values, embedding, host_rate, on_gpu and ours, why
+    )
+
+
+def _embedding(model: CausalModel) -> int:
+    """Bytes of the input embedding, 0 where it is the output head's weight, too."""
+    weight, head = model.module.get_input_embeddings().weight, model.module.get_output_embeddings()
+    return 0 if head is None or head.weight is weight else weight.nbytes
 
 
 def _unrecorded(config: dict[str, Any], setting: Setting, facts: Machine) -> str:
@@ -627,16 +813,18 @@ def _seconds(found: Trace, setting: Setting, facts: Machine) -> Callable[[float,
     else:
         rate, bandwidth = _rate(setting.dtype, facts, setting.threads), _CPU_BANDWIDTH * setting.threads
         edge, launch = 0.0, 0.0
-    busy, unpacking, launches = 0.0, 0.0, 0.0
+    busy, unpacking, launches, forward = 0.0, 0.0, 0.0, 0.0
     for (phase, kind_of), work in found.work.items():
         share = _SUPERVISED if phase == "logits" else 1.0  # the trace supervises every token
         took = share * max(work.flops / rate, work.traffic / bandwidth)
         busy, unpacking = (busy, unpacking + took) if kind_of == "unpacking" else (busy + took, unpacking)
         launches += work.launches
+        forward += took if phase == "activations" and kind_of != "unpacking" else 0.0
 
     def seconds(tokens: float, cuts: float, unpacked: int) -> _Seconds:
         whole = unpacking * (1 - unpacked / found.blocks) + launches * edge
-        return _Seconds(busy * tokens / found.tokens + cuts * whole, cuts * launches * launch)
+        work = busy * tokens / found.tokens + cuts * whole
+        return _Seconds(work, cuts * launches * launch, forward * tokens / found.tokens)
 
     return seconds
 
@@ -673,6 +861,8 @@ def _offers(recipe: Recipe, setting: Setting, longest: int) -> Iterator[tuple[st
         yield "run.engine=local", {"run": {"engine": "local", "processes": "auto"}}
     if recipe.run.recompute != "auto" and recipe.run.recompute is not True:  # 1 is a number of blocks
         yield "run.recompute=true", {"run": {"recompute": True}}
+    if recipe.run.graphs is True:
+        yield "run.graphs=auto", {"run": {"graphs": "auto"}}
     if recipe.run.micro_tokens != "auto" and recipe.run.micro_tokens > longest:
         yield "run.micro_tokens=auto", {"run": {"micro_tokens": "auto"}}
     if recipe.model.quantize is None and not isinstance(recipe.adapter, Full):

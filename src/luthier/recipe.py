@@ -475,7 +475,7 @@ class Run(Section):
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Threads per process."""
     memory: str = "auto"
-    """Memory the run may use, such as `6GiB`; `auto`: what the machine has free."""
+    """Memory the run may use, such as `6GiB`, or a number of bytes; `auto`: what the machine has free."""
     micro_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
     """Tokens of one forward and backward pass; `auto`: as planned from `memory`."""
     recompute: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
@@ -486,18 +486,29 @@ class Run(Section):
     where `recompute` is auto too, else none."""
     offload: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """How many of the model's blocks stay in host memory and stream to the GPU as they are needed."""
+    offload_embedding: Literal["auto"] | bool = "auto"
+    """Leave the input embedding in host memory, where our own block runs and the output head has a weight of its own:
+    a step reads a few of its rows. `auto`: where the memory makes a step faster."""
+    offload_activations: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Of how many blocks what is kept for the backward pass waits in host memory, where our own block runs on a GPU;
+    `auto`: where that makes a step faster, and of so many that copying takes no longer than computing."""
     unpacked: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Of how many of the model's 4-bit blocks the values are kept beside, not unpacked each time, where our own block
     runs; `auto`: as many as half of the room that is left holds on a GPU, none on a CPU."""
     graphs: Literal["auto"] | bool = "auto"
-    """Record a micro-batch's launches on a GPU and replay them, where our own block runs: true, wherever the memory is
-    enough; `auto`: where launching takes the host longer than the work takes the GPU."""
+    """Record a micro-batch's launches on a GPU and replay them, where our own block runs: true, always, in
+    micro-batches that leave memory for it; `auto`: where the run takes less time so, and the memory is there."""
     kernels: Literal["auto", "reference", "eager", "compiled"] = "auto"
     """`reference`: the transformers module; `eager`: our block; `compiled`: our block with a C++ compiler's help."""
     log_every: int = Field(1, ge=1)
     save: Save = Save()
     track: list[str] = []
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, or `module:attribute`."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, memory: Any) -> Any:
+        return str(memory) if type(memory) is int else memory
 
 
 class Recipe(Section):

@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,6 +181,7 @@ def test_recomputing_keeps_less() -> None:
 
 
 LLAMA = TINY | {"model_type": "llama", "hidden_act": "silu"}
+ON_THE_GPU = ("run.offload=0", "run.offload_embedding=false", "run.offload_activations=0")
 
 
 def test_a_step_is_the_faster_the_more_memory_it_may_use_and_never_uses_more() -> None:
@@ -200,7 +203,7 @@ def test_a_step_is_cut_where_that_costs_less_than_to_recompute() -> None:
 
     def made(memory: int, *more: str) -> Plan:
         changes = ["train.samples_per_step=64", "run.unpacked=0", "run.graphs=false", "model.quantize={kind: nf4}"]
-        return traced(*changes, *more, f"run.memory='{memory}'", config=wide, vram=99 * GIB, kernels="compiled")
+        return traced(*changes, *ON_THE_GPU, *more, f"run.memory='{memory}'", config=wide, vram=99 * GIB, kernels="compiled")
 
     whole = made(99 * GIB)
     assert (whole.micro_tokens, keeping(whole)) == (64 * 256, (False, 0))
@@ -212,28 +215,68 @@ def test_a_step_is_cut_where_that_costs_less_than_to_recompute() -> None:
     assert whole.seconds_per_step < cut.seconds_per_step < again.seconds_per_step
 
 
+WIDE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+
+
+def recording(*overrides: str, config: dict[str, Any] = LLAMA, mean: float | None = None, **known: Any) -> Plan:
+    """As `traced`, of our block, where more is known of the data."""
+    gpu = replace(named_gpu("RTX 4090"), total=99 * GIB, free=99 * GIB)
+    recipe = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}], length: 256}\n", *overrides)
+    setting = Setting("cuda", "bfloat16", "compiled", **known)
+    return plan(recipe, config, setting, replace(MACHINE, gpus=(gpu,)), mean_length=mean)
+
+
 def test_launches_are_recorded_where_they_take_longer_than_the_work() -> None:
-    wide = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-    large = ["train.samples_per_step=64", "run.recompute=false"]
     small, off = (traced(*more, config=LLAMA, kernels="compiled") for more in ([], ["run.graphs=false"]))
     assert (small.graphs, off.graphs) == (True, False)
     assert "launches take the host" in small.why["graphs"]
     assert small.peak_bytes == off.peak_bytes + small.parts["graphs"]
     assert small.parts["graphs"] > off.parts["activations"]
     assert small.seconds_per_step < off.seconds_per_step / 2
-    kept = traced(*large, config=wide, vram=99 * GIB, kernels="compiled")
-    assert not kept.graphs
-    assert traced(*large, "run.graphs=true", config=wide, vram=99 * GIB, kernels="compiled").graphs
+    assert (small.graph_price > 0, off.graph_price) == (True, 0)
+    large = ["train.samples_per_step=64", "run.recompute=false"]
+    kept, asked = (recording(*large, *more, config=WIDE) for more in ([], ["run.graphs=true"]))
+    assert (kept.graphs, kept.graph_price) == (False, 0)
+    assert asked.graphs
+    assert asked.seconds_per_step == pytest.approx(kept.seconds_per_step, rel=0.1)
+
+
+def test_what_the_driver_takes_for_graphs_is_in_the_peak_and_not_in_what_torch_can_measure() -> None:
+    small, off = (traced(*more, config=LLAMA, kernels="compiled") for more in ([], ["run.graphs=false"]))
+    outside = [plan.peak_bytes - plan.measurable_bytes for plan in (small, off)]
+    assert 0 < outside[0] - outside[1] < small.parts["graphs"]
+
+
+def test_it_is_the_typical_micro_batch_that_decides_whether_launches_are_recorded() -> None:
+    typical = [recording("train.samples_per_step=16", config=WIDE, mean=mean).graphs for mean in (20.0, 256.0)]
+    assert typical == [True, False]
+
+
+def test_launches_of_a_run_are_recorded_where_it_is_long_enough_to_pay_for_it() -> None:
+    assert [recording(steps=steps).graphs for steps in (1, 3, 100)] == [False, False, True]
 
 
 def test_launches_are_not_recorded_where_the_memory_for_it_is_not_there() -> None:
     none = traced("run.graphs=false", config=LLAMA, kernels="compiled")
-    tight = traced(
-        f"run.memory='{none.peak_bytes}'", "run.graphs=true", "run.recompute=false", config=LLAMA, kernels="compiled"
-    )
+    tight = traced(f"run.memory='{none.peak_bytes}'", "run.recompute=false", config=LLAMA, kernels="compiled")
     assert tight.fits
     assert not tight.graphs
     assert "GiB for them are not there" in tight.why["graphs"]
+
+
+def test_recorded_as_the_recipe_says_a_step_is_cut_until_graphs_fit_or_does_not_fit() -> None:
+    sizes = ["train.samples_per_step=64", "run.recompute=false"]
+    whole, auto = (recording(*sizes, *more, config=WIDE) for more in (["run.graphs=true"], []))
+    assert auto.peak_bytes < whole.peak_bytes
+    budget = f"run.memory='{(auto.peak_bytes + whole.peak_bytes) // 2}'"
+    found = recording(*sizes, budget, "run.graphs=true", config=WIDE)
+    assert recording(*sizes, budget, config=WIDE).micro_tokens == whole.micro_tokens == 64 * 256
+    assert (found.fits, found.graphs) == (True, True)
+    assert 256 < found.micro_tokens < whole.micro_tokens
+    least = recording("run.micro_tokens=256", "run.recompute=true", "run.graphs=false", config=WIDE)
+    none = recording(*sizes[:1], f"run.memory='{least.peak_bytes}'", "run.graphs=true", config=WIDE)
+    assert (none.fits, none.graphs) == (False, True)
+    assert any(said.startswith("run.graphs=auto") and "fits" in said for said in none.advice)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +289,17 @@ def test_launches_are_not_recorded_where_the_memory_for_it_is_not_there() -> Non
     ids=str,
 )
 def test_launches_that_depend_on_the_rows_are_not_recorded(changes: dict[str, Any], kernels: Kernels, why: str) -> None:
-    made = traced("run.graphs=true", config=LLAMA | changes, kernels=kernels)
+    made = traced(config=LLAMA | changes, kernels=kernels)
     assert (made.graphs, "graphs" in made.parts) == (False, False)
     assert why in made.why["graphs"]
+    with pytest.raises(RecipeError, match=rf"run.graphs: true: .*cannot be recorded: .*{re.escape(why)}"):
+        traced("run.graphs=true", config=LLAMA | changes, kernels=kernels)
+
+
+def test_what_comes_from_host_memory_is_not_recorded() -> None:
+    for streamed in ("run.offload=2", "run.offload_activations=2"):
+        with pytest.raises(RecipeError, match="what comes from host memory"):
+            recording("run.graphs=true", "model.quantize={kind: nf4}", streamed)
 
 
 def test_values_that_are_kept_save_the_time_to_unpack_them() -> None:
@@ -261,15 +312,18 @@ def test_values_that_are_kept_save_the_time_to_unpack_them() -> None:
     values = 8 * (4 * 2048 * 2048 + 3 * 2048 * 8192)
     # Each value is read as half a byte and written as two, forward and backward, at the rate of a GPU's memory.
     assert saved == pytest.approx(2 * 2.5 * values / (1008e9 * 0.7), rel=0.1)
-    assert none.seconds_per_step - half.seconds_per_step == pytest.approx(saved / 2)
+    assert none.seconds_per_step - half.seconds_per_step == pytest.approx(saved / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("quantize", ["null", "{kind: nf4}"])
 def test_our_block_keeps_less_than_the_module_on_a_gpu(quantize: str) -> None:
     changes = [f"model.quantize={quantize}", "run.recompute=false", "run.micro_tokens=4096"]
-    ours, module = (traced(*changes, config=LLAMA, kernels=kernels) for kernels in ("compiled", "reference"))
-    assert ours.parts["weights"] == module.parts["weights"]
-    assert ours.parts["adapter"] == 1.5 * module.parts["adapter"]  # in the dtype of the products, too
+    sizes = LLAMA | {"hidden_size": 512, "intermediate_size": 1024}
+    ours, module = (traced(*changes, config=sizes, kernels=kernels) for kernels in ("compiled", "reference"))
+    shapes = ((1536, 512), (512, 512), (2048, 512), (512, 1024))
+    around = 8 * sum(2 * 64 * (n + 64 + k) for n, k in shapes)  # where adapters are put: see `merged.py`
+    assert ours.parts["weights"] == module.parts["weights"] + (around if quantize == "null" else 0)
+    assert ours.parts["adapter"] == module.parts["adapter"]
     came = [sum(plan.parts[part] for part in ("activations", "logits", "backward")) for plan in (ours, module)]
     assert came[0] < 0.7 * came[1]
     assert ours.kernels == "compiled"
@@ -279,9 +333,10 @@ def test_values_of_packed_blocks_are_kept_where_half_of_the_room_holds_them() ->
     changes = ["model.quantize={kind: nf4}", "run.micro_tokens=512", "run.recompute=false", "run.graphs=false"]
 
     def made(*more: str, kernels: Kernels = "compiled") -> Plan:
-        return traced(*changes, *more, config=LLAMA, kernels=kernels)
+        return traced(*changes, *ON_THE_GPU, *more, config=LLAMA, kernels=kernels)
 
-    block, none = 2 * (4 * 64 * 64 + 3 * 64 * 128), made("run.unpacked=0")
+    shapes = ((192, 64), (64, 64), (256, 64), (64, 128))  # with room for 64 ranks
+    block, none = sum(2 * (n + 64) * (k + 64) for n, k in shapes), made("run.unpacked=0")
     assert none.unpacked == none.parts["unpacked"] == 0
     roomy = made()
     assert (roomy.unpacked, roomy.parts["unpacked"]) == (8, 8 * block)

@@ -246,15 +246,16 @@ def _prepare(run: Run, again: Run) -> Prepared | None:
 def _circumstances(run: Run) -> dict[str, Any]:
     """What decides a run's result besides its recipe and data files, by name."""
     manifest, decided = run.manifest, run.manifest["decisions"]
-    how = ("place", "dtype", "engine", "processes", "threads", "kernels", "offload", "graphs")
-    kept = (*how, "micro_tokens", "recompute", "recompute_gate_up", "unpacked")
+    how = ("place", "dtype", "engine", "processes", "threads", "kernels", "graphs")
+    where = ("offload", "offload_embedding", "offload_activations")
+    kept = (*how, *where, "micro_tokens", "recompute", "recompute_gate_up", "unpacked")
     facts = {name: manifest.get("machine", {}).get(name) for name in ("cores", "flags", "compiler")}
     facts["gpus"] = [gpu["name"] for gpu in manifest.get("machine", {}).get("gpus", [])]
     base = {name: _settings(run).get(name) for name in ("revision", "weights")}
     return {
         **{f"version of {name}": number for name, number in manifest.get("versions", {}).items()},
         **{f"machine: {name}": fact for name, fact in facts.items()},
-        **{f"decision: {name}": decided.get(name) for name in kept},
+        **{f"decision: {name}": decided.get(name) or None for name in kept},
         **({f"base: {name}": fact for name, fact in base.items()} if _comparison(run) else {}),
         "tokens": _tokens(run),
     }

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from luthier.model.lane import Lane
+
+_CHUNK = 32 << 20  # bytes: torch rounds what it pins up to a power of two
 
 
 class _View(NamedTuple):
@@ -55,8 +57,8 @@ class Parcel:
         self._pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._sizes]
         with self.lane.copying():  # behind all that used this memory before
             for piece, home in zip(self._pieces, self._home, strict=True):
-                if home is not None:
-                    piece.copy_(home, non_blocking=True)
+                for place, chunk in zip(_chunks(piece), home, strict=False):
+                    place.copy_(chunk, non_blocking=True)
         self._mark = self.lane.mark()
 
     def take(self) -> list[Tensor | None]:
@@ -127,9 +129,15 @@ def _made(view: _View, piece: Tensor) -> Tensor:
     return piece.view(view.dtype).as_strided(view.shape, view.strides, view.start)
 
 
-def _to_host(piece: Tensor) -> Any:
-    """A copy, None of what has no data. torch lends pinned memory again when a tensor is gone, and its copies done."""
-    if piece.is_meta:
-        return None
-    home = torch.empty(len(piece), dtype=torch.uint8, pin_memory=piece.is_cuda)
-    return home.copy_(piece, non_blocking=True)
+def _to_host(piece: Tensor) -> list[Tensor]:
+    """A copy in parts; of what has no data none. torch lends pinned memory again when a tensor is gone, and its copies
+    are done."""
+    return [] if piece.is_meta else [_pinned(chunk) for chunk in _chunks(piece)]
+
+
+def _chunks(piece: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(piece, _CHUNK)
+
+
+def _pinned(chunk: Tensor) -> Tensor:
+    return torch.empty(len(chunk), dtype=torch.uint8, pin_memory=chunk.is_cuda).copy_(chunk, non_blocking=True)

@@ -51,6 +51,11 @@ def stream(module: nn.Module, count: int, device: torch.device) -> Streamed:
     return Streamed(list(blocks)[:count], device)
 
 
+def streamed_bytes(block: nn.Module) -> int:
+    """What of a decoder block would stream."""
+    return max((part.end for part in _parts(block)), default=0)
+
+
 def is_streamed(module: nn.Module) -> bool:
     """Whether the module's weights come and go: then they can be read while its block runs, and at no other time."""
     return getattr(module, "streamed", False)

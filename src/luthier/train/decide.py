@@ -41,9 +41,12 @@ class Decisions:
     predicted_peak_bytes: int
     why: dict[str, str]
     offload: int = 0
+    offload_embedding: bool = False
+    offload_activations: int = 0
     recompute_gate_up: int = 0
     unpacked: int = 0
     graphs: bool = False
+    graph_price: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,9 +105,12 @@ def decide(
         kernels=kernels,
         predicted_peak_bytes=planned.measurable_bytes,
         offload=planned.offload,
+        offload_embedding=planned.offload_embedding,
+        offload_activations=planned.offload_activations,
         recompute_gate_up=planned.recompute_gate_up,
         unpacked=planned.unpacked,
         graphs=planned.graphs,
+        graph_price=planned.graph_price,
         why={
             **planned.why,
             "place": place_why,
@@ -149,7 +155,7 @@ def arrange(
         longest, mean = (rows.longest, rows.mean) if rows else (None, None)
         planned = plan(recipe, config, setting, facts, longest=longest, mean_length=mean)
         if not planned.fits and _may_stream(recipe, setting):
-            why = "blocks that do not fit stream from host memory, which ours do not"
+            why = "blocks that do not fit stream from host memory, which ours do with packed weights alone"
             streamed = replace(setting, kernels="reference")
             planned = plan(recipe, config, streamed, facts, longest=longest, mean_length=mean)
         if planned.fits:
@@ -168,8 +174,9 @@ def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | N
 
 
 def _may_stream(recipe: Recipe, setting: Setting) -> bool:
-    """Whether blocks that do not fit may stream from host memory instead, which only the transformers module's do."""
-    free = recipe.run.kernels == recipe.run.offload == "auto"
+    """Whether blocks that do not fit may stream from host memory instead: where weights are not packed, only the
+    transformers module's do."""
+    free = recipe.run.kernels == recipe.run.offload == "auto" and recipe.model.quantize is None
     return setting.place == "cuda" and setting.kernels != "reference" and free
 
 
@@ -224,8 +231,8 @@ def _unblocked(recipe: Recipe, config: dict[str, Any], facts: Machine, place: st
         return "our block does not run this family"
     if why := _beyond_our_block(recipe):
         return f"our block does not compute {why}"
-    if recipe.run.offload not in ("auto", 0):
-        return "our block does not stream from host memory"
+    if recipe.run.offload not in ("auto", 0) and recipe.model.quantize is None:
+        return "our block streams packed weights alone from host memory"
     return _lacking(facts) if place == "cuda" and recipe.run.kernels != "eager" else ""
 
 

@@ -161,9 +161,12 @@ def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = N
         device=torch.device(decisions.place),
         dtype=getattr(torch, decisions.dtype),
         offload=decisions.offload,
+        offload_embedding=decisions.offload_embedding,
+        offload_activations=decisions.offload_activations,
         recompute_gate_up=decisions.recompute_gate_up,
         unpacked=decisions.unpacked,
         graphs=decisions.graphs,
+        graph_price=decisions.graph_price,
         loaded=loaded,
     )
 

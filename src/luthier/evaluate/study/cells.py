@@ -186,7 +186,7 @@ class _Bench:
         gc.collect()  # the model before holds itself in cycles
         release()
         decisions, folder = Decisions(**run.manifest["decisions"]), model_folder(run.recipe.model)
-        if not _leaves_the_base(run.recipe.adapter) or decisions.offload:
+        if not _leaves_the_base(run.recipe.adapter) or decisions.offload or decisions.offload_embedding:
             return model_of(run.recipe, decisions, folder)
         if self._loaded is None:
             self._loaded = _load(run.recipe, decisions, folder)

@@ -295,6 +295,8 @@ def _recipe_of(recipe: Recipe, over: str | None, at: Any, seed: int, folder: Pat
         f"run.recompute_gate_up={decisions.recompute_gate_up}",
         f"run.kernels={decisions.kernels}",
         f"run.offload={decisions.offload}",
+        f"run.offload_embedding={json.dumps(decisions.offload_embedding)}",
+        f"run.offload_activations={decisions.offload_activations}",
         f"run.unpacked={decisions.unpacked}",
         f"run.graphs={json.dumps(decisions.graphs)}",
     ]
