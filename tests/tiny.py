@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,17 @@ def run(folder: Path, *overrides: str) -> Run:
         run: {{dir: {folder / "run"}, memory: 4GiB, kernels: reference, engine: local, threads: 1}}
     """
     return Run.create(Recipe.parse(tree, *overrides), root=folder)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Inside, no file can be written beyond `size` bytes: what a full disk does, and needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def recipe(*overrides: str) -> Recipe:

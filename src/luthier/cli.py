@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shlex
@@ -192,20 +191,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"luthier: interrupted{kept}", file=sys.stderr)
         return 130
     except OSError as error:
-        return _no_room(error, args)
+        return _refused(error, args)
 
 
-def _no_room(error: OSError, args: argparse.Namespace) -> int:
+def _refused(error: OSError, args: argparse.Namespace) -> int:
     """The exit code of a verb that the disk, or a reader of its output, took nothing more from."""
+    from luthier.runs import refusal
+
     if isinstance(error, BrokenPipeError):
         # The reader (head, less) has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if args.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if args.traceback or (told := refusal(error)) is None:
         raise error
-    fix = "make room, or write elsewhere (run.dir=…); the same command goes on from what is whole"
-    print(f"luthier: the disk takes no more ({error.strerror}); {fix}", file=sys.stderr)
-    return 1
+    print(f"luthier: {told}", file=sys.stderr)
+    return told.exit_code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,9 +13,11 @@ report.html      the page for people
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -33,20 +35,56 @@ _PACKAGES = (
     "nvidia-cudnn-frontend",  # computes attention where it is installed
 )
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+
 # What prepared data depends on: sources and their treatment, the tokenizer, and the seed of the split.
 _PREPARED_BY = ("data.", "model.base", "model.revision", "adapter.new_tokens", "train.seed")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replaces `path` by `content` in one step: written aside, fsynced, renamed, and the folder fsynced."""
+    """Replaces `path` by `content` in one step: written aside, fsynced, renamed, and the folder fsynced. An OSError
+    names `path` and leaves nothing beside it."""
     data = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file names `path`: a write that finds no room does not say where it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def refusal(error: OSError) -> RunError | None:
+    """What to tell a person of an error of the disk; None where it is none."""
+    fix = "the same command then goes on from what is whole"
+    if error.errno in _FULL:
+        what, fix = f"the disk takes no more ({error.strerror})", f"make room, or write elsewhere (run.dir=…); {fix}"
+    elif error.errno in _REFUSED and error.filename:
+        what, fix = f"cannot be read or written ({error.strerror})", f"give access to it, or write elsewhere; {fix}"
+    else:
+        return None
+    return RunError(what, where=str(error.filename or ""), fix=fix)
+
+
+def vacant(folder: Path) -> bool:
+    """Whether nothing lies in it but what a killed `write_atomic` left."""
+    return all(re.fullmatch(r"\..+\.\d+\.tmp", path.name) for path in folder.iterdir())
 
 
 def sync_folder(folder: Path) -> None:
@@ -110,14 +148,14 @@ class Run:
             return run
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
+            if not vacant(folder):
                 raise RunError("is not empty and is not a run", where=str(folder), fix="set run.dir to a new folder")
             write_atomic(folder / "recipe.yaml", recipe.dump())
         except OSError as error:
             raise RunError(
                 f"cannot be written ({error.strerror})", where=str(folder), fix="set run.dir to another folder"
             ) from error
-        run._write_first_manifest(root)
+        run.write_first_manifest(root)
         return run
 
     @classmethod
@@ -158,7 +196,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.adapter / "adapter_model.safetensors").exists()
+        return (self.adapter / "adapter_config.json").exists()  # the last of its files to be written
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -176,10 +214,11 @@ class Run:
                     where=str(self.folder),
                     fix="wait for it, or set run.dir to another folder",
                 ) from error
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with naming(path):
+                file.seek(0)
+                file.truncate()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield
 
     @property
@@ -202,13 +241,16 @@ class Run:
         if changed:
             with self.lock():
                 write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
-                self._write_first_manifest(root)
+                self.write_first_manifest(root)
                 if stale:
                     (self.data / "report.json").unlink()  # so that the data is prepared again
         elif there != self.recipe:
             write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
+        if not self.manifest:  # a start that ended between the two
+            self.write_first_manifest(root)
 
-    def _write_first_manifest(self, root: Path | None) -> None:
+    def write_first_manifest(self, root: Path | None) -> None:
+        """Begins manifest.json. `root` is what relative data paths count from."""
         manifest = {
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),

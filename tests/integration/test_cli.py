@@ -251,7 +251,7 @@ def test_a_full_disk_is_said_in_a_line(desk: Path) -> None:
     verb = "from luthier.cli import main\nsys.exit(main(['data', 'full.yaml', 'run.dir=full']))"
     done = subprocess.run([sys.executable, "-c", limit + verb], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("luthier: the disk takes no more (File too large); make room")
+    assert done.stderr.startswith("luthier: full/data: the disk takes no more (File too large); make room")
     assert luthier("data", "full.yaml", "run.dir=full", "--json").code == 0
 
 

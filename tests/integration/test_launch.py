@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from transformers import LlamaForCausalLM
 import tiny
 from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
-from luthier.errors import AdapterError, ModelError, RecipeError, RunError, Stopped
-from luthier.runs import Run
+from luthier.errors import AdapterError, LuthierError, ModelError, RecipeError, RunError, Stopped
+from luthier.runs import Run, refusal
+from luthier.train.group import rebuilt
 from luthier.train.launch import decisions_of, is_same, prepare_data, train
 
 HERE = Path(__file__)
@@ -214,3 +217,49 @@ def test_a_start_that_failed_leaves_the_folder_to_the_corrected_recipe(tmp_path:
     )
     with pytest.raises(RunError, match="another recipe"):
         tiny.run(tmp_path, "adapter.targets=[k_proj]", "train.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [(400, "."), (2_100, "data"), (1_500, "metrics.jsonl"), (3_000, "checkpoints"), (30_000, "checkpoints")],
+)
+def test_a_disk_that_fills_up_is_named_and_with_room_again_the_run_ends_as_if_it_never_had(
+    tmp_path: Path, size: int, named: str, local: tuple[Run, dict[str, Any]]
+) -> None:
+    every = ["run.save.every=100", "evaluate.every=100"] if named == "metrics.jsonl" else ["run.save.every=2"]
+    tiny.sums(tmp_path / "sums.jsonl")
+    tiny.base(tmp_path / "base")
+    if named in ("metrics.jsonl", "checkpoints"):
+        run = tiny.run(tmp_path, *every)
+        decisions_of(run, prepare_data(run))
+    with tiny.full_disk(size), pytest.raises((LuthierError, OSError)) as raised:
+        train(tiny.run(tmp_path, *every))
+    told = refusal(raised.value) if isinstance(raised.value, OSError) else raised.value
+    assert isinstance(told, LuthierError)
+    assert (Path(told.where), "File too large" in told.what) == (tmp_path / "run" / named, True)
+    assert "the same command" in told.fix or told.fix == "set run.dir to another folder"
+    assert not list(tmp_path.rglob("*.tmp"))
+    train(run := tiny.run(tmp_path, *every))
+    assert losses(run) == losses(local[0])
+    weights = [one.adapter / "adapter_model.safetensors" for one in (run, local[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_process_that_finds_the_disk_full_says_so_itself() -> None:
+    work = "lambda emit: open('/dev/full', 'wb', buffering=0).write(b'x')"
+    told = "from luthier.runs import naming\nfrom luthier.train.group import report\nimport sys\n"
+    code = f"{told}def work(emit):\n  with naming('there'): ({work})(emit)\nsys.exit(report(work))"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    error = rebuilt(json.loads(worker.stdout.readline()))
+    worker.communicate()  # closes its stdin, without which it would end at once
+    assert (worker.returncode, type(error)) == (1, RunError)
+    assert str(error).startswith("there: the disk takes no more (No space left on device); make room")
+
+
+def test_an_adapter_is_there_once_all_of_its_files_are(tmp_path: Path, local: tuple[Run, dict[str, Any]]) -> None:
+    shutil.copytree(local[0].folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert run.finished
+    (run.adapter / files.CONFIG).unlink()
+    assert not run.finished

@@ -109,6 +109,18 @@ def test_a_row_that_is_longer_than_the_model_reads_is_named_and_the_others_answe
     assert [row["line"] for row in read(tmp_path / "out.jsonl")] == [1, 3]
 
 
+def test_a_full_disk_is_told_by_what_it_keeps_from_being_written(run: Run, tmp_path: Path) -> None:
+    rows = lines(tmp_path / "rows.jsonl", *({"prompt": f"what is {n} plus 1", "more": 900 * "x"} for n in range(9)))
+    with tiny.full_disk(100), pytest.raises(OSError, match="too large") as raised:
+        predict(run, rows, tmp_path / "out.jsonl")
+    assert raised.value.filename == str(run.results / "predict")
+    assert predict(run, rows, tmp_path / "out.jsonl")["answered"] == 9
+    with tiny.full_disk(5_000), pytest.raises(OSError, match="too large") as raised:
+        predict(run, rows, tmp_path / "again.jsonl")
+    assert raised.value.filename == str(tmp_path / "again.jsonl")
+    assert not list(tmp_path.glob("*again*"))
+
+
 def test_the_rows_themselves_are_never_overwritten(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = lines(tmp_path / "rows.jsonl", {"prompt": "what is one"})
     before = rows.read_bytes()

@@ -1,13 +1,15 @@
 import json
 import multiprocessing
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from luthier.errors import RunError
 from luthier.recipe import Recipe
-from luthier.runs import Run, write_atomic
+from luthier.runs import Run, refusal, vacant, write_atomic
 
 TEXT = "model: {{base: b}}\ndata: {{train: [{{path: a}}]}}\nrun: {{dir: '{}'}}\n"
 
@@ -33,7 +35,7 @@ def checkpoint(run: Run) -> None:
 
 def adapter(run: Run) -> None:
     run.adapter.mkdir()
-    (run.adapter / "adapter_model.safetensors").touch()
+    (run.adapter / "adapter_config.json").touch()
 
 
 @pytest.mark.parametrize("begin", [step, checkpoint, adapter])
@@ -139,3 +141,47 @@ def test_an_atomic_write_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.json", b"{}")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_bytes() == b"{}"
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Inside, no file can be written beyond 8 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_finds_no_room_names_its_file_keeps_what_was_there_and_leaves_nothing_beside(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, b"whole")
+    with full_disk(), pytest.raises(OSError, match="too large") as raised:
+        write_atomic(path, b"longer than eight bytes")
+    told = refusal(raised.value)
+    assert str(told).startswith(f"{path}: the disk takes no more (File too large); make room, or write elsewhere")
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"whole", [path])
+    assert refusal(OSError("of a library")) is None
+
+
+@pytest.mark.parametrize("left", [["recipe.yaml"], [".recipe.yaml.123.tmp"], ["recipe.yaml", ".manifest.json.77.tmp"]])
+def test_a_start_that_ended_before_its_manifest_was_there_is_made_again(recipe: Recipe, left: list[str]) -> None:
+    """By a full disk or a kill. The manifest knows where the data's paths count from."""
+    run = Run.create(recipe, root=Path("/somewhere"))
+    (run.folder / "manifest.json").unlink()
+    (run.folder / "recipe.yaml").rename(run.folder / left[0])
+    for name in left[1:]:
+        (run.folder / name).touch()
+    assert Run.create(recipe, root=Path("/somewhere")).root == Path("/somewhere")
+
+
+def test_only_what_we_leave_ourselves_is_taken_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.yaml.12.tmp").touch()
+    assert vacant(tmp_path)
+    for name in ("notes.tmp", ".hidden", ".recipe.yaml.tmp", "recipe.yaml.12.tmp"):
+        (tmp_path / name).touch()
+        assert not vacant(tmp_path)
+        (tmp_path / name).unlink()

@@ -23,7 +23,7 @@ from luthier.evaluate.asking.workers import Job, done, turns
 from luthier.evaluate.metrics import Answer, Metric, resolved
 from luthier.evaluate.metrics.choice import parse_choice
 from luthier.evaluate.terminal import Bar, progress
-from luthier.runs import Run, read_json, sync_folder
+from luthier.runs import Run, naming, read_json, sync_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -172,7 +172,7 @@ def _answered(asked: Sequence[Asked], run: Run, side: Opened, bar: Bar) -> Itera
     needs = {"text", *(metric.needs for metric in metrics.values() if any(q.choices for q in questions))}
     folder = run.results / "predict"
     folder.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".questions") as kept:
+    with naming(folder), NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".questions") as kept:
         kept.writelines(json.dumps(to_json(question)) + "\n" for question in questions)
         kept.flush()
         job = Job(str(run.folder), str(folder), (side.entry,), questions=kept.name, needs=tuple(sorted(needs)))
@@ -220,14 +220,16 @@ def _whole(out: Path) -> Iterator[TextIO]:
     """A file to write that becomes `out` when the block ends well."""
     part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        file = part.open("w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise UsageError(f"cannot be written ({error.strerror})", where=str(out), fix="give another --out") from error
+    try:
+        with naming(out), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(out)
         sync_folder(out.parent)
-    except OSError as error:
-        raise UsageError(f"cannot be written ({error.strerror})", where=str(out), fix="give another --out") from error
     finally:
         part.unlink(missing_ok=True)
 

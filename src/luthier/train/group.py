@@ -20,6 +20,7 @@ from typing import Any
 
 from luthier import errors
 from luthier.errors import LuthierError, RunError
+from luthier.runs import refusal
 from luthier.train.interrupt import Interrupt, stopped
 
 Event = dict[str, Any]
@@ -153,10 +154,13 @@ def report(work: Callable[[Progress], Event | None]) -> int:
 
     try:
         result = work(emit)
-    except LuthierError as error:
-        described = {"what": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
-        emit({"event": "error", "kind": type(error).__name__, **described})
-        return error.exit_code
+    except (LuthierError, OSError) as error:
+        told = refusal(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        described = {"what": told.what, "where": told.where, "fix": told.fix, "exit_code": told.exit_code}
+        emit({"event": "error", "kind": type(told).__name__, **described})
+        return told.exit_code
     except KeyboardInterrupt:  # passed on by the parent, where nothing is under way that has to be finished
         return 130
     if result is not None:

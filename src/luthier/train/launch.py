@@ -25,7 +25,7 @@ from luthier.model.place import wake
 from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.recipe import Run as Settings
-from luthier.runs import Run, read_json
+from luthier.runs import Run, naming, read_json
 from luthier.train.decide import Decisions, Rows, decide, halved, planned
 from luthier.train.group import Progress, group, quiet_threads
 from luthier.train.interrupt import Interrupt
@@ -78,14 +78,15 @@ def prepare_data(run: Run, say: Callable[[str], None] | None = None) -> Prepared
         say(f"{changed} changed since the data was prepared: preparing it again")
         run.update_manifest(asked=None)  # other rows, other decisions
     recipe = run.recipe
-    return prepare(
-        recipe.data,
-        tokenizer,
-        seed=recipe.split_seed,
-        folder=run.data,
-        root=run.root,
-        keep=recipe.evaluate.slices,
-    )
+    with naming(run.data):
+        return prepare(
+            recipe.data,
+            tokenizer,
+            seed=recipe.split_seed,
+            folder=run.data,
+            root=run.root,
+            keep=recipe.evaluate.slices,
+        )
 
 
 def decisions_of(run: Run, prepared: Prepared) -> Decisions:

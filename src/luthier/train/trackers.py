@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from luthier.errors import LuthierError, RecipeError
 from luthier.registry import Registry
-from luthier.runs import write_atomic
+from luthier.runs import naming, write_atomic
 
 Record = dict[str, Any]
 
@@ -43,7 +43,7 @@ class Journal:
         self.path = path
 
     def log(self, record: Record) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def sync(self) -> None:

@@ -23,7 +23,7 @@ from luthier.model.finite import blaming_weights
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
 from luthier.model.place import check_place
 from luthier.recipe import Recipe
-from luthier.runs import Run, sync_folder
+from luthier.runs import Run, naming, sync_folder
 from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
 from luthier.train.group import report
@@ -90,13 +90,14 @@ def work(
     if engine.rank == 0:
         if getattr(run.recipe.adapter, "new_tokens", None):
             prepared.encoder.tokenizer.save(run.adapter)  # first: an adapter is there once its config is
-        files.save(
-            trainer.adapter,
-            run.adapter,
-            base=run.recipe.model.base,
-            revision=loaded_revision(folder) or run.recipe.model.revision,
-            extra={"template": json.loads((run.data / "template.json").read_text(encoding="utf-8"))},
-        )
+        with naming(run.adapter):
+            files.save(
+                trainer.adapter,
+                run.adapter,
+                base=run.recipe.model.base,
+                revision=loaded_revision(folder) or run.recipe.model.revision,
+                extra={"template": json.loads((run.data / "template.json").read_text(encoding="utf-8"))},
+            )
         sync_folder(run.adapter)
     return _result(run, decisions, trainer, steps)
 

@@ -21,7 +21,7 @@ from luthier.data.packing import micro_batches
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
 from luthier.evaluate.asking.suite import answerable, answered, digest
 from luthier.evaluate.metrics import Answer
-from luthier.runs import Run
+from luthier.runs import Run, naming
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +230,7 @@ class Memo:
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         """The file, at its start to read and at its end to write, for this process alone."""
-        with self.path.open("a+b") as file:
+        with naming(self.path), self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             yield file

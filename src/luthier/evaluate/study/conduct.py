@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from luthier.evaluate.study.findings import Cell, Findings, find
 from luthier.machine import Machine, machine
 from luthier.plan import budget
 from luthier.recipe import Recipe
-from luthier.runs import Run, read_json, versions, write_json
+from luthier.runs import Run, read_json, vacant, versions, write_json
 from luthier.train.decide import Decisions, Rows, decide, halved
 from luthier.train.group import Progress, group
 from luthier.train.interrupt import Interrupt
@@ -148,14 +147,14 @@ def _opened(recipe: Recipe, asked: Wanted, folder: Path, root: Path | None) -> R
     whole = Run(folder, recipe)
     if (folder / "study.json").exists():
         _refuse_another(recipe, asked, folder)
-        return whole
-    if folder.exists() and any(folder.iterdir()):
-        fix = "set run.dir to a new folder"
-        raise RunError("is not empty and is not a study", where=str(folder), fix=fix)
-    folder.mkdir(parents=True, exist_ok=True)
-    created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    whole.update_manifest(created=created, versions=versions(), root=str((root or Path()).resolve()), command=sys.argv)
-    write_json(folder / "study.json", {"recipe": recipe.learned(), "over": asked.over, "cells": [], "decided": {}})
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not vacant(folder):
+            fix = "set run.dir to a new folder"
+            raise RunError("is not empty and is not a study", where=str(folder), fix=fix)
+        write_json(folder / "study.json", {"recipe": recipe.learned(), "over": asked.over, "cells": [], "decided": {}})
+    if not whole.manifest:
+        whole.write_first_manifest(root)
     return whole
 
 
