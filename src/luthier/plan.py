@@ -465,12 +465,15 @@ class _Search:
             return _Graphs("as the recipe says")
         if self.estimator.unrecorded:
             return _Graphs(self.estimator.unrecorded)
-        cuts, unpacked = self.step.cuts(tokens), self.unpacked(left)
-        seconds, taken = cost.seconds(self.step.tokens, cuts, unpacked), self.taken(cost, tokens)
-        times = f"a step's launches take the host {seconds.launches:.2g} s, its work takes the GPU {seconds.work:.2g} s"
+        cuts, taken = self.step.cuts(tokens), self.taken(cost, tokens)
+        # Without them more blocks' values may be kept.
+        plain, beside = (
+            cost.seconds(self.step.tokens, cuts, self.unpacked(room)) for room in (left, left - taken.bytes)
+        )
+        times = f"a step's launches take the host {plain.launches:.2g} s, its work takes the GPU {plain.work:.2g} s"
         if self.run.graphs is True:
             return taken._replace(why="as the recipe says")
-        if self.recorded(seconds, cuts)[0] > _WORTH * seconds.launched:
+        if self.recorded(beside, cuts)[0] > _WORTH * plain.launched:
             return _Graphs(times)
         if taken.bytes > left:
             return _Graphs(f"{times}, but {taken.bytes / GIB:.1f} GiB for them are not there")
