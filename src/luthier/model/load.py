@@ -193,11 +193,13 @@ def skeleton(config: Any, model: recipe.Model, dtype: torch.dtype, attention: st
     import torch
     from transformers import AutoModelForCausalLM
 
+    from luthier.model.unfilled import Unfilled
+
     make: Any = partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
     refused: Exception = ValueError(f"no attention is called {attention}")
     for name in _attentions(attention):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Unfilled():
                 empty = make(attn_implementation=name, trust_remote_code=model.trust_remote_code)
         except (ValueError, KeyError, ImportError) as error:
             refused = error
