@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import fused, reference
+from luthier.kernels import fused, reference, varlen_backward
 from luthier.kernels.ends import Ends
+from luthier.kernels.pointwise import EAGER
 from luthier.kernels.varlen import takes, varlen_attention
-from luthier.model.heads import Heads, RowAttention, Segments
+from luthier.model.heads import Heads, RowAttention, Segments, TileAttention
 
 pytestmark = pytest.mark.gpu
 # Of the whole tensor's norm. Probabilities and products are rounded once each, to 8 bits (bf16) or 11 (fp16).
@@ -84,6 +85,41 @@ def test_queries_are_the_last_of_more_keys(heads: tuple[int, int]) -> None:
         seen = torch.ones(b - a, d - c, dtype=torch.bool, device="cuda").tril(d - c - (b - a))
         wanted = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=0.1, enable_gqa=True)
         assert error(made[a:b], wanted[0].transpose(0, 1)) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(queries=6, keys=2, size=64, scale=0.1),
+        Heads(queries=8, keys=2, size=128, scale=0.1),
+        Heads(queries=4, keys=4, size=16, scale=0.2),
+        Heads(queries=4, keys=1, size=80, scale=0.1),
+        Heads(queries=6, keys=2, size=64, scale=0.1, neighbours=True),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_layer_s_heads_are_turned_and_attend_as_on_a_cpu(
+    heads: Heads, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen_backward, "FEW", 1 << 30 if apart else 0)
+    generator, bounds = torch.Generator().manual_seed(heads.size), (0, *accumulate(LENGTHS))
+    y, do, angles = (
+        torch.randn(bounds[-1], n, generator=generator)
+        for n in (heads.width, heads.queries * heads.size, heads.size // 2)
+    )
+    y, do, cos, sin = (x.bfloat16() for x in (y, do, angles.cos(), angles.sin()))
+    twin, segments = TileAttention(heads, EAGER), Segments(cos.float(), sin.float(), bounds, 0)
+    wanted, saved = twin.forward(y.float(), segments)
+    wanted_dy = twin.backward(do.float(), wanted, saved, segments)
+    mine, segments = RowAttention(heads, fused.parts()), Segments(cos.cuda(), sin.cuda(), bounds, 0)
+    made, saved = mine.forward(y.cuda(), segments)
+    assert error(made, wanted.cuda()) <= TOLERANCE[y.dtype]
+    for one, other in zip(
+        heads.split(mine.backward(do.cuda(), made, saved, segments)), heads.split(wanted_dy), strict=True
+    ):
+        assert error(one, other.cuda()) <= 2 * TOLERANCE[y.dtype]  # turned heads are rounded, too
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "phi", "qwen2_moe", "falcon", "deepseek_v3"])

@@ -10,7 +10,7 @@ import torch
 from luthier.kernels import cudnn, fused, spare, varlen_backward
 from luthier.kernels.cudnn import Machine, way
 from luthier.kernels.ends import Ends
-from luthier.kernels.place import planned_for
+from luthier.kernels.place import noticing, planned_for
 from luthier.kernels.varlen import varlen_attention
 from luthier.model.heads import Heads, RowAttention, Segments
 from luthier.model.trace import Meter
@@ -141,3 +141,30 @@ def test_whoever_computes_it_leaves_room_behind_the_rows(capability: tuple[int, 
     assert dy.shape == y.shape
     assert spare.has(o, 16)
     assert spare.has(dy, 24)
+
+
+@pytest.mark.parametrize(
+    ("capability", "pairs", "neighbours", "size", "wanted"),
+    [
+        ((9, 0), 32, False, 64, 0),  # the gradient's own kernels turn it back
+        ((9, 0), 32, True, 64, 1),
+        ((9, 0), 16, False, 64, 1),  # a part of the head
+        ((9, 0), 40, False, 80, 1),
+        ((9, 0), 0, False, 64, 0),
+        ((8, 0), 32, False, 64, 1),
+    ],
+)
+def test_gradients_are_turned_back_once(
+    capability: tuple[int, int], pairs: int, neighbours: bool, size: int, wanted: int
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    heads = Heads(queries=8, keys=2, size=size, scale=0.1, neighbours=neighbours)
+    segments = Segments(*torch.empty(2, 512, pairs, device="meta"), (0, 400, 512), 0)
+    y = torch.empty(512, heads.width, dtype=torch.bfloat16, device="meta")
+    attention, launched = RowAttention(heads, fused.parts()), list[str]()
+    with planned_for(capability), noticing(lambda kernel, _: launched.append(kernel)):
+        o, saved = attention.forward(y, segments)
+        assert launched == ["turn"] * (pairs > 0)
+        launched.clear()
+        attention.backward(torch.empty_like(o), o, saved, segments)
+    assert launched == ["turn"] * wanted
