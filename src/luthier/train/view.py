@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from luthier.machine import GIB
 from luthier.registry import counted
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-
-_GIB = 1024**3
 
 
 @contextmanager
@@ -112,7 +111,7 @@ class _Bar:
 
 
 def _figures(step: Event) -> str:
-    return f"loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s  {step['peak_bytes'] / _GIB:.1f} GiB"
+    return f"loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s  {step['peak_bytes'] / GIB:.1f} GiB"
 
 
 def _remark(event: Event) -> str | None:
@@ -127,7 +126,7 @@ def _remark(event: Event) -> str | None:
             graphs = f"; recorded as CUDA graphs ({why['graphs']})" if event.get("graphs") else ""
             return f"{who} ({why['engine']}); {how}{graphs}"
         case "rehearsal":
-            took, planned = event["peak_bytes"] / _GIB, event["predicted_peak_bytes"] / _GIB
+            took, planned = event["peak_bytes"] / GIB, event["predicted_peak_bytes"] / GIB
             return f"the worst step takes {took:.2f} GiB; {planned:.2f} were planned"
         case "sample":
             return f"  asked: {_short(event['prompt'])}\n  said:  {_short(event['answer'])}"
