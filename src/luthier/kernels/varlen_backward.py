@@ -46,9 +46,9 @@ class How(NamedTuple):
     apart: bool = False  # each query head has programs of its own for the keys it shares, and what they find is summed
 
 
-QUERIES, KEYS = Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)
-QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)  # for heads of 64 values and less
-FEW = 396  # programs of whole groups: three for each multiprocessor; where there are fewer, each head has its own
+QUERIES, KEYS = Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)  # measured: tests/gpu/cudnn_costs.py
+QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)  # for heads of 64 values and less
+FEW = 264  # programs of whole groups: two for each multiprocessor; where there are fewer, each head has its own
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
