@@ -81,7 +81,7 @@ class Around:
 
     def expect(self, coming: Any) -> None: ...
 
-    def keep_less(self) -> bool:
+    def keep_less(self, free: Any) -> bool:
         return False
 
 

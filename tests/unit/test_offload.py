@@ -20,6 +20,7 @@ from luthier.model.lane import Lane
 from luthier.model.quantize import quantize_module
 from luthier.model.recompute import recomputing
 from luthier.recipe import FourBit
+from luthier.train.memory import left_open
 
 IDS = torch.arange(1, 21)[None]
 BLOCKS = 4
@@ -220,6 +221,46 @@ def test_parts_of_one_piece_of_memory_come_back_as_parts_of_one() -> None:
     assert torch.equal(torch.cat([wide, narrow], 1), whole)
     assert torch.equal(other, torch.arange(3))
     assert wide.untyped_storage()._cdata == narrow.untyped_storage()._cdata != whole.untyped_storage()._cdata
+
+
+def test_where_memory_is_short_unpacked_values_go_first_and_no_bit_changes() -> None:
+    expected, model = learned(ours()), ours(unpacked=BLOCKS)
+    assert same(learned(model), expected)
+    assert model.decoder is not None
+    for _ in range(BLOCKS):
+        assert model.keep_less()
+        assert {block.recompute for block in model.decoder.blocks} == {"nothing"}
+        assert same(learned(model), expected)
+    assert not any(linear.kept for block in model.decoder.blocks for linear in block.linears)
+    assert model.keep_less()
+    assert [block.recompute for block in model.decoder.blocks] == ["gate_up", *["nothing"] * (BLOCKS - 1)]
+    assert same(learned(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        ((), []),
+        (("unpacked",), []),
+        (("recompute",), [["all", "nothing", "nothing", "nothing"], ["all", "all", "nothing", "nothing"]]),
+        (("recompute", "recompute_gate_up"), [["gate_up", *["nothing"] * 3], ["gate_up", "gate_up", *["nothing"] * 2]]),
+    ],
+    ids=str,
+)
+def test_what_the_recipe_says_is_kept_is_kept(free: tuple[str, ...], expected: list[list[str]]) -> None:
+    model = ours()
+    assert model.decoder is not None
+    found = [[block.recompute for block in model.decoder.blocks] for _ in range(2) if model.keep_less(free)]
+    assert found == expected
+
+
+def test_a_recipe_leaves_to_the_plan_what_it_does_not_say() -> None:
+    def left(*changes: str) -> set[str]:
+        return left_open(tiny.recipe(*changes).run)
+
+    assert left() == {"unpacked", "recompute", "recompute_gate_up"}
+    assert left("run.unpacked=3", "run.recompute_gate_up=2") == {"recompute"}
+    assert left("run.recompute=false") == {"unpacked"}
 
 
 def test_the_blocks_of_a_model_are_found_by_their_size() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from luthier.kernels.dropout import mask_key
 from luthier.kernels.loss import Head, linear_cross_entropy
 from luthier.kernels.place import on_gpu
 from luthier.model import attention, families, head, layout
-from luthier.model.decoder import Decoder
+from luthier.model.decoder import SETTINGS, Decoder
 from luthier.model.finite import blaming_weights
 from luthier.model.graphs import CudaRecorder, Graphs, backward
 from luthier.model.offload import Streamed, device_of, embedding_to_host, stream
@@ -83,9 +83,12 @@ class CausalModel:
         if recompute:
             recomputing(module, None if adapter is None else adapter.noise, recompute)
 
-    def keep_less(self) -> bool:
-        """Makes an eighth more of our decoder's blocks recompute; False where there are none that could."""
-        return self.decoder is not None and self.decoder.keep_less()
+    def keep_less(self, free: Collection[str] = SETTINGS) -> bool:
+        """Makes our decoder take less memory, see there; False where it cannot."""
+        less = self.decoder is not None and self.decoder.keep_less(free)
+        if less and self.graphs is not None:
+            self.graphs.forget()  # they read, and leave, what was there before
+        return less
 
     @property
     def head(self) -> Head:

@@ -7,8 +7,9 @@ left out, and no gradient flows below the first adapted layer. What is learned i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -30,6 +31,10 @@ from luthier.model.updates import Updates
 
 if TYPE_CHECKING:
     from luthier.data.stream import Micro
+
+
+SETTINGS = ("unpacked", "recompute", "recompute_gate_up")
+"""Of a recipe's `run`: those that `Decoder.keep_less` may change."""
 
 
 class Decoder:
@@ -61,7 +66,7 @@ class Decoder:
             for linear in block.linears:
                 linear.keep()
         self.updates = Updates(self._products, pointwise.copies)
-        self.scratch = _shared_scratch([x for block in self.blocks for x in block.linears if x.dense is None])
+        self.scratch = self._shared_scratch()
 
     def recompute(self, whole: bool | int, gate_up: int = 0) -> None:
         """Makes the first `whole` blocks (True: all) recompute everything, and `gate_up` more that product alone. The
@@ -70,16 +75,35 @@ class Decoder:
         for number, block in enumerate(self.blocks):
             block.recompute = "all" if number < count else "gate_up" if number < count + gate_up else "nothing"
 
-    def keep_less(self) -> bool:
-        """Makes gate|up again in an eighth more of the blocks; where all do, everything; False where all do that."""
-        steps: tuple[tuple[Recompute, Recompute], ...] = (("nothing", "gate_up"), ("gate_up", "all"))
-        for before, after in steps:
-            blocks = [block for block in self.blocks if block.recompute == before]
-            for block in blocks[: -(-len(self.blocks) // 8)]:
-                block.recompute = after
-            if blocks:
-                return True
-        return False
+    def keep_less(self, free: Collection[str] = SETTINGS) -> bool:
+        """Takes less memory for the same bits, as far as the settings that are `free` let it, what costs the least time
+        first: lets go of the unpacked values of an eighth of the blocks; makes gate|up again in as many more; makes
+        everything again. False where nothing is left to do."""
+        if "unpacked" in free and self._forget(self._eighth):
+            return True
+        steps: list[tuple[Recompute, Recompute]] = [("nothing", "all")]
+        if "recompute_gate_up" in free:
+            steps = [("nothing", "gate_up"), ("gate_up", "all")]
+        return "recompute" in free and any(self._recompute_more(*step) for step in steps)
+
+    @property
+    def _eighth(self) -> int:
+        return -(-len(self.blocks) // 8)
+
+    def _forget(self, count: int) -> bool:
+        kept = [block for block in self.blocks if any(linear.kept for linear in block.linears)]
+        for linear in chain.from_iterable(block.linears for block in kept[-count:]):
+            linear.forget()
+        if kept:
+            self.scratch = self._shared_scratch()
+            self.updates.moved()
+        return bool(kept)
+
+    def _recompute_more(self, before: Recompute, after: Recompute) -> bool:
+        blocks = [block for block in self.blocks if block.recompute == before]
+        for block in blocks[: self._eighth]:
+            block.recompute = after
+        return bool(blocks)
 
     def hidden(self, micro: Micro, noise: Noise | None, prefix: int = 0) -> Tensor:
         """[S, H]: the final-normed hidden states at `micro.rows`.
@@ -88,6 +112,7 @@ class Decoder:
         """
         self.updates.refresh(self._products)
         x: Tensor = self.embed(micro.ids)
+        before: Tensor | None = None
         told = Ends(micro.edges, micro.longest) if isinstance(micro, Placed) else None
         packs = {
             how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
@@ -104,7 +129,7 @@ class Decoder:
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
                 x = self.updates.collected(x, self._products)
             turn = _Turn(number, self.streamed, away if x.requires_grad else None)
-            x = _Layer.apply(x, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
+            x, before = _Layer.apply(x, before, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
         return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
 
@@ -119,21 +144,21 @@ class Decoder:
         """Whether a row of `micro`, on the host, is longer than the model's attention window."""
         return bool(self.window and len(micro.positions) and int(micro.positions.max()) >= self.window)
 
+    def _shared_scratch(self) -> Tensor | None:
+        """One piece of memory, which the linears are given to unpack their weights into. Pieces that come and go would
+        leave holes of their sizes between what the layers keep."""
+        packed = [linear for linear in chain(*self._products) if linear.dense is None]
+        if not packed:
+            return None
+        values, like = max(linear.size for linear in packed), packed[0]
+        scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
+        for linear in packed:
+            linear.scratch = scratch
+        return scratch
+
     @property
     def _products(self) -> list[tuple[MergedLinear, ...]]:
         return [block.linears for block in self.blocks]
-
-
-def _shared_scratch(packed: Sequence[MergedLinear]) -> Tensor | None:
-    """One piece of memory, which the linears are given to unpack their weights into. Pieces that come and go would
-    leave holes of their sizes between what the layers keep."""
-    if not packed:
-        return None
-    values, like = max(linear.size for linear in packed), packed[0]
-    scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
-    for linear in packed:
-        linear.scratch = scratch
-    return scratch
 
 
 def _leave_file(module: nn.Module, blocks: Sequence[Block]) -> None:
@@ -170,10 +195,21 @@ class _Turn(NamedTuple):
 
 
 class _Layer(torch.autograd.Function):
+    """Gradients flow through the first of the two parts that blocks hand on; that of the other one is the same."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates, turn: _Turn) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        before: Tensor | None,
+        block: Block,
+        pack: Pack,
+        wanted: bool,
+        updates: Updates,
+        turn: _Turn,
+    ) -> tuple[Tensor, Tensor | None]:
         turn.forward()
-        y, kept, inner = block.forward(x, pack, keep=ctx.needs_input_grad[0])
+        y, middle, kept, inner = block.forward(x, before, pack, keep=ctx.needs_input_grad[0])
         *tensors, attention = block.kept_of(kept)
         saved = x, inner, *tensors, *(attention or ())
         ctx.turn, ctx.parcel = turn, turn.away and turn.away.send(turn.number, saved)
@@ -181,11 +217,15 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(*(() if ctx.parcel else saved))
         ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
         ctx.updates, ctx.then = updates, updates.now
-        return y
+        if pack.rows is not None:  # nobody else adds them
+            return y.add_(middle), None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(middle)
+        return y, middle
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         ctx.updates.check(ctx.then)
         block, pack = ctx.block, ctx.pack
         ctx.turn.backward(ctx.newest)
@@ -194,4 +234,4 @@ class _Layer(torch.autograd.Function):
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
         dx = block.backward(dy, x, kept, inner, pack, ctx.wanted)
         ctx.updates.gather(block.linears, ctx.then)
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None

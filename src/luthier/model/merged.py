@@ -72,6 +72,15 @@ class MergedLinear:
             self._unpack(self.dense)
 
     @property
+    def kept(self) -> bool:
+        """Whether `keep` kept something."""
+        return self.dense is not None and any(is_quantized(base) for base in self.bases)
+
+    def forget(self) -> None:
+        """Lets go of what `keep` kept."""
+        self.dense = None if self.kept else self.dense
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of what `keep` keeps."""
         return self.size * self.dtype.itemsize if self.dense is None else 0

@@ -68,6 +68,10 @@ class Updates:
         with torch.no_grad():
             self._border()
 
+    def moved(self) -> None:
+        """To be called where products lie elsewhere from now on."""
+        self._sources = []
+
     def check(self, then: Pass) -> None:
         """Raises ModelError where a forward pass with other adapters came since that one."""
         if then.layout != self.now.layout:

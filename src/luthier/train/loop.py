@@ -26,7 +26,7 @@ from luthier.train.batch import Batch, batch, coming, packed
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
-from luthier.train.memory import out_of_memory, release, settled
+from luthier.train.memory import left_open, out_of_memory, release, settled
 from luthier.train.step import Event, Model, Step
 from luthier.train.trackers import Journal
 
@@ -184,7 +184,9 @@ class Trainer:
                 self.gradient.div_(rows.targets * self.progress.scale)
                 return rows, loss
             release()
-            self._halve(rows)
+            # To keep fewer values of packed weights changes no bit.
+            if not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"}):
+                self._halve(rows)
 
     def _accumulate(self, micros: list[Micro]) -> Tensor:
         """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from luthier.allocator import give_back
+from luthier.recipe import Run
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
@@ -22,6 +23,12 @@ def forget_peak() -> None:
     """Has `peak_bytes` begin anew, where it is that of a GPU: what loading took is no part of a step."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
+
+
+def left_open(run: Run) -> set[str]:
+    """The settings that may change where memory is short: those that the recipe leaves to the plan."""
+    found = {name for name in ("unpacked", "recompute", "recompute_gate_up") if getattr(run, name) == "auto"}
+    return found if run.recompute == "auto" else found - {"recompute_gate_up"}
 
 
 def peak_bytes() -> int:

@@ -9,7 +9,7 @@ import torch
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
-from luthier.train.memory import forget_peak, out_of_memory, peak_bytes, release
+from luthier.train.memory import forget_peak, left_open, out_of_memory, peak_bytes, release
 
 if TYPE_CHECKING:
     from luthier.train.loop import Trainer
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def rehearse(trainer: Trainer) -> int:
     """Runs the largest micro-batch that can come, all of it supervised. An update would take no more: the optimizer has
     its moments from the start. Leaves torch's generators as they were, and a gradient of zero. Where memory runs out on
-    any process, more blocks of all recompute, if the recipe leaves that open; where all do, all processes try half the
-    tokens. So they train, too.
+    any process, blocks of all keep less, as far as the recipe leaves that open; where they keep no more, all processes
+    try half the tokens. So they train, too.
 
     Returns the peak bytes of all processes, without what loading took on a GPU. Raises MemoryPlanError if one row alone
     does not fit.
@@ -33,8 +33,8 @@ def rehearse(trainer: Trainer) -> int:
         if not trainer.engine.highest(_runs_out(trainer, worst(store, max(tokens, longest)))):
             return int(trainer.engine.total(peak_bytes())[0])
         release()
-        if trainer.recipe.run.recompute == "auto" and trainer.model.keep_less():
-            trainer.emit({"event": "note", "text": "out of memory in a rehearsal; more blocks recompute"})
+        if trainer.model.keep_less(left_open(trainer.recipe.run)):
+            trainer.emit({"event": "note", "text": "out of memory in a rehearsal; less of the blocks is kept"})
             continue
         if tokens <= longest:
             raise MemoryPlanError(

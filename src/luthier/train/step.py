@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,8 +35,9 @@ class Model(Protocol):
     def expect(self, coming: Callable[[], Coming], /) -> None:
         """Tells what micro-batches are to come, so that it can make ready for them."""
 
-    def keep_less(self) -> bool:
-        """Takes less memory for the same gradients, in more time, if it can; returns whether it could."""
+    def keep_less(self, free: Collection[str], /) -> bool:
+        """Takes less memory for the same gradients, in more time, if it can by what is `free` of the recipe's settings;
+        returns whether it could."""
 
 
 @dataclass(frozen=True)
