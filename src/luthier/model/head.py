@@ -1,4 +1,5 @@
-"""How a family makes logits of its last hidden states: found in its config, and verified on the model itself."""
+"""How a family makes logits of its last hidden states: found in its config, and verified on the model itself where that
+is not one of those that our decoder runs."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.loss import Head
+from luthier.model import families
 
 # Where configs say what is done to the product with the head: factors, divisors and bounds of logits.
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
@@ -53,14 +55,28 @@ class Output:
 def find(module: Any, ids: Tensor) -> Output | None:
     """The output of a module, or None if it is more than our loss computes: then its own logits have to be taken.
 
-    Every way of making logits that the config hints at is held against the module's own on `ids` [1, T].
+    On the meta device it is what the config says; so it is of families that our decoder runs, if that is nothing but
+    the product. Else see `observed`.
     """
     linear = module.get_output_embeddings()
     # What is beside a linear layer (a low-rank update, packed weights) is not in its weight.
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         return None
-    if ids.is_meta:
-        return _candidates(module)[0]
+    likely = _candidates(module)
+    if ids.is_meta or (len(likely) == 1 and _is_of_our_families(module)):
+        return likely[0]
+    return observed(module, ids)
+
+
+def _is_of_our_families(module: Any) -> bool:
+    """Whether it is transformers' own code of one, which is held to its config by tests/contract/test_head.py: to run a
+    large model for that takes a second of a start, on a CPU many."""
+    return families.find(module.config) is not None and type(module).__module__.startswith("transformers.models.")
+
+
+def observed(module: Any, ids: Tensor) -> Output | None:
+    """`find` by running the module: every way of making logits that the config hints at is held against the module's
+    own on `ids` [1, T]."""
     with torch.no_grad():
         hidden, logits = _observe(module, ids)
         if hidden is None or logits.shape[:-1] != hidden.shape[:-1]:
