@@ -184,7 +184,7 @@ def prepare(task: Task) -> dict[str, Any]:
         from peers.reference import first_loss
 
         kept.write_text(json.dumps(first_loss(folder, workload, chosen[0])))
-    timed = counts(chosen[workload.warm : workload.warm + workload.timed])
+    timed = counts(chosen[workload.first : workload.first + workload.timed])
     return {
         "reference_loss": json.loads(kept.read_text()),
         "gflop_token": flops_per_token(folder, timed) / 1e9,

@@ -36,7 +36,7 @@ class Clock:
     @property
     def total(self) -> int:
         """Steps to run."""
-        return self.workload.total if self.profile else self.workload.warm + self.workload.timed
+        return self.workload.total if self.profile else self.workload.first + self.workload.timed
 
     def phase(self, name: str) -> None:
         """Ends a phase of the start: its seconds are those since the one before it, or since the process started."""
@@ -51,7 +51,7 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
 
     def tick(self) -> None:
-        warm, last = self.workload.warm, self.workload.warm + self.workload.timed
+        warm, last = self.workload.first, self.workload.first + self.workload.timed
         self.ticks += 1
         if self.ticks == 1:
             wait()
@@ -75,7 +75,7 @@ class Clock:
 
     def row(self, steps: list[Step]) -> dict[str, Any]:
         """What was measured of `steps`, of which the first `total` were run. Rates are of real tokens."""
-        first, last = self.workload.warm, self.workload.warm + self.workload.timed
+        first, last = self.workload.first, self.workload.first + self.workload.timed
         window, seconds = self.found.pop("window_s"), durations(self.ends)
         whole = counts(steps[first:last])
         rates = [counts([step]).tokens / s for step, s in zip(steps[first:last], seconds, strict=True)]

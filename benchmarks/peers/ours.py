@@ -56,8 +56,6 @@ def train(
         clock.phase("rehearsal")
         losses = [trainer.step().loss]
         clock.tick()
-        for _ in steps if decisions.graphs else ():  # once more, so that no shape is recorded while steps are timed
-            trainer.step()
         for _ in range(1, clock.total):
             losses.append(trainer.step().loss)
             clock.tick()
