@@ -20,12 +20,21 @@ wake("cuda")
 [thread.join() for thread in threading.enumerate() if thread.name == "wake"]
 import torch
 print(torch.cuda.is_initialized(), torch.cuda.memory_reserved(), os.environ["PYTORCH_ALLOC_CONF"])
+print(torch.cuda.mem_get_info()[0])
 """
+USE = "import torch; torch.cuda.synchronize(); print(torch.cuda.mem_get_info()[0])"
 
 
 def test_a_gpu_that_is_woken_has_its_context_and_nothing_in_it() -> None:
-    done = subprocess.run([sys.executable, "-c", WAKE], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "0", "expandable_segments:True"]
+    assert said(WAKE)[:3] == ["True", "0", "expandable_segments:True"]
+
+
+def test_waking_makes_the_context_that_torch_uses_and_no_other() -> None:
+    assert abs(int(said(WAKE)[3]) - int(said(USE)[0])) < 64 << 20  # bytes left; a context takes some 500 MiB
+
+
+def said(code: str) -> list[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_weights_read_by_way_of_memory_that_is_lent_again_come_whole(tmp_path: Path) -> None:

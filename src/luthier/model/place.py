@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -56,10 +57,24 @@ def wake(place: str) -> None:
 
 def _use_gpu() -> None:
     grow_segments()  # before torch's allocator begins
+    _make_context()
     import torch
 
     with suppress(RuntimeError, AssertionError):
-        torch.cuda.synchronize()  # makes the context; nothing is allocated, and no library begun
+        torch.cuda.synchronize()  # nothing is allocated, and no library begun
+    with suppress(ImportError, OSError):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # the first kernel would wait until Triton has read all of itself; it remembers
+
+
+def _make_context() -> None:
+    """Has the driver make the context of the first GPU, which torch then uses. Asked through torch, it would keep other
+    threads from running Python meanwhile, and would have to wait until torch is imported."""
+    with suppress(OSError, AttributeError):
+        driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def problem(place: str, build: Build) -> tuple[str, str] | None:
