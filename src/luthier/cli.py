@@ -6,9 +6,13 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from luthier.errors import LuthierError, UsageError
@@ -20,8 +24,8 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.runs import Run
 
-RESUMING = ("compare", "predict", "study")
-"""Verbs that keep what they have done as it comes. `train` answers a signal itself."""
+RESUMING = ("compare", "demo", "predict", "study", "train")
+"""Verbs that keep what they have done as it comes."""
 _EPILOG = (
     "exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable, "
     "130/143 stopped by a signal, resumable"
@@ -179,19 +183,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.verb:
         parser().print_help()
         return 0
+    with _signals(args.verb, is_all=argv is None) as came:
+        try:
+            return int(args.run(args))
+        except LuthierError as error:
+            if args.traceback:
+                raise
+            print(f"luthier: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            goes_on = "goes on where it was" if args.verb in RESUMING else "begins anew"
+            print(f"luthier: interrupted; the same command {goes_on}", file=sys.stderr)
+            return 128 + next(iter(came), signal.SIGINT)
+        except OSError as error:
+            return _refused(error, args)
+
+
+@contextmanager
+def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
+    """The signals that came. By the first, SIGTERM as well as Ctrl-C, a verb ends as by KeyboardInterrupt; the second
+    ends the process, since what cleans up after the first may take long. What a part of a verb can answer better, it
+    answers itself: see `train/interrupt.py`, and in a chat Ctrl-C ends an answer.
+
+    `is_all`: the process ends after the verb, and so it does at once by a signal from then on.
+    """
+    came: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    taken = verb != "chat" and threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT) if taken}
     try:
-        return int(args.run(args))
-    except LuthierError as error:
-        if args.traceback:
-            raise
-        print(f"luthier: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        kept = "; the same command goes on where it was" if args.verb in RESUMING else ""
-        print(f"luthier: interrupted{kept}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        return _refused(error, args)
+        yield came
+    finally:
+        came.append(0)
+        for number, handler in before.items() if not is_all else ():
+            signal.signal(number, handler)
 
 
 def _refused(error: OSError, args: argparse.Namespace) -> int:

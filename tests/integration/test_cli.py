@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,6 +254,49 @@ def test_a_full_disk_is_said_in_a_line(desk: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("luthier: full/data: the disk takes no more (File too large); make room")
     assert luthier("data", "full.yaml", "run.dir=full", "--json").code == 0
+
+
+ENDED = """
+import os, signal, sys
+from luthier import cli, doctor
+{0}
+def examine(console):
+    try:
+        os.kill(os.getpid(), signal.{1})
+        signal.pause()
+    finally:
+        {2}
+doctor.examine = examine
+sys.argv = ["luthier", "doctor"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "again", "code", "said"),
+    [
+        ("SIGINT", "pass", 130, "luthier: interrupted; the same command begins anew\n"),
+        ("SIGTERM", "pass", 143, "luthier: interrupted; the same command begins anew\n"),
+        ("SIGTERM", "os.kill(os.getpid(), signal.SIGINT); signal.pause()", 130, ""),
+    ],
+)
+def test_a_signal_ends_any_verb_and_a_second_one_the_process(name: str, again: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDED.format("", name, again)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_the_process_ends_is_no_traceback(name: str) -> None:
+    late = f"import atexit; atexit.register(lambda: (os.kill(os.getpid(), signal.{name}), signal.pause()))"
+    code = ENDED.format(late, "SIGINT", "pass")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (128 + signal.Signals[name], False)
+
+
+def test_the_handlers_of_a_program_that_calls_us_are_its_own_again() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert luthier("runs", "list", "--json").code == 0
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_the_installed_command_prints_one_json_object_and_exits_as_it_should(journey: dict[str, Done]) -> None:
