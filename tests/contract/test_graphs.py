@@ -212,17 +212,17 @@ def test_all_that_a_gpu_is_told_comes_in_one_tensor() -> None:
 
 
 class Again:
-    """A recorder that counts."""
+    """A recorder that counts. `fails`: what recording a step raises; `unlaunched`: only one that was not run before."""
 
-    def __init__(self, fails: Exception | None = None) -> None:
-        self.fails, self.ran, self.recorded, self.replayed = fails, 0, 0, 0
+    def __init__(self, fails: Exception | None = None, unlaunched: bool = False) -> None:
+        self.fails, self.unlaunched, self.ran, self.recorded, self.replayed = fails, unlaunched, 0, 0, 0
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         self.ran += 1
         return step()
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        if self.fails:
+        if self.fails and (not self.unlaunched or self.recorded == self.ran):
             raise self.fails
         self.recorded += 1
 
@@ -298,6 +298,20 @@ def test_a_shape_is_recorded_when_it_comes_first_if_it_was_expected_and_else_whe
         made.accumulate(batch, 1.0)
         counts.append((recorder.ran, recorder.recorded, recorder.replayed))
     assert counts == [(1, 1, 0), (1, 1, 1), (2, 1, 1), (3, 2, 1), (3, 2, 2)]
+
+
+@pytest.mark.parametrize("fails", [None, RuntimeError("not while a recording is under way")], ids=["", "fails"])
+def test_a_shape_like_one_that_was_launched_is_recorded_at_once_or_else_launched_as_well(fails: Any) -> None:
+    batches = [micro((300, 250, 40)), micro((900, 800)), micro((100, 2)), micro((900, 800))]
+    made, plain = model("llama", "eager"), model("llama", "eager")
+    recorder = recording(made, fails, price=1.0)
+    recorder.unlaunched = True
+    made.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
+    assert made.graphs is not None
+    assert len(made.graphs.shapes) == 3
+    for mine, wanted in zip(train(made, batches), train(plain, batches), strict=True):
+        assert error(mine, wanted) <= 1e-5
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == ((3, 3, 1) if fails else (1, 3, 3))
 
 
 def test_shapes_follow_from_the_run_and_how_it_is_cut_alone(tmp_path: Path) -> None:

@@ -211,24 +211,28 @@ def test_a_small_model_is_faster_by_replays(tokens: int, capsys: pytest.CaptureF
 
 
 def test_what_a_recording_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    """SmolLM2-135M's shape. Seconds of a pass, of one that is recorded besides, and of a replay, and memory outside of
-    torch's allocator are printed; the plan has them as constants (`_GPU`)."""
+    """SmolLM2-135M's shape. Milliseconds of a pass that is launched and recorded, of shapes that are recorded at once,
+    and of replays, and memory outside of torch's allocator are printed; the plan has them as constants (`_GPU`)."""
     built, said = smollm2(), []
-    built.record()
+    built.record(price=1.0)
     gradient_of(built)
-    for tokens in (8192, 4096, 3072, 2048):
-        batch, seconds = micro((256,) * (tokens // 256)), []
-        before = _outside()
-        for _ in range(4):
+    batches = [micro((256,) * (tokens // 256)) for tokens in (8192, 4096, 3072, 2048)]
+    built.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
+    assert built.graphs is not None
+    for batch in batches:
+        seconds, before = [], _outside()
+        for _ in range(3):
             torch.cuda.synchronize()
             started = time.perf_counter()
             built.accumulate(batch)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         times = ", ".join(f"{second * 1e3:.0f}" for second in seconds)
-        said.append(f"{tokens} tokens: ms {times}; {(_outside() - before) / 2**20:.1f} MiB of the driver")
+        driver, reserved = (_outside() - before) / 2**20, torch.cuda.memory_reserved() / 2**30
+        said.append(f"{len(batch.ids)} tokens: ms {times}; {driver:.1f} MiB of the driver; {reserved:.2f} GiB reserved")
+    assert len(built.graphs.recorded) == 4
     with capsys.disabled():
-        print("", *said, sep="\n")
+        print("", *said, f"recorded without a launched pass: {built.graphs._at_once}", sep="\n")
 
 
 def _outside() -> int:

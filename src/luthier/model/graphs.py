@@ -107,6 +107,7 @@ class Graphs:
         self.recorded: dict[Shape, _Recorded] = {}
         self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
         self._came: set[Shape] = set()
+        self._at_once = True  # whether shapes like one that was launched are recorded without
         self._longest = 1
         self._made_for: tuple[float, ...] = ()
 
@@ -128,12 +129,14 @@ class Graphs:
         self._check((scale, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
+        if self._at_once and self._is_like_another(chosen):
+            self._record(chosen, micro, scale)
         recorded = self.recorded.get(chosen)
         if recorded is not None:
             recorded.numbers.copy_(told, non_blocking=True)
             return recorded.replay().clone()  # the next replay writes there
         loss = self._now(told, micro, scale, chosen.longest)  # compiles and chooses what a recording cannot
-        if self._comes_again(chosen) and len(self.recorded) < LIMIT:
+        if self._comes_again(chosen):
             self._record(chosen, micro, scale)
         return loss
 
@@ -143,6 +146,11 @@ class Graphs:
             found = shape(micro, self._longest)
             self._longest = found.longest
         return found
+
+    def _is_like_another(self, chosen: Shape) -> bool:
+        """Whether a shape was expected, and another one was launched before that differs in tokens and rows alone, both
+        in tiles: then nothing is left to be compiled."""
+        return chosen in self.shapes and any(shape in self.shapes for shape in self._came)
 
     def _comes_again(self, chosen: Shape) -> bool:
         """Whether to record a shape: it was chosen ahead of time, or has come before."""
@@ -174,13 +182,15 @@ class Graphs:
 
     def _record(self, chosen: Shape, micro: Micro, scale: float) -> None:
         """What is recorded does not run."""
-        if self.recorder is None:
+        if self.recorder is None or chosen in self.recorded or len(self.recorded) >= LIMIT:
             return
         try:
             static = numbers(micro, 0).to(self.device)
             replay = self.recorder.record(lambda: self._step(static, micro, scale, chosen.longest))
         except RuntimeError as error:  # of which running out of memory is one
-            self._give_up(error)
+            if chosen in self._came or isinstance(error, torch.OutOfMemoryError):
+                self._give_up(error)
+            self._at_once = False  # it is launched first, then
         else:
             self.recorded[chosen] = _Recorded(static, replay)
 
