@@ -124,19 +124,18 @@ def serve(asked: Iterable[str]) -> None:
 def measure(task: Task) -> dict[str, Any]:
     """The row of a cell."""
     stacks = Stacks() if task.profile and task.started else None
-    if not task.cell.ours:
+    facts = begun() if task.cell.ours else None
+    if facts is None:
         trainers.first(task.cell.peer)
     from peers.clock import Clock
     from peers.models import config
 
     clock = Clock(task.started or time.time(), task.workload, Path(task.profile) if task.profile else None, stacks)
-    clock.phase("imports of torch")
+    clock.phase("facts, imports of torch")
     chosen = steps(task.workload, config(task.folder)["vocab_size"])
     clock.phase("samples")
     limit_memory(task.cell.memory)
-    if task.cell.ours:
-        facts = begun()
-        clock.phase("facts")
+    if facts is not None:
         from peers import ours
 
         options: Any = {"memory": task.cell.memory, "overrides": list(task.cell.overrides)}
@@ -160,7 +159,7 @@ def ready(task: Task) -> dict[str, Any]:
 
 
 def begun() -> Any:
-    """The facts of the machine, in a process that starts as that of `luthier train` does."""
+    """The facts of the machine, in a process that starts as that of `luthier train` does: they come before torch."""
     from luthier.machine import machine
     from luthier.model import lean
     from luthier.model.place import wake
