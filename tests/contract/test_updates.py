@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from luthier import recipe
 from luthier.data.stream import Micro
 from luthier.kernels.place import noticing, planned_for
+from luthier.kernels.rectangles import Copies, Rectangle, one_by_one
 from luthier.model.causal import CausalModel
 from luthier.model.trace import outline
 from luthier.train import optim
@@ -154,9 +156,16 @@ def test_a_pass_without_gradient_before_changes_none(mode: Any) -> None:
         assert torch.equal(made.loss(micro()), before)
 
 
+def by_address(rectangles: Sequence[Rectangle], *, add: bool) -> Copies:
+    """As a GPU's kernel copies, which is told where values lie, and not whose they are."""
+    return one_by_one([rectangle._replace(source=rectangle.source.detach()) for rectangle in rectangles], add=add)
+
+
 def test_values_that_move_to_other_memory_are_found_there() -> None:
     made = model("llama", "eager")
     assert made.adapter is not None
+    assert made.decoder is not None
+    made.decoder.updates.copies = by_address
     with torch.no_grad():
         apart = model("llama", "eager").loss(micro())
         optim.optimizer(made.adapter.named_parameters(), buffer(made), recipe.Train())  # puts them side by side

@@ -11,7 +11,7 @@ import pytest
 
 from luthier.evaluate.metrics import METRICS, points
 from luthier.evaluate.statistics.correction import holm, together
-from luthier.evaluate.statistics.interval import RESAMPLES, degrees, left_out, resampled, tango
+from luthier.evaluate.statistics.interval import RESAMPLES, bootstrap, degrees, left_out, resampled, tango
 from luthier.evaluate.statistics.paired import CHANCE, LEAST, Paired, explain, limits, paired
 from luthier.evaluate.statistics.permutation import mcnemar, sign_flip
 from luthier.evaluate.statistics.power import detectable, detectable_share
@@ -93,6 +93,14 @@ def test_where_few_questions_carry_a_difference_there_are_few_degrees_of_freedom
     assert degrees(np.array([-1.0, 1.0] * 50)) == 99
     assert degrees(np.array([-1.0, 1.0, -1.0, 1.0] + [0.0] * 96)) < 10
     assert degrees(np.zeros(20)) == 19
+
+
+def test_of_few_questions_the_interval_is_as_wide_as_student_s() -> None:
+    gains = np.array([-3.0, -1.5, -0.5, 0.0, 1.0, 2.0, 2.5, 4.0])
+    sides = np.stack([scores(*[10.0] * 8), scores(*(10.0 + gains))])
+    widths = [found.high - found.low for found in (bootstrap(ROUGEL, sides, seed) for seed in range(12))]
+    wanted = 2 * quantile(0.975, 7) * gains.std(ddof=1) / np.sqrt(8)
+    assert np.mean(widths) == pytest.approx(wanted, rel=0.04)  # percentiles as they are: 7 % less
 
 
 @pytest.mark.parametrize("freedom", [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523), (9999, 1.9602)])
