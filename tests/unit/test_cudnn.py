@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -124,6 +125,14 @@ def test_blocks_lie_where_segments_do_the_longest_before_the_others() -> None:
             left = [n - at for _, n, at in full]
             assert left == sorted(left, reverse=True)
             assert all(at >= n for _, n, at in found[len(wanted) :])
+
+
+def test_what_segments_are_cut_into_is_found_once_for_all_layers() -> None:
+    told = Ends(torch.tensor([0, 400, 512], dtype=torch.int32), 400)
+    segments = Segments(*torch.empty(2, 512, 32), (0, 400, 512), 0, told=told)
+    last = replace(segments, rows=torch.tensor([3]))  # as the last layer's
+    assert varlen_backward.places(segments.ends, 512, 64) is varlen_backward.places(last.ends, 512, 64)
+    assert len(varlen_backward.places(segments.ends, 512, 128)) < len(varlen_backward.places(last.ends, 512, 64))
 
 
 @pytest.mark.parametrize("rows", [None, [3, 200]], ids=["", "chosen"])
