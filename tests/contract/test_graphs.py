@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -225,10 +226,11 @@ class Again:
         if self.fails and (not self.unlaunched or self.recorded == self.ran):
             raise self.fails
         self.recorded += 1
+        out = torch.empty(())  # where all replays write
 
         def replay() -> Tensor:
             self.replayed += 1
-            return step()
+            return out.copy_(step())
 
         return replay
 
@@ -242,7 +244,8 @@ def recording(made: CausalModel, fails: Exception | None = None, price: float = 
         now = replace(told, bounds=tuple(told.edges.tolist()), step=steps[int(told.key)])
         return made._placed_loss(now)
 
-    made.graphs = Graphs(loss, made.device, recorder, price)
+    assert made.decoder is not None
+    made.graphs = Graphs(loss, made.device, recorder, reads=made.decoder.updates.launches, price=price)
     return recorder
 
 
@@ -360,6 +363,26 @@ def test_parameters_that_lie_elsewhere_are_recorded_anew() -> None:
         elsewhere = [(parameter, parameter.data.clone()) for parameter in made.adapter.parameters()]
         for parameter, values in elsewhere:
             parameter.data = values
+
+
+def test_what_a_replay_reads_stays_though_the_adapter_was_disabled_meanwhile() -> None:
+    """A base side makes other tables of where values and gradients lie: a graph goes on with its own."""
+    made = model("llama", "eager")
+    recorder = recording(made)
+    assert made.adapter is not None
+    assert made.decoder is not None
+    assert made.graphs is not None
+    flat_gradient(made.adapter.named_parameters())
+    for _ in range(2):
+        made.accumulate(micro(), 1.0)
+    tables = [ref(table) for table in made.decoder.updates.launches()]
+    assert recorder.recorded == 1
+    assert len(tables) > made.module.config.num_hidden_layers
+    with torch.inference_mode(), made.adapter.disabled():
+        made.loss(micro())
+    assert all(table() is not None for table in tables)
+    made.graphs.forget()
+    assert any(table() is None for table in tables)
 
 
 def test_another_scale_is_recorded_anew() -> None:

@@ -139,7 +139,8 @@ class CausalModel:
         """Makes `accumulate` record its launches on a GPU, and replay them. Our decoder must run the model, in 16 bits
         and by flash attention; `plan` knows where. `price`: as of `Graphs`."""
         assert self.decoder is not None
-        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder(), price)
+        reads = self.decoder.updates.launches
+        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder(), reads=reads, price=price)
 
     def expect(self, coming: Callable[[], Coming]) -> None:
         """Tells what micro-batches are to come: recorded ones are padded to the shapes that suit these."""

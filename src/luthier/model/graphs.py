@@ -7,9 +7,10 @@ padded to one of few shapes (`pack.padded`), which changes neither their loss no
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,6 +58,7 @@ class CudaRecorder:
         # that fails would leave its own behind.
         try:
             with (
+                _uncollected(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
             ):
@@ -70,6 +72,19 @@ class CudaRecorder:
             return out
 
         return replay
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is freed meanwhile that lies in a cycle: CUDA lets no recording be destroyed, of a model that is gone,
+    while another one is made."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _end_recording(pool: Any) -> None:
@@ -86,6 +101,7 @@ def _end_recording(pool: Any) -> None:
 class _Recorded(NamedTuple):
     numbers: Tensor  # that the graph reads
     replay: Step
+    kept: Any  # what else it reads, and nobody else may keep
 
 
 class Graphs:
@@ -94,15 +110,22 @@ class Graphs:
     Args:
         loss: of a micro-batch, with the autograd graph. It must not wait for the GPU, and what it reads must stay where
             it is.
+        reads: what, of that, is kept by what this returns after a pass, and perhaps by nothing else.
         device: where the model is.
         recorder: of that device; None once recording failed, and nothing is recorded any more.
         price: what it costs to record a shape, in tokens of a micro-batch; 0: shapes follow a rule, whatever comes.
     """
 
     def __init__(
-        self, loss: Callable[[Placed], Tensor], device: torch.device, recorder: Recorder, price: float = 0.0
+        self,
+        loss: Callable[[Placed], Tensor],
+        device: torch.device,
+        recorder: Recorder,
+        *,
+        reads: Callable[[], Any],
+        price: float = 0.0,
     ) -> None:
-        self.loss, self.device, self.price = loss, device, price
+        self.loss, self.device, self.reads, self.price = loss, device, reads, price
         self.recorder: Recorder | None = recorder
         self.recorded: dict[Shape, _Recorded] = {}
         self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
@@ -192,7 +215,7 @@ class Graphs:
                 self._give_up(error)
             self._at_once = False  # it is launched first, then
         else:
-            self.recorded[chosen] = _Recorded(static, replay)
+            self.recorded[chosen] = _Recorded(static, replay, self.reads())
 
     def _step(self, numbers: Tensor, micro: Micro, scale: float, longest: int) -> Tensor:
         return backward(self.loss(placed(numbers, micro, longest)), scale)

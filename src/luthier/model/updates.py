@@ -68,6 +68,11 @@ class Updates:
         with torch.no_grad():
             self._border()
 
+    def launches(self) -> list[Copies]:
+        """What the last pass launched. They read tables, which are there as long as these are."""
+        apart = [linear.border for block in self.blocks for linear in block if linear.updates and linear.dense is None]
+        return [self._border, *apart, *(copies for _, copies in self._gathered.values())]
+
     def moved(self) -> None:
         """To be called where products lie elsewhere from now on."""
         self._sources = []
