@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -10,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier import recipe
 from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
 from luthier.errors import ModelError
 from luthier.kernels import native
-from luthier.kernels.place import planned_for
+from luthier.kernels.place import noticing, planned_for
 from luthier.model import attention, families
 from luthier.model.causal import CausalModel, Kernels, shell
 from luthier.model.pack import share_prefix, trim
 from luthier.model.quantize import quantize_module
 from luthier.model.trace import outline
+from luthier.train.optim import flat_gradient
 
 VOCAB = 97
 ALL = recipe.Lora(rank=4, alpha=8)
@@ -496,6 +499,44 @@ def test_on_a_gpu_a_model_answers_in_inference_mode_and_trains_after_it(family: 
         with torch.inference_mode():
             assert not hidden().requires_grad
         hidden().sum().backward()  # type: ignore[no-untyped-call]
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute, our own kernels among them, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def launches(layers: int) -> tuple[Counter[str], Counter[str]]:
+    """Of a Llama with so many layers on a GPU, forward and backward."""
+    sizes, options = config("llama", num_hidden_layers=layers, head_dim=16).to_dict(), {"capability": (9, 0)}
+    more: dict[str, Any] = {"kernels": "compiled", "recompute": False, **options}
+    made = outline(sizes, recipe.Model(base="b"), ALL, dtype=torch.bfloat16, **more)
+    tokens = torch.zeros(70, dtype=torch.int64, device="meta")
+    assert made.adapter is not None
+    assert made.decoder is not None
+    flat_gradient(made.adapter.named_parameters())
+    with Launches() as seen, planned_for((9, 0)), noticing(lambda kernel, tensors: seen.found.update([kernel])):
+        hidden = made.decoder.hidden(Micro(tokens, tokens, (0, 30, 70), tokens, tokens, tokens[:2], step=0), None)
+        forward = Counter(seen.found)
+        hidden.sum().backward()  # type: ignore[no-untyped-call]
+    return forward, seen.found - forward
+
+
+def test_a_block_launches_as_few_products_and_sums_on_a_gpu_as_with_adapters_there_have_to_be() -> None:
+    forward, backward = (more - less for more, less in zip(launches(4), launches(3), strict=True))
+    inner, large, gradients = 4, 4, 4 + 4 + 4  # those of the inner values, of A and of B
+    assert forward["mm"] == inner + large
+    assert backward["mm"] == large + gradients
+    assert forward["clone"] == 3  # inner values behind what is not kept
+    assert (forward["rms_norm"], backward["rms_norm_backward"]) == (2, 2)
+    assert not {"add_", "add", "addmm_", "zeros_like", "zero_", "cat"} & {*forward, *backward}
 
 
 def test_a_loss_whose_adapters_were_switched_before_it_went_backward_is_refused(kernels: Kernels) -> None:

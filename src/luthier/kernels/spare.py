@@ -11,7 +11,8 @@ from torch import Tensor
 
 def empty(like: Tensor, rows: int, width: int, spare: int) -> Tensor:
     """[rows, width] without values, of the dtype and device of `like`, with `spare` more columns behind each row."""
-    return like.new_empty(rows, width + spare)[:, :width]
+    made = like.new_empty(rows, width + spare)
+    return made[:, :width] if spare else made
 
 
 def has(x: Tensor, spare: int) -> bool:

@@ -79,19 +79,26 @@ class Block:
         if query_norm is not None and key_norm is not None:
             self.attention = NormedHeads(self.attention, heads, query_norm, key_norm)
 
-    def forward(self, x: Tensor, pack: Pack, *, keep: bool = True) -> tuple[Tensor, Kept, Tensor | None]:
-        """x [T, H] to [Q, H]; what backward needs; and the inner values of `down`, which are never recomputed. `keep`:
-        whether there is a backward pass."""
-        kept = self.until_down(x, pack, keep=keep and self.recompute != "all")
+    def forward(
+        self, x: Tensor, before: Tensor | None, pack: Pack, *, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept, Tensor | None]:
+        """x [T, H] to two parts of [Q, H], whose sum the next block takes as it reads them: x and `before` are such,
+        and x becomes their sum. Then what backward needs, and the inner values of `down`, which are never recomputed.
+        `keep`: whether there is a backward pass."""
+        kept = self.until_down(x, pack, before, keep=keep and self.recompute != "all")
         h = self.pointwise.activate(kept.gate_up, self.act, self.gated, self.down.spare)
         y, inner = self.down.forward(h, self._noise(pack), keep=keep)
         y, d, d_scale = _ended(self.mlp_end, y)
-        y.add_(cast(Tensor, kept.middle))
-        return y, kept._replace(middle=None if self.parallel else kept.middle, added=d, added_scale=d_scale), inner
+        middle = cast(Tensor, kept.middle)
+        return y, middle, kept._replace(middle=None if self.parallel else middle, added=d, added_scale=d_scale), inner
 
-    def until_down(self, x: Tensor, pack: Pack, *, keep: bool) -> Kept:
-        noise, residual, ahead = self._noise(pack), _chosen(x, pack), self.gate_up.spare
-        n, scale = self.attention_norm.forward(x, self.qkv.spare)
+    def until_down(self, x: Tensor, pack: Pack, before: Tensor | None = None, *, keep: bool) -> Kept:
+        noise, ahead = self._noise(pack), self.gate_up.spare
+        if before is None:
+            n, scale = self.attention_norm.forward(x, self.qkv.spare)
+        else:
+            x, n, scale = self.attention_norm.forward_sum(before, x, self.qkv.spare)
+        residual = _chosen(x, pack)
         y, qkv_inner = self.qkv.forward(n, pack.noise, keep=keep)
         if self.parallel:  # before attention, so that nothing has to wait for it
             n, mlp_scale = self.mlp_norm.forward(residual, ahead) if self.mlp_norm else (_chosen(n, pack), None)

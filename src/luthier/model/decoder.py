@@ -112,6 +112,7 @@ class Decoder:
         """
         self.updates.refresh(self._products)
         x: Tensor = self.embed(micro.ids)
+        before: Tensor | None = None
         told = Ends(micro.edges, micro.longest) if isinstance(micro, Placed) else None
         packs = {
             how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
@@ -128,7 +129,7 @@ class Decoder:
             if torch.is_grad_enabled() and not wanted and any(linear.updates for linear in block.linears):
                 x = self.updates.collected(x, self._products)
             turn = _Turn(number, self.streamed, away if x.requires_grad else None)
-            x = _Layer.apply(x, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
+            x, before = _Layer.apply(x, before, block, pack, wanted, self.updates, turn)  # type: ignore[no-untyped-call]
         # Where norms are finer than the products (model.norms=float32), so is the head.
         return self.norm(x).to(self.norm.weight.dtype)  # type: ignore[no-any-return]
 
@@ -194,10 +195,22 @@ class _Turn(NamedTuple):
 
 
 class _Layer(torch.autograd.Function):
+    """Gradients flow through the first of the two parts that blocks hand on; that of the other one is the same."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, pack: Pack, wanted: bool, updates: Updates, turn: _Turn) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        before: Tensor | None,
+        block: Block,
+        pack: Pack,
+        wanted: bool,
+        updates: Updates,
+        turn: _Turn,
+    ) -> tuple[Tensor, Tensor | None]:
         turn.forward()
-        y, kept, inner = block.forward(x, pack, keep=ctx.needs_input_grad[0])
+        x = x.detach()  # which `block` may write to
+        y, middle, kept, inner = block.forward(x, before, pack, keep=ctx.needs_input_grad[0])
         *tensors, attention = block.kept_of(kept)
         saved = x, inner, *tensors, *(attention or ())
         ctx.turn, ctx.parcel = turn, turn.away and turn.away.send(turn.number, saved)
@@ -205,11 +218,15 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(*(() if ctx.parcel else saved))
         ctx.block, ctx.pack, ctx.wanted = block, pack, wanted
         ctx.updates, ctx.then = updates, updates.now
-        return y
+        if pack.rows is not None:  # nobody else adds them
+            return y.add_(middle), None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(middle)
+        return y, middle
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         ctx.updates.check(ctx.then)
         block, pack = ctx.block, ctx.pack
         ctx.turn.backward(ctx.newest)
@@ -218,4 +235,4 @@ class _Layer(torch.autograd.Function):
         kept = block.again(Kept._make([*rest[:parts], rest[parts:]]), x, pack)
         dx = block.backward(dy, x, kept, inner, pack, ctx.wanted)
         ctx.updates.gather(block.linears, ctx.then)
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None
