@@ -199,6 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refused(error, args)
 
 
+class _Ended(KeyboardInterrupt):
+    """Python itself ends by SIGINT, whatever the exit code, after some that are KeyboardInterrupt and no other kind."""
+
+
 @contextmanager
 def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
     """The signals that came. By the first, SIGTERM as well as Ctrl-C, a verb ends as by KeyboardInterrupt; the second
@@ -213,7 +217,7 @@ def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
         came.append(number)
         if len(came) > 1:
             os._exit(128 + number)
-        raise KeyboardInterrupt
+        raise _Ended
 
     taken = verb != "chat" and threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT) if taken}

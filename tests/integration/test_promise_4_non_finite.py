@@ -69,6 +69,31 @@ def test_the_last_checkpoint_is_sound_and_the_log_ends_before_the_step(tmp_path:
     assert "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
 
 
+class Unheld(tiny.Around):
+    """A model for which the held-out row 3 has a loss that is `value`, until step 6."""
+
+    def __init__(self, recipe: Any, value: float) -> None:
+        self.model = tiny.model(recipe)
+        self.adapter, self.dtype, self.value = self.model.adapter, self.model.dtype, value
+
+    def loss(self, micro: Any) -> torch.Tensor:
+        poisoned = not torch.is_grad_enabled() and 3 in micro.samples.tolist() and micro.step < 6
+        return self.model.loss(micro) * (self.value if poisoned else 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_names_its_rows_and_is_never_the_best(tmp_path: Path, value: float) -> None:
+    recipe = tiny.recipe("train.epochs=3", "evaluate.every=2", "data.heldout.rows=5", "train.patience=4")
+    said: list[str] = []
+    emit = lambda event: said.append(event.get("text", ""))  # noqa: E731
+    run = tiny.trainer(tmp_path, recipe, held=5, causal=Unheld(recipe, value), emit=emit)
+    assert [step.step for step in run][-1] == 9
+    assert run.progress.best_step in (6, 8, 9)
+    assert [text for text in said if text] == [
+        f"the held-out loss is {value}, which judges no weights; look at rows.jsonl:4" for _ in range(2)
+    ]
+
+
 class Narrow(torch.autograd.Function):
     """What float16 does to a gradient: above `most` nothing is left of it."""
 
@@ -104,6 +129,16 @@ def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_pat
     assert _equal(plain.adapter.state_dict(), scaled.adapter.state_dict())
     resumed = tiny.trainer(tmp_path / "scaled", recipe, causal=Overflowing(recipe, most=2.0**-7))
     assert resumed.progress.scale == 2.0**-8
+
+
+def test_a_loss_that_is_not_finite_is_not_tried_again_with_other_scales(tmp_path: Path) -> None:
+    recipe = tiny.recipe("train.epochs=2")
+    poisoned = Poisoned(recipe, math.nan, sample=26)
+    poisoned.dtype = torch.float16
+    run = tiny.trainer(tmp_path, recipe, causal=poisoned)
+    with pytest.raises(NotFiniteError, match="step 4 "):
+        list(run)
+    assert run.progress.scale == 1
 
 
 def test_no_scale_saves_a_gradient_that_is_never_finite(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from luthier.data.packing import micro_batches
 from luthier.data.store import TokenStore
@@ -14,7 +16,7 @@ from luthier.model.pack import Coming, Shape
 from luthier.train.engines import Engine
 from luthier.train.step import Model
 
-_LOOKED = 4096  # samples of a run, by which the sizes of its micro-batches are told
+_LOOKED = 2048  # samples of a run, by which the sizes of its micro-batches are told
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ def batch(stream: Stream, engine: Engine, model: Model, number: int, micro_token
     micros = packed(store, engine, samples, number, micro_tokens)
     largest = max((len(micro.ids) for micro in micros), default=0)
     return Batch(samples, tokens, targets, [model.ready(micro) for micro in micros], largest)
+
+
+def not_finite(model: Model, store: TokenStore, samples: Sequence[Sample], step: int) -> str:
+    """Where the rows are from whose loss alone is not finite; where none is (it is their gradient), all of them."""
+    with torch.no_grad():
+        losses = [float(model.loss(collate(store, [sample], step))) for sample in samples]
+    guilty = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
+    return origins(store, guilty or samples)
+
+
+def origins(store: TokenStore, samples: Sequence[Sample]) -> str:
+    """The places in the data's files, the first twenty of them."""
+    named = [str(store.origin(sample.row)) for sample in samples[:20]]
+    return ", ".join([*named, f"and {len(samples) - 20:,} more"] if len(samples) > 20 else named)
 
 
 def packed(store: TokenStore, engine: Engine, samples: Sequence[Sample], step: int, micro_tokens: int) -> list[Micro]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -45,10 +46,10 @@ class Progress:
     scale: float = 1.0  # what summed losses are multiplied by in the backward pass; falls with float16 alone
 
     def judge(self, loss: float) -> None:
-        """Takes note of the evaluation loss after `step`."""
+        """Takes note of the evaluation loss after `step`; one that is not finite is never the best."""
         self.evaluated = self.step
         self.stale += 1
-        if self.best_loss is None or loss < self.best_loss:
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.stale = self.step, loss, 0
 
     def rescale(self) -> bool:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from luthier.data.store import TokenStore
-from luthier.data.stream import Micro, Sample, Stream, collate
+from luthier.data.stream import Micro, Sample, Stream
 from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
-from luthier.train.batch import Batch, batch, coming, packed
+from luthier.train.batch import Batch, batch, coming, not_finite, origins, packed
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
@@ -97,7 +97,8 @@ class Trainer:
         if number + 1 < self.steps:
             self._batch(number + 1, self.progress.micro_tokens)
         loss, norm = told()
-        if not math.isfinite(norm) and self.model.dtype == torch.float16 and self.progress.rescale():
+        is_half = self.model.dtype == torch.float16
+        if is_half and math.isfinite(loss) and not math.isfinite(norm) and self.progress.rescale():
             return self.step()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._not_finite(rows.samples, loss, norm)
@@ -124,8 +125,12 @@ class Trainer:
             if self.engine.highest(self.interrupt.signal):
                 return
         answers = self.answer() if self.engine.rank == 0 else ()
-        self.progress.judge(loss / max(1, targets))
-        self._log("evaluation", {"step": self.progress.step, "eval_loss": loss / max(1, targets)})
+        loss /= max(1, targets)
+        if not math.isfinite(loss) and self.engine.rank == 0:
+            named = not_finite(self.model, self.heldout, [Sample(i, i, 0) for i in range(len(self.heldout))], step=0)
+            self._say(f"the held-out loss is {loss:.4g}, which judges no weights; look at {named}")
+        self.progress.judge(loss)
+        self._log("evaluation", {"step": self.progress.step, "eval_loss": loss})
         for answer in answers:
             self.emit({"event": "sample", "step": self.progress.step, **answer})
 
@@ -201,25 +206,18 @@ class Trainer:
         if largest <= lengths[longest.row]:
             raise MemoryPlanError(
                 f"a row of {largest} tokens does not fit into memory by itself",
-                where=self._origins([longest]),
+                where=origins(self.stream.store, [longest]),
                 fix="set data.length lower, or run.recompute=true",
             )
         self.progress.micro_tokens = largest // 2
         self._say(f"out of memory; from here on {largest // 2} tokens at a time")
 
     def _not_finite(self, samples: list[Sample], loss: float, norm: float) -> NotFiniteError:
-        """Names the rows whose loss alone is not finite, else (it is the gradient) all rows of the step."""
-        store, number = self.stream.store, self.progress.step
-        with torch.no_grad():
-            guilty = [s for s in samples if not math.isfinite(float(self.model.loss(collate(store, [s], number))))]
         return NotFiniteError(
-            f"step {number + 1} has loss {loss:.4g} and gradient norm {norm:.4g}; nothing was updated",
-            where=self._origins(guilty or samples),
+            f"step {self.progress.step + 1} has loss {loss:.4g} and gradient norm {norm:.4g}; nothing was updated",
+            where=not_finite(self.model, self.stream.store, samples, self.progress.step),
             fix="look at these rows, or lower train.lr; the last checkpoint is sound",
         )
-
-    def _origins(self, samples: Sequence[Sample]) -> str:
-        return ", ".join(str(self.stream.store.origin(sample.row)) for sample in samples)
 
     def _resume(self) -> int:
         """Takes up the newest checkpoint that verifies, found by rank 0 and read by all. Returns its step, or 0."""

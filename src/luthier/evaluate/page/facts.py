@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from math import isfinite, nan
 from typing import Any
 
 from markupsafe import Markup
@@ -23,7 +24,7 @@ def training(run: Run) -> Json | None:
     """The loss curves and what the steps took, from metrics.jsonl; None before the first step."""
     records = run.steps()
     steps = [record for record in records if "loss" in record]
-    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if "eval_loss" in r]
+    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if isfinite(r.get("eval_loss", nan))]
     if not steps:
         return None
     losses = [(float(r["step"]), float(r["loss"])) for r in steps]
