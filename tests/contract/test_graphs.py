@@ -161,8 +161,8 @@ def test_of_a_long_run_the_beginning_is_looked_at_and_rows_without_a_target_are_
     rows = [Example([1, 2, 3, 4], learned, 1, origin) for learned in ([0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0])]
     stream = Stream(TokenStore.write(tmp_path / "rows", rows * 100), None, 1, 2, max_steps=10_000)
     found = coming(stream, Local(), 4)
-    assert found.times == pytest.approx(10_000 / 2048)
-    assert len(found.sizes) == pytest.approx(4096 / 3, rel=0.1)
+    assert found.times == pytest.approx(10_000 / 1024)
+    assert len(found.sizes) == pytest.approx(2048 / 3, rel=0.1)
     assert set(found.sizes) == {Shape(2, 2, 1, 2)}
 
 
