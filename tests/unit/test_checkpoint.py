@@ -135,6 +135,26 @@ def test_death_at_any_file_operation_leaves_a_sound_checkpoint(
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
+def test_death_half_way_through_a_deletion_leaves_nothing_that_looks_like_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (50, 100):
+        publish(tmp_path, at(step))
+
+    def half(folder: Path) -> None:
+        if folder.exists():
+            (folder / "adapter.safetensors").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", half)
+        with pytest.raises(Killed):
+            prune(tmp_path, keep=1, best=None)
+    assert [path.name for path in published(tmp_path)] == ["step-00000100"]
+    assert newest(tmp_path, pytest.fail) is not None
+    assert names(tmp_path) == ["step-00000100"]
+
+
 def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     publish(tmp_path, at(50))
     (tmp_path / ".partial-step-00000100").write_text("a file where the folder should be")

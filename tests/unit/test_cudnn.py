@@ -47,6 +47,7 @@ def test_rows_that_are_all_as_long_are_a_batch_that_needs_no_frontend(frontend: 
     at = HOPPER._replace(frontend=frontend)
     assert way(at, 128, tokens=8192, segments=4, longest=2048) == "batch"
     assert way(at, 128, tokens=8188, segments=4, longest=2047) == "batch"
+    assert way(at, 128, tokens=8184, segments=4, longest=2046) != "batch"
     assert way(at, 128, tokens=8191, segments=4, longest=2048) != "batch"
     assert way(at, 128, tokens=8200, segments=4, longest=2050) != "batch"  # a length that never comes again
     assert way(at._replace(major=8), 128, tokens=8192, segments=4, longest=2048) is None

@@ -83,6 +83,17 @@ def test_words_are_not_remembered_where_tokens_may_reach_over_spaces(name: str) 
     assert not keeps_words_apart(chats.tokenizer(name)._data)
 
 
+def test_words_are_not_remembered_where_a_space_is_put_or_taken_beside_them() -> None:
+    known = {"pre_tokenizer": json.loads(FALCON.__getstate__())}
+    spaced = json.loads(json.dumps(known).replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    assert spaced != known
+    assert not keeps_words_apart(spaced)
+    token = {"content": "<x>", "lstrip": False, "rstrip": False}
+    assert keeps_words_apart(known | {"added_tokens": [token]})
+    for change in ({"lstrip": True}, {"rstrip": True}, {"content": "<x> <y>"}):
+        assert not keeps_words_apart(known | {"added_tokens": [token | change]})
+
+
 def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.data.words.MEMORY", 100)
     words = Words(lambda texts: [[len(t)] for t in texts])
