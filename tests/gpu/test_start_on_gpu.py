@@ -37,10 +37,11 @@ def said(code: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_weights_read_by_way_of_memory_that_is_lent_again_come_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, weights.AHEAD])
+def test_weights_read_by_way_of_memory_that_is_lent_again_come_whole(ahead: int, tmp_path: Path) -> None:
     tensors = {f"{i:03}": torch.randint(0, 255, (5_000_000 + 77 * i,), dtype=torch.uint8) for i in range(60)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with weights.handles([tmp_path / "a.safetensors"], copied=True, pinned=True) as found:
+    with weights.handles([tmp_path / "a.safetensors"], copied=True, pinned=True, ahead=ahead) as found:
         assert found["000"][...].is_pinned()
         for name, tensor in tensors.items():
             assert torch.equal(found[name][...].to("cuda"), tensor.to("cuda"))

@@ -216,6 +216,38 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -
             found["x"][...]
 
 
+@pytest.mark.parametrize("ahead", [0, 5000, 1 << 20])
+def test_tensors_are_what_they_are_in_whatever_order_they_are_taken(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import random
+
+    from safetensors.torch import save_file
+
+    from luthier.model import weights
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    tensors = {f"layer.{i}": torch.full((i * 37,), i) for i in range(30)}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    names = [*tensors, *random.Random(0).sample(list(tensors), 30), "layer.7", "layer.7"]
+    with weights.handles([tmp_path / "a.safetensors"], copied=True, ahead=ahead) as found:
+        for name in names:
+            assert torch.equal(found[name][...], tensors[name])
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for_and_no_more(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from luthier.model import weights
+
+    save_file({f"layer.{i}": torch.zeros(1000, dtype=torch.uint8) for i in range(12)}, tmp_path / "a.safetensors")
+    with weights.handles([tmp_path / "a.safetensors"], copied=True, ahead=3000) as found:
+        for i in range(12):
+            found[f"layer.{i}"][...]
+            begun = found["layer.0"].reading._begun
+            assert list(begun) == [f"layer.{following}" for following in range(i + 1, 12)][:3]
+
+
 MEASURE = """
 import sys
 from pathlib import Path

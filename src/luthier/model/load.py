@@ -261,10 +261,11 @@ def _filled(
     `weights.Handle`."""
     from transformers import GenerationConfig
 
-    from luthier.model.weights import handles
+    from luthier.model.weights import AHEAD, handles
 
     own = (folder / "generation_config.json").is_file()
-    with handles(shards(folder), copied=placing is not None, pinned=pinned) as weights:
+    ahead = AHEAD if pinned else 0
+    with handles(shards(folder), copied=placing is not None, pinned=pinned, ahead=ahead) as weights:
         done: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
             None,
             config=empty.config,

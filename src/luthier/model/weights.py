@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import islice
 from mmap import mmap
 from pathlib import Path
+from threading import Lock
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, dot_natural_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -38,6 +40,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _READERS = min(8, os.cpu_count() or 1)  # threads
 _PIECE = 4 << 20  # bytes that one of them reads at a time
 _OWN_PAGES = 1 << 20  # bytes of the smallest tensor that is not on the heap
+AHEAD = 64 << 20  # bytes that are worth reading before it is their turn, for a GPU
 _PINNED = 256 << 20  # bytes of the largest tensor that is read into pinned memory
 _DTYPES = {
     "F64": torch.float64,
@@ -55,23 +58,25 @@ Unpack = Callable[[Mapping[str, Tensor], str], nn.Module]
 
 
 @contextmanager
-def handles(paths: Iterable[Path], *, copied: bool, pinned: bool = False) -> Iterator[dict[str, Any]]:
+def handles(paths: Iterable[Path], *, copied: bool, pinned: bool = False, ahead: int = 0) -> Iterator[dict[str, Any]]:
     """Name -> handle of every tensor of some files; `handle[...]` reads it. Tensors in bitsandbytes' 4 bits are one
     `Stored` each. `copied`: into memory of their own, which `Handle` reads inside the context, else as a view of the
-    mapped file, which costs nothing until used but counts as memory from then on. `pinned`: as of `Handle`."""
+    mapped file, which costs nothing until used but counts as memory from then on. `pinned`: as of `Handle`. `ahead`:
+    bytes of tensors that may be read before they are asked for."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        readers = stack.enter_context(ThreadPoolExecutor(_READERS, "reader"))
+        reading = Reading(stack.enter_context(ThreadPoolExecutor(_READERS, "reader")), ahead)
         for path in paths:
             mapped: Any = safe_open(path, framework="pt", backend="pread" if copied else "mmap")
             found |= {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118 (no mapping)
             if copied:
                 file = stack.enter_context(path.open("rb", buffering=0))
-                found |= {t.name: t for t in _handles(path, file, readers, pinned)}
+                found |= {t.name: t for t in _handles(path, file, reading, pinned)}
+        reading.expect(found[name] for name in sorted(found, key=dot_natural_key))
         yield _grouped(found)
 
 
-def _handles(path: Path, file: FileIO, readers: ThreadPoolExecutor, pinned: bool) -> Iterator[Handle]:
+def _handles(path: Path, file: FileIO, reading: Reading, pinned: bool) -> Iterator[Handle]:
     """Those of one file's tensors, but for rare dtypes, which safetensors itself reads."""
     header = safetensors_header(path)
     assert isinstance(header, dict), "safetensors has read it"
@@ -79,7 +84,7 @@ def _handles(path: Path, file: FileIO, readers: ThreadPoolExecutor, pinned: bool
     first = path.stat().st_size - max(tensor["data_offsets"][1] for tensor in header.values())
     for name, tensor in header.items():
         if dtype := _DTYPES.get(tensor["dtype"]):
-            yield Handle(name, file, first + tensor["data_offsets"][0], dtype, tensor["shape"], readers, pinned)
+            yield Handle(name, file, first + tensor["data_offsets"][0], dtype, tensor["shape"], reading, pinned)
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,23 @@ class Handle:
     start: int
     dtype: torch.dtype
     shape: list[int]
-    readers: ThreadPoolExecutor
+    reading: Reading
     pinned: bool
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        out = self._place(size)
+        return self.reading.take(self).view(self.dtype).view(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def begin(self, readers: ThreadPoolExecutor) -> Begun:
+        """Has its bytes read."""
+        out = self._place(self.size)
         view = out.numpy().data
-        for _ in self.readers.map(lambda at: self._fill(view[at : at + _PIECE], at), range(0, size, _PIECE)):
-            pass  # raises what a reader raised
-        return out.view(self.dtype).view(self.shape)
+        pieces = range(0, self.size, _PIECE)
+        return Begun(out, [readers.submit(self._fill, view[at : at + _PIECE], at) for at in pieces])
 
     def _place(self, size: int) -> Tensor:
         """Bytes to be written. Large ones are pages of their own, which leave no hole in the heap when they go."""
@@ -123,6 +135,51 @@ class Handle:
             if count == 0:
                 raise OSError(f"{self.file.name} ends within {self.name}")
             done += count
+
+
+class Begun(NamedTuple):
+    """A tensor's bytes, which are there once all `pieces` are."""
+
+    out: Tensor
+    pieces: list[Future[None]]
+
+
+class Reading:
+    """Reads tensors as they are taken, and before: those that come next in the order in which they are expected, as
+    many as fit into a little memory. So files are read while what was read is packed."""
+
+    def __init__(self, readers: ThreadPoolExecutor, room: int) -> None:
+        self._readers, self._room, self._lock = readers, room, Lock()
+        self._begun: dict[str, Begun] = {}
+        self._held, self._until = 0, 0  # their bytes; the place up to which all were begun, or taken, or passed over
+        self._order: list[Handle] = []
+        self._places: dict[str, int] = {}
+
+    def expect(self, found: Iterable[Any]) -> None:
+        """Tells the order."""
+        self._order = [handle for handle in found if isinstance(handle, Handle)]
+        self._places = {handle.name: place for place, handle in enumerate(self._order)}
+
+    def take(self, handle: Handle) -> Tensor:
+        """Its bytes. Raises OSError if they are not there."""
+        with self._lock:
+            if (begun := self._begun.pop(handle.name, None)) is not None:
+                self._held -= handle.size
+            else:
+                begun = handle.begin(self._readers)
+            self._go_on(self._places[handle.name] + 1)
+        for piece in begun.pieces:
+            piece.result()
+        return begun.out
+
+    def _go_on(self, place: int) -> None:
+        """Begins those from `place` on that fit."""
+        self._until = max(self._until, place)
+        for handle in islice(self._order, self._until, None):
+            if self._held + handle.size > self._room:
+                break
+            self._begun[handle.name] = handle.begin(self._readers)
+            self._held, self._until = self._held + handle.size, self._until + 1
 
 
 class Stored:
