@@ -118,8 +118,8 @@ class Machine:
 
 def machine() -> Machine:
     """Reads the facts: cores of this process's affinity and cgroup, memory the cgroup and the kernel leave, flags."""
-    total, available = _memory()
-    return Machine(_cores(), _busy(), total, available, _flags(), _compiler(), os.cpu_count() or 0, _gpus())
+    total, available = memory()
+    return Machine(cores(), _busy(), total, available, _flags(), _compiler(), os.cpu_count() or 0, _gpus())
 
 
 def named_gpu(name: str) -> Gpu:
@@ -177,12 +177,13 @@ def read_gpus(told: str, visible: str | None) -> tuple[Gpu, ...]:
     )
 
 
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """Cores of this process: its affinity, and what its cgroup may use."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return cores
+        ours = min(ours, max(1, int(quota[0]) // int(quota[1])))
+    return ours
 
 
 def _busy() -> int:
@@ -198,7 +199,7 @@ def _busy() -> int:
     return max(0, min(looks))
 
 
-def _memory() -> tuple[int, int]:
+def memory() -> tuple[int, int]:
     """Total and available bytes, the smaller of the machine's and the cgroup's."""
     lines = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines() if ":" in line)
     if not lines:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from luthier.errors import RecipeError
-from luthier.model.place import Build, check_place, installed, problem, wake
+from luthier.machine import machine
+from luthier.model.place import Build, check_place, free_memory, installed, problem, wake
 
 BUILT = {"version": "2.13.0", "cuda": "12.8", "archs": ("sm_75", "sm_80", "sm_90a", "compute_90")}
 
@@ -57,3 +60,17 @@ def test_a_gpu_is_woken_in_a_thread_that_says_nothing_of_what_is_in_the_way(plac
     for thread in woken:
         thread.join()  # what it raises would fail this test
     assert place == "cuda" or not woken
+
+
+def test_a_look_at_free_memory_asks_no_driver_and_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at before every answer, and a driver's tool takes longer than a short answer."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ntouch {tmp_path / 'asked'}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert free_memory(torch.device("cpu")) > 0
+    assert not (tmp_path / "asked").exists()
+    assert machine().available > 0
+    assert (tmp_path / "asked").exists()

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from ast import literal_eval
-from pathlib import Path
 
 import pytest
 
@@ -41,23 +40,34 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 BESIDE = ("scipy", "sklearn", "pandas", "pyarrow", "torchvision")
 
 
-def imported_by_training(script: str, *command: str) -> list[str]:
+def told_by(*command: str) -> tuple[list[str], str | None]:
+    """What a process that trains has imported of BESIDE, and its cuBLAS workspaces."""
+    script = "import os\nworkspaces = os.environ.get('CUBLAS_WORKSPACE_CONFIG')\n"
     script += "from transformers.models.llama import modeling_llama\n"
-    script += f"print([m for m in {BESIDE!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, *command, script], capture_output=True, text=True, check=True)
-    found: list[str] = literal_eval(done.stdout.splitlines()[-1])
+    script += f"print(([m for m in {BESIDE!r} if m in sys.modules], workspaces))"
+    plain = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    words = [sys.executable, *command[:-1], command[-1] + script]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=plain)
+    found: tuple[list[str], str | None] = literal_eval(done.stdout.splitlines()[-1])
     return found
 
 
-def test_a_process_of_ours_that_trains_imports_nothing_beside_what_models_of_text_need(tmp_path: Path) -> None:
-    command = tmp_path / "luthier"  # as an installed command is called
-    command.write_text("import sys\nimport luthier.train.worker\nexec(sys.argv[1])\n")
-    assert imported_by_training("", str(command)) == []
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str | None]:
+    command = tmp_path_factory.mktemp("bin") / "luthier"  # as an installed command is called
+    command.write_text("import sys\nimport luthier.train.worker, torch\nexec(sys.argv[1])\n")
+    return told_by(str(command), "")
+
+
+def test_a_process_of_ours_that_trains_imports_nothing_beside_what_models_of_text_need(
+    ours: tuple[list[str], str | None],
+) -> None:
+    assert ours[0] == []
 
 
 def test_transformers_is_left_whole_where_others_may_want_it() -> None:
     pytest.importorskip("scipy")
-    assert "scipy" in imported_by_training("import sys\nimport luthier.train.worker\n", "-c")
+    assert "scipy" in told_by("-c", "import sys\nimport luthier.train.worker\n")[0]
 
 
 def test_the_verbs_are_those_of_the_design() -> None:
@@ -65,9 +75,6 @@ def test_the_verbs_are_those_of_the_design() -> None:
     assert set(VERBS) == verbs
 
 
-def test_cublas_is_told_of_its_workspaces_before_a_model_is_built() -> None:
+def test_cublas_is_told_of_its_workspaces_before_a_model_is_built(ours: tuple[list[str], str | None]) -> None:
     """It reads the setting once, when it first multiplies."""
-    script = "import os, luthier.train.worker as w, torch; print(os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
-    plain = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=plain)
-    assert done.stdout.split() == [":4096:8"]
+    assert ours[1] == ":4096:8"

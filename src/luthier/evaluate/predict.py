@@ -292,7 +292,7 @@ def _nothing(file: str, problems: Problems) -> LuthierError:
 def _report(count: int, named: list[str], console: Console | None) -> None:
     if console is None or not count:
         return
-    console.print(f"{count:,} rows have no answer:", markup=False)
+    console.print(f"{'1 row has' if count == 1 else f'{count:,} rows have'} no answer:", markup=False)
     for problem in named:
         console.print(f"  {problem}", markup=False)
     if count > len(named):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from luthier.allocator import grow_segments
 from luthier.errors import RecipeError
-from luthier.machine import machine
+from luthier.machine import memory
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def free_memory(device: torch.device) -> int:
     import torch
 
     if device.type != "cuda":
-        return machine().available
+        return memory()[1]
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 

@@ -27,7 +27,7 @@ from luthier.evaluate.asking.sides import Entry, Opened, by_base, open_sides
 from luthier.evaluate.asking.suite import suite
 from luthier.evaluate.forgetting import general_tasks
 from luthier.evaluate.metrics import resolved
-from luthier.machine import machine
+from luthier.machine import cores, machine
 from luthier.runs import Run
 
 if TYPE_CHECKING:
@@ -167,12 +167,12 @@ def processes(run: Run, tasks: int) -> int:
     if decisions.get("place") != "cpu":
         return 1
     planned: int = decisions.get("processes", 1)
-    return max(1, min(planned, machine().cores, tasks // WORTH))
+    return max(1, min(planned, cores(), tasks // WORTH))
 
 
 def fill(job: Job, count: int, advance: Advance, *, beside: bool = False) -> None:
     """Does the job in `count` processes, and returns when all have ended. `beside` a run that trains they step back."""
-    threads = {"OMP_NUM_THREADS": str(max(1, machine().cores // count)), "OMP_WAIT_POLICY": "passive"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // count)), "OMP_WAIT_POLICY": "passive"}
     environment, text = {**os.environ, **threads}, json.dumps(asdict(job))
     with ExitStack() as stack:
         listeners = []
