@@ -8,6 +8,7 @@ comparison = luthier.compare(run)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None
     Raises UsageError for a GPU that is not known.
     """
     from luthier.plan import parse_bytes
-    from luthier.train.launch import decide_for
+    from luthier.train.launch import decide_for, with_less
 
     facts, place = machine(), None
     if gpu is not None or vram is not None:
@@ -135,7 +136,7 @@ def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None
         if vram is not None:
             chosen = replace(chosen, total=parse_bytes(vram), free=parse_bytes(vram))
         facts, place = replace(facts, gpus=(chosen,)), "cuda"
-    planned = decide_for(recipe, facts, place)
+    planned = with_less(decide_for(recipe, facts, place), recipe, facts, place)
     _print_plan(planned, console)
     return planned
 
@@ -178,7 +179,9 @@ def _print_plan(planned: Plan, console: Console) -> None:
         console.print(f"in host memory, {planned.host_bytes / GIB:.1f} GiB: {_in_host_memory(planned)}")
     if planned.graphs:
         console.print(f"recorded as CUDA graphs: {planned.why['graphs']}")
-    console.print(f"about {planned.seconds_per_step:.2g} s a step")
+    console.print(f"about {planned.seconds_per_step:.3g} s a step")
+    for peak, seconds in planned.less:
+        console.print(f"with run.memory={math.ceil(peak * 10 / GIB) / 10}GiB about {seconds:.3g} s a step")
     if not planned.fits:
         console.print("[bold red]does not fit[/]: " + escape("; or ".join(planned.advice)))
 

@@ -128,6 +128,8 @@ class Plan:
     dtype: str = ""
     why: dict[str, str] = field(default_factory=dict)
     """For what was decided before the plan, which fact made it."""
+    less: tuple[tuple[int, float], ...] = ()
+    """What the same step takes where it may use less memory: the peak's bytes, and seconds. Told where it was asked."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

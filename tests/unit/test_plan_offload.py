@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from io import StringIO
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from luthier import recipe
+from luthier.api import show_plan
 from luthier.data.stream import Micro
 from luthier.errors import RecipeError
 from luthier.kernels.place import planned_for
@@ -98,6 +103,18 @@ def test_an_embedding_that_is_the_head_too_stays_on_the_gpu() -> None:
     asked, kept = (made(None, f"run.offload_embedding={said}", config=tied) for said in ("true", "false"))
     assert not asked.offload_embedding
     assert asked.parts == kept.parts
+
+
+def test_a_plan_for_a_gpu_tells_what_a_step_takes_in_less_memory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    text = f"model: {{base: {tmp_path}}}\ndata: {{train: [{{path: a}}], length: 512}}\n"
+    chosen = Recipe.parse(text, "run.graphs=false", "train.samples_per_step=16")
+    told = StringIO()
+    found = show_plan(chosen, gpu="H200", console=Console(file=told, width=60))
+    (some, later), (half, last) = found.less
+    assert half <= found.peak_bytes // 2 < some <= found.peak_bytes * 3 // 4
+    assert found.seconds_per_step <= later <= last
+    assert told.getvalue().count("with run.memory=") == 2
 
 
 def test_our_blocks_stream_packed_weights_where_there_is_no_room_for_them() -> None:
