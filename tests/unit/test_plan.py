@@ -203,7 +203,9 @@ def test_a_step_is_cut_where_that_costs_less_than_to_recompute() -> None:
 
     def made(memory: int, *more: str) -> Plan:
         changes = ["train.samples_per_step=64", "run.unpacked=0", "run.graphs=false", "model.quantize={kind: nf4}"]
-        return traced(*changes, *ON_THE_GPU, *more, f"run.memory='{memory}'", config=wide, vram=99 * GIB, kernels="compiled")
+        return traced(
+            *changes, *ON_THE_GPU, *more, f"run.memory='{memory}'", config=wide, vram=99 * GIB, kernels="compiled"
+        )
 
     whole = made(99 * GIB)
     assert (whole.micro_tokens, keeping(whole)) == (64 * 256, (False, 0))
