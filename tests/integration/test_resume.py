@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import tiny
 from luthier.errors import MemoryPlanError, Stopped
 from luthier.train import checkpoint
+from luthier.train.interrupt import Interrupt
 from luthier.train.loop import Trainer
 
 OPTIONS = ("train.epochs=4", "run.save.every=2", "evaluate.every=3")
@@ -132,11 +134,22 @@ def test_a_signal_during_an_evaluation_loses_nothing(tmp_path: Path, whole: Path
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            terminate_twice()
+
     with pytest.raises(Stopped) as stopped:
-        run_until(trainer(tmp_path), 5, terminate_twice)
+        list(trainer(tmp_path, emit=emit))
     assert stopped.value.exit_code == 143
     assert "after step" not in str(stopped.value)
     assert trainer(tmp_path).resumed_from == 4
+
+
+def test_a_signal_is_no_error_of_what_it_interrupts() -> None:
+    """A broken file, a tracker that fails: much is taken for one that raises an Exception."""
+    with pytest.raises(Stopped) as stopped, Interrupt(at_once=True), suppress(Exception):
+        terminate()
+    assert stopped.value.exit_code == 143
 
 
 def test_the_handlers_of_before_are_back_after_a_run(tmp_path: Path) -> None:

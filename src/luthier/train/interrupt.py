@@ -15,9 +15,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interrupt:
     """As a context manager: `signal` is the number of the signal received, or 0.
 
-    A second one, or the first where nothing runs yet that could be finished (`at_once`), raises Stopped, which is safe
-    at any instant: checkpoints are published by one rename. Outside the main thread, where Python takes no signal
-    handlers, it does nothing.
+    A second one, or the first where nothing runs yet that could be finished (`at_once`), ends the block by Stopped,
+    which is safe at any instant: checkpoints are published by one rename. Inside it is a KeyboardInterrupt, which
+    nothing takes for an error of what it was about. Outside the main thread, where Python takes no signal handlers, it
+    does nothing.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -29,15 +30,23 @@ class Interrupt:
             self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if isinstance(error, _AtOnce):
+            raise stopped(error.number) from error
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal or self._at_once:
-            raise stopped(number)
+            raise _AtOnce(number)
         self.signal = number
+
+
+class _AtOnce(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def stopped(number: int, when: str = "") -> Stopped:

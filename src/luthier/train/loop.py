@@ -97,8 +97,8 @@ class Trainer:
         if number + 1 < self.steps:
             self._batch(number + 1, self.progress.micro_tokens)
         loss, norm = told()
-        is_half = self.model.dtype == torch.float16
-        if is_half and math.isfinite(loss) and not math.isfinite(norm) and self.progress.rescale():
+        overflown = math.isfinite(loss) and not math.isfinite(norm)
+        if overflown and self.model.dtype == torch.float16 and self.progress.rescale():
             return self.step()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._not_finite(rows.samples, loss, norm)
