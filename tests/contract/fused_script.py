@@ -116,7 +116,7 @@ def compare_all(width: int) -> None:
         compare(name, [mine[:, :size], mine], [twin[:, :size], twin])
     place = (17, 3, 5, torch.tensor([7, 7, 2**40, 0, 9]), torch.tensor([0, 1, 2, 3, 70000]))
     seed, step, module, samples, positions = place
-    leaf = x.clone().requires_grad_()
+    leaf = apart(x, 8).requires_grad_()
     dropped = drop.drop(leaf[None], torch.tensor([mask_key(seed, step)]), samples, positions, module, 0.3)
     dropped.backward(dy[None])
     mask = dropout_mask(seed, step, samples, positions, module, width, 0.3, dtype)

@@ -37,10 +37,11 @@ def drop(x: Tensor, key: Tensor, samples: Tensor, positions: Tensor, module: int
 
 
 def _run(x: Tensor, key: Tensor, samples: Tensor, positions: Tensor, module: int, p: float) -> Tensor:
-    x = x.contiguous()
-    out, width = torch.empty_like(x), x.shape[-1]
+    rows = x.flatten(0, -2)  # which may lie apart
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out, width = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1]
     factor = float(torch.tensor(1 / (1 - p), device="cpu").to(x.dtype))  # as the twin's mask holds it
     grid, least = (len(samples), -(-width // _BLOCK)), round(p * 65536)
-    numbers = module, width, least, factor
-    launch("drop", grid, x, out, samples, positions, key, *numbers, BLOCK=_BLOCK, num_warps=4)
+    numbers = module, width, rows.stride(0), least, factor
+    launch("drop", grid, rows, out, samples, positions, key, *numbers, BLOCK=_BLOCK, num_warps=4)
     return out

@@ -189,7 +189,7 @@ def _mix(x):  # type: ignore
 
 
 @triton.jit(do_not_specialize=["module"])
-def drop(x, out, samples, positions, key, module, width, least, factor, BLOCK: tl.constexpr):  # type: ignore
+def drop(x, out, samples, positions, key, module, width, apart, least, factor, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -197,7 +197,7 @@ def drop(x, out, samples, positions, key, module, width, least, factor, BLOCK: t
     drawn = _mix(token + (at // 4).to(tl.int64) * -0x61C8864680B583EB)
     lane = (drawn >> ((at % 4) * 16).to(tl.int64)) & 0xFFFF
     kept = ((lane + 32768) & 0xFFFF) >= least  # the lane as a signed number, moved to begin at 0
-    value = tl.load(x + row * width + at, inside, 0.0)
+    value = tl.load(x + row * apart + at, inside, 0.0)
     tl.store(out + row * width + at, tl.where(kept, value.to(tl.float32) * factor, 0.0), inside)
 
 
