@@ -144,7 +144,8 @@ def measure(task: Task) -> dict[str, Any]:
         found = trainers.train(task.cell.peer, task.folder, task.workload, chosen, clock)
     row = clock.row(chosen)
     if not task.started:
-        row = {key: value for key, value in row.items() if key not in ("begin_s", "first_step_s", "phases")}
+        beside = ("begin_s", "first_step_s", "phases", "device_gib")  # of other rows or processes, too
+        row = {key: value for key, value in row.items() if key not in beside}
     return row | found
 
 
