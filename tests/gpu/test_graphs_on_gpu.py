@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -208,6 +209,24 @@ def test_a_small_model_is_faster_by_replays(tokens: int, capsys: pytest.CaptureF
     with capsys.disabled():
         rates = {recorded: f"{speed:.1f} steps/s, {speed * tokens:,.0f} tok/s" for recorded, speed in speeds.items()}
         print(f"\n{tokens} tokens: launched one by one {rates[False]}; replayed {rates[True]}")
+
+
+def test_a_recording_in_a_cycle_that_nobody_holds_any_more_does_not_spoil_the_next() -> None:
+    def recording() -> Any:
+        graph, x = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
+        with torch.cuda.graph(graph):
+            x.add_(1)
+        holder: list[Any] = [graph]
+        holder.append(holder)
+        return x
+
+    x, recorder, before = recording(), graphs.CudaRecorder(), gc.get_threshold()
+    gc.set_threshold(1)  # a collection with every object that is made
+    try:
+        replay = recorder.record(lambda: [x.add_(1) for _ in range(100)][-1])
+    finally:
+        gc.set_threshold(*before)
+    assert float(replay()[0]) == 100
 
 
 def test_what_a_recording_costs(capsys: pytest.CaptureFixture[str]) -> None:
