@@ -79,9 +79,9 @@ CELLS = [
 ]
 SMALL = {
     "hidden_size": 512,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
-    "vocab_size": 32000,
+    "vocab_size": 8000,
     "pad_token_id": None,
 }
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ CPU_CELLS = [
     Cell("llama-3.1-8b", None, 512, 16, False, 4),
     Cell("llama-3.1-8b", None, 512, 16, True, 4),
     Cell("llama-3.1-8b", None, 512, 16, False, 4, "eager"),
-    Cell("llama-3.1-8b", None, 512, 16, 4, 4, "eager", gate_up=4),
+    Cell("llama-3.1-8b", None, 512, 16, 3, 4, "eager", gate_up=3),
     Cell("llama-3.1-8b", NF4, 512, 16, False, 4, "eager"),
     Cell("phi-2", None, 512, 16, False, 4),
     Cell("falcon-7b", None, 512, 16, False, 4),
