@@ -19,7 +19,7 @@ from luthier.model import attention, decode, fast
 from luthier.model.causal import CausalModel
 from luthier.model.decode import Decoder, ReferenceDecoder, WholeDecoder
 from luthier.model.fast import FastDecoder, Projection
-from luthier.model.generate import Generation, Sampling, _answer, _batches, _without_holes, generate, stream
+from luthier.model.generate import Generation, Sampling, _answer, _batches, _Picker, _without_holes, generate, stream
 from luthier.model.quantize import PackedLinear, quantize_module
 
 BEGINNING = [5, 9, 3, 7, 11, 2, 13, 17, 6, 4]
@@ -136,6 +136,11 @@ def test_the_repetition_penalty_is_the_one_of_transformers(model: CausalModel) -
     expected = [by_transformers(model, prompt, repetition_penalty=1.7) for prompt in PROMPTS]
     assert expected != [by_transformers(model, prompt) for prompt in PROMPTS]
     assert [a.ids for a in generate(model, PROMPTS, sampling, NO_STOPS)] == expected
+
+
+def test_a_penalised_token_of_a_logit_below_zero_is_less_likely_too() -> None:
+    pick = _Picker([[0]], Sampling(repetition_penalty=2.0), torch.device("cpu"))
+    assert pick(torch.tensor([[-1.0, -1.5, -3.0]])).tolist() == [1]
 
 
 def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model: CausalModel) -> None:
