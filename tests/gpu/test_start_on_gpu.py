@@ -30,7 +30,7 @@ def test_a_gpu_that_is_woken_has_its_context_and_nothing_in_it() -> None:
 
 
 def test_waking_makes_the_context_that_torch_uses_and_no_other() -> None:
-    assert abs(int(said(WAKE)[3]) - int(said(USE)[0])) < 64 << 20  # bytes left; a context takes some 500 MiB
+    assert abs(int(said(WAKE)[3]) - int(said(USE)[0])) < 256 << 20  # bytes left; a context takes some 500 MiB
 
 
 def said(code: str) -> list[str]:

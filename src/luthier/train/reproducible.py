@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,12 +25,12 @@ def reproducible(place: str) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     # Not with warn_only: flash attention takes that for leave to add up in any order.
-    torch.use_deterministic_algorithms(True)
+    _fix_order(True)
     deterministic.fill_uninitialized_memory = False  # ours is always written before it is read
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        _fix_order(before[0])
         deterministic.fill_uninitialized_memory = before[1]
 
 
@@ -37,5 +38,14 @@ def loosened(error: RuntimeError) -> bool:
     """Whether `error` says that an operation has no fixed order. It is then let pass from here on."""
     if "deterministic" not in str(error) or not torch.are_deterministic_algorithms_enabled():
         return False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    _fix_order(True, warn_only=True)
     return True
+
+
+def _fix_order(wanted: bool, *, warn_only: bool = False) -> None:
+    """torch.use_deterministic_algorithms, which imports torch's compiler to tell it, too: seconds of a start, and
+    nothing of ours is compiled by it."""
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
+    else:
+        torch._C._set_deterministic_algorithms(wanted, warn_only=warn_only)
