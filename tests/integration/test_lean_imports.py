@@ -23,6 +23,17 @@ from luthier.model import lean
 lean.own_process = {ours}
 from luthier.model import attention
 """
+READ = """
+import sys
+from luthier.model import lean
+lean.own_process = True
+from luthier.model import families
+
+assert families.window_of_file({"model_type": "llama", "num_hidden_layers": 2}) is None
+left_out = ("sympy.core", "torch._dynamo.eval_frame", "torch.distributed.tensor", "scipy", "sklearn", "torchvision")
+assert [name for name in left_out if hasattr(sys.modules.get(name), "__file__")] == []
+import torch
+"""
 TRAINED = """
 from pathlib import Path
 import transformers
@@ -137,6 +148,12 @@ def test_what_was_marked_for_the_compiler_is_heeded_once_there_is_one() -> None:
 
 def test_symbols_are_there_for_those_who_use_them() -> None:
     output(SYMBOLS, ours=True)
+
+
+@pytest.mark.parametrize("then", [MARKED + COMPILED, SYMBOLS], ids=["compiled", "symbols"])
+def test_what_a_config_leaves_out_is_asked_for_without_them_and_they_are_there_later(then: str) -> None:
+    done = subprocess.run([sys.executable, "-c", READ + then], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

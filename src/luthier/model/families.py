@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from luthier.model import lean
+
 if TYPE_CHECKING:
     from luthier.kernels.pointwise import Activation
 
@@ -166,7 +168,8 @@ def is_llama(config: Mapping[str, Any]) -> bool:
 
 def _whole(config: Mapping[str, Any]) -> Any:
     """The transformers config of a `config.json`, with the defaults of what that leaves out."""
-    from transformers import CONFIG_MAPPING
+    with lean.importing():
+        from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
