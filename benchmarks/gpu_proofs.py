@@ -561,8 +561,9 @@ class Watched:
 def memory(bench: Bench, *, full: bool = False) -> Found:
     count, squeezed = (10, 3) if full else (bench.count(60), 4 if bench.dry else 20)
     workload = bench.workload("W1", count, nf4=True)
-    # A recorded pass takes its memory when it is recorded, and none when it is replayed.
-    side = ours(bench, bench.folder(nf4=True, full=full), workload, graphs=False)
+    # A recorded pass takes its memory when it is recorded, and none when it is replayed. Values that are kept unpacked
+    # would go at the first lack of it for good, and leave the others nothing to run short of.
+    side = ours(bench, bench.folder(nf4=True, full=full), workload, graphs=False, unpacked=0)
     start, most = start_of(side.model, 0), max(len(s.ids) for step in side.steps for s in samples_of(step))
     room: Any = GpuMemory() if bench.place == "cuda" else HeldMemory()
     run = partial(run_under, room, side, start)

@@ -252,7 +252,8 @@ def test_a_process_that_finds_the_disk_full_says_so_itself() -> None:
     worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     error = rebuilt(json.loads(worker.stdout.readline()))
-    worker.communicate()  # closes its stdin, without which it would end at once
+    worker.wait(timeout=60)  # before its stdin is closed: it would end at once
+    worker.communicate()
     assert (worker.returncode, type(error)) == (1, RunError)
     assert str(error).startswith("there: the disk takes no more (No space left on device); make room")
 

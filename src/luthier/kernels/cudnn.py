@@ -155,6 +155,8 @@ def plan(shape: _Shape) -> tuple[Any, int] | None:
     """cuDNN's plan, and the bytes that it needs meanwhile; None where cuDNN has none."""
     try:
         return _planned(shape)
+    except torch.OutOfMemoryError:  # it may have one later
+        raise
     except Exception as error:  # its own kinds, and RuntimeError
         warnings.warn(f"cuDNN has no attention for {shape}: {error}", stacklevel=2)
         return None

@@ -66,6 +66,7 @@ class Decoder:
             for linear in block.linears:
                 linear.keep()
         self.updates = Updates(self._products, pointwise.copies)
+        self.scratch: Tensor | None = None
         self.scratch = self._shared_scratch()
 
     def recompute(self, whole: bool | int, gate_up: int = 0) -> None:
@@ -110,6 +111,9 @@ class Decoder:
 
         With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
         """
+        away = self.away if torch.is_grad_enabled() else None
+        if away is not None:
+            away.begin()  # before anything is made: what was on its way in a pass that failed may still be written
         self.updates.refresh(self._products)
         x: Tensor = self.embed(micro.ids)
         before: Tensor | None = None
@@ -118,9 +122,6 @@ class Decoder:
             how: Pack(Segments(*self._tables(x, micro.positions, how), micro.bounds, prefix, told=told), noise)
             for how in dict.fromkeys(block.turned for block in self.blocks)
         }
-        away = self.away if torch.is_grad_enabled() else None
-        if away is not None:
-            away.begin()
         for number, block in enumerate(self.blocks):
             pack = packs[block.turned]
             if block is self.blocks[-1]:
@@ -151,7 +152,9 @@ class Decoder:
         if not packed:
             return None
         values, like = max(linear.size for linear in packed), packed[0]
-        scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
+        scratch = self.scratch
+        if scratch is None or len(scratch) < values:
+            scratch = torch.empty(values, dtype=like.dtype, device=like.bases[0].weight.device)
         for linear in packed:
             linear.scratch = scratch
         return scratch

@@ -194,8 +194,9 @@ class Graphs:
             raise
 
     def forget(self) -> None:
-        """Lets all graphs go."""
+        """Lets all graphs go. Each shape is launched before it is recorded again, which finds what changed."""
         self.recorded.clear()
+        self._came.clear()
 
     def _check(self, made_for: tuple[float, ...]) -> None:
         """A graph holds the scale as a number, and where parameters and gradients are."""

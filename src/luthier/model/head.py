@@ -63,7 +63,8 @@ def find(module: Any, ids: Tensor) -> Output | None:
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         return None
     likely = _candidates(module)
-    if ids.is_meta or (len(likely) == 1 and _is_of_our_families(module)):
+    plain = len(likely) == 1 and type(linear) is nn.Linear
+    if ids.is_meta or (plain and _is_of_our_families(module)):
         return likely[0]
     return observed(module, ids)
 

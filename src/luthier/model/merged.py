@@ -228,7 +228,7 @@ def _write(base: Any, out: Tensor) -> None:
 def _merge(parts: list[Tensor], border: int = 0) -> Tensor:
     """The parameters `parts`, one under the other in one tensor, of which they become views, unless they are already:
     a second model of the same base takes no memory for its weights. With a `border`, which is a model's own, there are
-    so many more rows and columns."""
+    so many more rows and columns; and what another model merged before stays its own copy."""
     before = getattr(parts[0], "merged", lambda: None)()
     if before is not None and not border and _is_made_of(before, parts):
         return before  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import islice
@@ -122,7 +122,8 @@ class Handle:
     def _place(self, size: int) -> Tensor:
         """Bytes to be written. Large ones are pages of their own, which leave no hole in the heap when they go."""
         if self.pinned and size <= _PINNED:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            with suppress(RuntimeError):  # some systems let no memory, or not so much, be locked
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         if size < _OWN_PAGES:
             return torch.empty(size, dtype=torch.uint8)
         return torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
