@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.metrics.metric import ratio
 from luthier.evaluate.study import curve
 from luthier.evaluate.study.curve import Curve
 from luthier.evaluate.study.findings import Cell, Findings, find
+from luthier.evaluate.study.page import render
+from luthier.evaluate.study.view import Shown
 
 SIZES = [100, 200, 400, 800]
+_SETTINGS = {"study": "study", "base": "tiny", "method": "lora", "recipe": ""}
 Truth = Callable[[float], float]
 
 
@@ -140,6 +145,44 @@ def test_bands_stay_where_scores_can_be() -> None:
     assert Curve(points, ratio).band("100").low < 0.0
 
 
+def constant(score: float, seeds: int = 3, n: int = 50) -> Any:
+    """float64 [seeds, n, 2]: all questions score the same."""
+    return np.broadcast_to([score, 1.0], (seeds, n, 2)).copy()
+
+
+@pytest.mark.parametrize(("n", "share"), [(4, 60.24), (50, 7.11)])
+def test_questions_that_all_agree_at_a_bound_leave_open_what_others_would_do(n: int, share: float) -> None:
+    """By as much as the exact limit (Clopper and Pearson) of a share that none of n has."""
+    points = {"wrong": constant(0.0, n=n), "right": constant(100.0, n=n)}
+    found = Curve(points, ratio, constant(0.0, n=n)[0], (0.0, 100.0))
+    for band in (found.band("wrong"), found.base_band()):
+        assert (band.low, band.value, band.high) == (0.0, 0.0, pytest.approx(share, abs=0.05))
+    assert (found.band("right").low, found.band("right").high) == (pytest.approx(100 - share, abs=0.05), 100.0)
+
+
+def test_a_difference_of_points_that_all_agree_carries_what_is_open_of_both() -> None:
+    found = Curve({"wrong": constant(0.0, n=4)}, ratio, constant(0.0, n=4)[0], (0.0, 100.0))
+    gain, p = found.combined({"wrong": 1.0, "": -1.0})
+    assert gain.value == 0.0
+    assert gain.low == pytest.approx(-47, abs=3)
+    assert gain.high == pytest.approx(47, abs=3)
+    assert p > 0.5
+    sure, p = Curve({"right": constant(100.0)}, ratio, constant(0.0)[0], (0.0, 100.0)).combined({"right": 1, "": -1})
+    assert 85 < sure.low < sure.high == 100.0
+    assert p < 0.001
+
+
+@pytest.mark.parametrize(("score", "bounds"), [(0.0, curve.EVERYWHERE), (0.0, (0.0, np.inf)), (30.0, (0.0, 100.0))])
+def test_away_from_bounds_questions_that_all_agree_say_nothing_of_others(score: float, bounds: curve.Bounds) -> None:
+    found = Curve(
+        {"alike": constant(score)}, ratio, statistics(np.random.default_rng(0), 0.5, 1, np.zeros(50))[0], bounds
+    )
+    for interval, p in (found.combined({"alike": 1.0}), found.combined({"alike": 1.0, "": -1.0})):
+        assert (interval.low, interval.high, p) == (-np.inf, np.inf, 1.0)
+    assert found.band("alike").low == -np.inf
+    assert np.isfinite(found.base_band().low)
+
+
 # --- verdicts over sizes
 
 
@@ -233,6 +276,31 @@ def test_sizes_may_have_unequal_seeds_and_one_that_diverged() -> None:
 def test_validation_loss_is_the_mean_over_tokens() -> None:
     found = of(power, 0.3)
     assert all(point["validation_loss"] == pytest.approx(3.0 / 8.0) for point in found.points)
+
+
+def test_a_study_in_which_nothing_is_ever_right_foretells_nothing_and_shows_what_is_open() -> None:
+    found = study({size: constant(0.0) for size in SIZES}, constant(0.0, seeds=1))
+    assert (found.verdict, found.fit) == ("no evidence", None)
+    assert [point["high"] for point in found.points] == pytest.approx([7.11] * 5, abs=0.05)
+    assert found.trend is not None
+    assert found.trend.low < -0.5 < 0.5 < found.trend.high
+    assert "next doubling" not in found.sentence
+
+
+def test_a_study_whose_chance_is_not_known_says_so_everywhere_and_is_json() -> None:
+    for over in (None, "adapter.rank"):
+        found = study({size: constant(30.0) for size in SIZES}, constant(30.0, seeds=1), over=over)
+        assert found.verdict in ("no evidence", "no winner")
+        assert "chance is not known" in found.sentence
+        assert "without training, all 50 questions score alike: chance is not known" in found.warnings
+        assert "at 800, all 50 questions score alike: chance is not known" in found.warnings
+        known = json.loads(json.dumps(found.as_dict() | {"settings": _SETTINGS}, allow_nan=False))
+        assert [point["low"] for point in known["points"]] == [None] * len(known["points"])
+        shown = Console(width=100)
+        with shown.capture() as capture:
+            shown.print(Shown(known))
+        assert capture.get().count("not known") >= 4
+        assert "not known" in render(known)
 
 
 # --- over a setting

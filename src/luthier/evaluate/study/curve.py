@@ -5,6 +5,8 @@ Two things are chance in a study: which questions the test set holds, and the se
 Bands carry both. Questions are resampled, the same for every point. Seeds are too few for that: three drawn from three
 show two thirds of their variance, so their part is drawn from Student's t with the standard deviation between seeds,
 pooled over the points.
+
+Questions that all score alike show no chance when they are resampled, though other questions would (see `_alike`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import inf, isclose
 from typing import TYPE_CHECKING, Literal
 
 from luthier.evaluate.statistics.correction import holm
@@ -28,7 +31,7 @@ Verdict = Literal["more helps", "helps", "no evidence", "worse"]
 
 Bounds = tuple[float, float]
 
-EVERYWHERE: Bounds = (float("-inf"), float("inf"))
+EVERYWHERE: Bounds = (-inf, inf)
 LEVEL = 0.95
 DRAWS = 10_000
 LEAST = 3
@@ -40,6 +43,8 @@ _TINY = 1e-9  # of the spread of scores: seeds that agree to the last question a
 
 @dataclass(frozen=True)
 class Interval:
+    """Of what chance leaves open; from -inf to inf where that is not known."""
+
     value: float
     low: float
     high: float
@@ -95,6 +100,9 @@ class Curve:
         base: the statistics [n, k] of the model without training, which has no seeds.
         bounds: the least and the greatest score there is.
         draws: of the questions.
+
+    `unknown` names the points whose questions all score alike at neither bound: how far chance reaches there is not
+    known.
     """
 
     def __init__(
@@ -110,13 +118,26 @@ class Curve:
         self.noise = _noise(list(self.scores.values()))
         sides = {**({"": base[None]} if base is not None else {}), **points}
         self.questions = max(there.shape[1] for there in sides.values())
-        self._resampled = _resampled(sides, self.questions, finish, draws)
         self.bounds = bounds
         self._places = {name: place for place, name in enumerate(points)}
+        self._resampled, self.unknown = _resampled(sides, self.questions, finish, draws), set[str]()
+        for name in [name for name, drawn in self._resampled.items() if _agree(drawn)]:
+            self._widen(name)
+
+    def _widen(self, name: str) -> None:
+        """In place of draws without any chance, those of how other questions may score."""
+        drawn = self._resampled[name]
+        others = _alike(float(drawn[0]), self.bounds, self.questions, len(drawn), self._places.get(name, -1) + 1)
+        if others is None:
+            self.unknown.add(name)
+        else:
+            self._resampled[name] = others
 
     def band(self, name: str) -> Interval:
         """A setting's mean score over seeds, and where it would be for other questions and other seeds."""
         band = self.combined({name: 1.0})[0]
+        if name in self.unknown:
+            return band
         least, greatest = self.bounds
         return Interval(band.value, max(least, band.low), min(greatest, band.high))
 
@@ -124,12 +145,14 @@ class Curve:
         return self.band("")
 
     def combined(self, weights: Mapping[str, float]) -> tuple[Interval, float]:
-        """A weighted sum of mean scores, with its interval and the two-sided p-value of its being zero. The name "" is
-        the base."""
+        """A weighted sum of mean scores, with its interval and the two-sided p-value of its being zero: 1 where the
+        interval is not known. The name "" is the base."""
         import numpy as np
 
         means = {name: float(scores.mean()) for name, scores in self.scores.items() if len(scores)}
         value = sum(weight * (means[name] if name else self.base or 0.0) for name, weight in weights.items())
+        if not self.unknown.isdisjoint(weights):
+            return Interval(value, -inf, inf), 1.0
         draws = np.sum([weight * self._resampled[name] for name, weight in weights.items()], axis=0)
         for name in weights:
             if name and self.noise.freedom:
@@ -137,7 +160,7 @@ class Curve:
                 chance = np.random.default_rng([1, self._places[name]])  # each setting's own
                 draws = draws + spread * chance.standard_t(self.noise.freedom, len(draws))
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(value, float(low), float(high)), _p(draws)
+        return Interval(value, min(float(low), value), max(float(high), value)), _p(draws)
 
 
 def _noise(scores: Sequence[Floats]) -> Noise:
@@ -164,6 +187,33 @@ def _resampled(points: Mapping[str, Floats], n: int, finish: Finish, count: int)
                 found[name] = np.concatenate([found[name], mean])
     wider = np.sqrt(n / (n - 1)) if n > 1 else 1.0
     return {name: draws.mean() + wider * (draws - draws.mean()) for name, draws in found.items() if len(draws)}
+
+
+def _agree(draws: Floats) -> bool:
+    """Whether resampling the questions changes nothing, but for rounding."""
+    import numpy as np
+
+    return bool(np.ptp(draws) <= _TINY * max(1.0, float(np.abs(draws).max())))
+
+
+def _alike(value: float, bounds: Bounds, n: int, count: int, place: int) -> Floats | None:
+    """Where the score of a point may be whose n questions all score `value`: float64 [count].
+
+    At a bound, the share of other questions that do not is drawn from Beta(1, n), and each of them may be at the other
+    bound. Its 97.5th percentile, 1 - 0.025^(1/n), is the exact limit for none of n (Clopper & Pearson 1934). None away
+    from the bounds and where there are none: n equal figures do not say how far others may be.
+    """
+    import numpy as np
+
+    least, greatest = bounds
+    reaches = [(least, greatest - least), (greatest, least - greatest)]
+    reach = next((reach for bound, reach in reaches if isclose(value, bound, rel_tol=_TINY, abs_tol=_TINY)), inf)
+    if not np.isfinite(reach):
+        return None
+    levels = (np.arange(count) + 0.5) / count
+    shares = 1.0 - np.random.default_rng([3, place]).permutation(1.0 - levels) ** (1.0 / n)
+    draws: Floats = value + reach * shares
+    return draws
 
 
 def _p(draws: Floats) -> float:
@@ -203,7 +253,8 @@ def verdict(gain: float, gain_p: float, trend: float | None, trend_p: float, *, 
 
 
 def fit(scores: Mapping[int, Mapping[int, float]], bounds: Bounds = EVERYWHERE) -> Fit | None:
-    """The learning curve through scores by size and seed; None for fewer than LEAST sizes.
+    """The learning curve through scores by size and seed; None for fewer than LEAST sizes, and where all scores are
+    equal, which shows neither a curve nor its noise.
 
     For each exponent of a grid, limit and amount follow by least squares, beside a constant for each seed (its subsets
     are nested, so that its scores share what it drew). A prediction draws the exponent by how well it fits (its
@@ -212,7 +263,7 @@ def fit(scores: Mapping[int, Mapping[int, float]], bounds: Bounds = EVERYWHERE) 
     Predictions are kept within `bounds`.
     """
     sizes = sorted(scores)
-    if len(sizes) < LEAST:
+    if len(sizes) < LEAST or len({score for some in scores.values() for score in some.values()}) < 2:
         return None
     regressions = [_regress(scores, exponent) for exponent in _EXPONENTS]
     if regressions[0].freedom < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.metrics import Metric
@@ -36,7 +37,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Findings:
-    """`as_dict()` is what `study --json` prints and findings.json holds.
+    """`as_dict()` is what `study --json` prints and findings.json holds. An interval that is not known has the bounds
+    None there.
 
     Attributes:
         over: the setting that was varied; None: the size of the data.
@@ -76,8 +78,8 @@ class Findings:
             "base": self.base,
             "fit": self.fit,
             "loss_fit": self.loss_fit,
-            "trend": self.trend and asdict(self.trend),
-            "differences": [asdict(one) for one in self.differences],
+            "trend": self.trend and _plain(self.trend),
+            "differences": [_plain(one) for one in self.differences],
             "winner": self.winner,
             "chance": self.chance,
             "warnings": self.warnings,
@@ -178,7 +180,16 @@ def _stacked(seeds: Sequence[Any], base: Floats) -> Floats:
 
 
 def _named(interval: Interval, name: str) -> Json:
-    return {name: interval.value, "low": interval.low, "high": interval.high}
+    return {name: interval.value, "low": _known(interval.low), "high": _known(interval.high)}
+
+
+def _plain(interval: Interval) -> Json:
+    return asdict(interval) | {"low": _known(interval.low), "high": _known(interval.high)}
+
+
+def _known(bound: float) -> float | None:
+    """None for a bound that is not finite: JSON has no infinity."""
+    return bound if isfinite(bound) else None
 
 
 def _losses(losses: Curve | None, name: str) -> Json:
@@ -186,7 +197,7 @@ def _losses(losses: Curve | None, name: str) -> Json:
         return {"validation_loss": None}
     band = losses.band(name) if name else losses.base_band()
     seeds = losses.scores[name].tolist() if name else [band.value]
-    bounds = {"validation_low": band.low, "validation_high": band.high}
+    bounds = {"validation_low": _known(band.low), "validation_high": _known(band.high)}
     return {"validation_loss": band.value, **bounds, "seed_validation_losses": seeds}
 
 
@@ -204,6 +215,9 @@ def _warnings(table: _Table) -> list[str]:
         said.append(f"only {n} questions: bands are wide; {FEW} or more say much more")
     if all(len(cells) < 2 for cells in table.cells.values()):
         said.append("one seed: how much a seed does is not known well; --seeds 3 says")
+    for name in table.scores.unknown:
+        where = f"at {name}" if name else "without training"
+        said.append(f"{where}, all {n} questions score alike: chance is not known")
     for name, cells in table.failed.items():
         if cells:
             said.append(f"at {name}, {len(cells)} of {len(cells) + len(table.cells[name])} trainings diverged")
@@ -320,8 +334,10 @@ class _Story:
     def _slope(self) -> str:
         if self.trend is None:
             return ""
-        interval = f"95 % interval {signed(self.trend.low)} to {signed(self.trend.high)}"
-        return f"a doubling gave {signed(self.trend.value)}{_unit(self.metric)} ({interval})"
+        gave = f"a doubling gave {signed(self.trend.value)}{_unit(self.metric)}"
+        if not isfinite(self.trend.low):
+            return f"{gave} (chance is not known)"
+        return f"{gave} (95 % interval {signed(self.trend.low)} to {signed(self.trend.high)})"
 
     def _next(self) -> str:
         if self.fit is None:
@@ -384,5 +400,6 @@ def _of_values(table: _Table, over: str, points: list[Json], found: list[Contras
     scores = ", ".join(f"{point['value']}: {figure(point['score'])}" for point in points if point["score"] is not None)
     why = "" if table.scores.noise.freedom else "; with one seed a setting cannot be told from its seed"
     widest = max((max(abs(one.low), abs(one.high)) for one in found), default=0.0)
-    within = f"; differences up to {figure(widest)}{_unit(table.metric)} are within reach of chance" if found else ""
+    within = f"; differences up to {figure(widest)}{_unit(table.metric)} are within reach of chance"
+    within = (within if isfinite(widest) else "; chance is not known") if found else ""
     return f"no winner: no value of {over} is better than every other beyond chance ({title} {scores}){why}{within}"

@@ -11,7 +11,7 @@ from luthier import __version__
 from luthier.evaluate.page.figures import Axis, Series, chart, interval
 from luthier.evaluate.page.template import ours, template
 from luthier.evaluate.statistics.paired import figure, signed
-from luthier.evaluate.study.view import expectation, labelled
+from luthier.evaluate.study.view import banded, ends, expectation, labelled
 from luthier.runs import read_json, write_atomic
 
 Json = dict[str, Any]
@@ -79,9 +79,10 @@ def _loss(found: Json) -> Markup:
 
 def _bands(points: list[Json], middle: str, low: str, high: str) -> list[Series]:
     known = [point for point in points if point[middle] is not None]
+    banded = [point for point in known if point[low] is not None]
     return [
-        Series("95 % band", [(float(p["size"]), float(p[high])) for p in known], "raw"),
-        Series("", [(float(p["size"]), float(p[low])) for p in known], "raw"),
+        Series("95 % band", [(float(p["size"]), float(p[high])) for p in banded], "raw"),
+        Series("", [(float(p["size"]), float(p[low])) for p in banded], "raw"),
         Series("measured", [(float(p["size"]), float(p[middle])) for p in known], "dots"),
     ]
 
@@ -98,7 +99,7 @@ def _fitted(fit: Json | None) -> list[Series]:
 def _rows(found: Json) -> list[Json]:
     """A line of the table for each point, all bands on one scale."""
     scored = [point for _, point in labelled(found) if point["score"] is not None]
-    low, high = min(p["low"] for p in scored), max(p["high"] for p in scored)
+    low, high = min(ends(p)[0] for p in scored), max(ends(p)[1] for p in scored)
     margin = 0.05 * (high - low) or 1.0
     axis = Axis(low - margin, high + margin)
     return [_row(label, point, axis) for label, point in labelled(found)]
@@ -108,9 +109,8 @@ def _row(label: str, point: Json, axis: Axis) -> Json:
     row = {"label": "without training" if label in ("0", "base") else label, "seeds": len(point["seeds"]) or ""}
     if point["score"] is None:
         return row | {"score": "diverged", "band": "", "drawing": "", "loss": ""}
-    band = f"{figure(point['low'])} to {figure(point['high'])}"
-    loss = _figure_of_loss(point)
-    drawing = interval(point["low"], point["score"], point["high"], axis, f"95 % band {band}")
+    (low, high), band, loss = ends(point), banded(point), _figure_of_loss(point)
+    drawing = interval(low, point["score"], high, axis, f"95 % band {band}")
     return row | {"score": figure(point["score"]), "band": band, "drawing": drawing, "loss": loss}
 
 
@@ -123,7 +123,7 @@ def _differences(found: Json) -> list[Json]:
         {
             "pair": f"{one['second']} − {one['first']}",
             "difference": signed(one["value"]),
-            "interval": f"{signed(one['low'])} to {signed(one['high'])}",
+            "interval": "not known" if one["low"] is None else f"{signed(one['low'])} to {signed(one['high'])}",
             "p": f"{one['p']:.2g}",
         }
         for one in found["differences"]

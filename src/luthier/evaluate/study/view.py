@@ -156,7 +156,7 @@ def _table(found: Json) -> Table:
     for name in ("score", "95 % band", "seeds", "validation loss"):
         table.add_column(name, justify="right", no_wrap=name != "validation loss")
     for label, point in labelled(found):
-        band = f"{figure(point['low'])} to {figure(point['high'])}" if point["score"] is not None else ""
+        band = banded(point) if point["score"] is not None else ""
         loss = f"{point['validation_loss']:.3f}" if point["validation_loss"] is not None else ""
         score = figure(point["score"]) if point["score"] is not None else "diverged"
         table.add_row(label, score, band, str(len(point["seeds"]) or ""), loss, style=_style(found, point))
@@ -175,6 +175,16 @@ def labelled(found: Json) -> list[tuple[str, Json]]:
     return base + [(f"{p['size']:,}" if "size" in p else str(p["value"]), p) for p in found["points"]]
 
 
+def banded(point: Json) -> str:
+    """The band of a point with a score, in words."""
+    return "not known" if point["low"] is None else f"{figure(point['low'])} to {figure(point['high'])}"
+
+
+def ends(point: Json) -> tuple[float, float]:
+    """Of a point's band, to draw it; of one that is not known only the score."""
+    return (point["score"], point["score"]) if point["low"] is None else (point["low"], point["high"])
+
+
 def draw(found: Json, width: int, height: int) -> str:
     """The points with their bands as text: `●` at the score, `│` over the band, `┄` at chance. Sizes are to scale, and
     where the next doubling is expected stands `○`; values of a setting stand side by side."""
@@ -182,7 +192,7 @@ def draw(found: Json, width: int, height: int) -> str:
     following = (found["fit"] or {}).get("next")
     if len(points) < 2:
         return ""
-    marks = [(label, point["score"], point["low"], point["high"], "●") for label, point in points]
+    marks = [(label, point["score"], *ends(point), "●") for label, point in points]
     if following:
         marks.append((f"{following['size']:,}", following["value"], following["low"], following["high"], "○"))
     bounds = [value for _, _, low, high, _ in marks for value in (low, high)]
