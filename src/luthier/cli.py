@@ -207,7 +207,8 @@ class _Ended(KeyboardInterrupt):
 def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
     """The signals that came. By the first, SIGTERM as well as Ctrl-C, a verb ends as by KeyboardInterrupt; the second
     ends the process, since what cleans up after the first may take long. What a part of a verb can answer better, it
-    answers itself: see `train/interrupt.py`, and in a chat Ctrl-C ends an answer.
+    answers itself: see `train/interrupt.py`, and in a chat Ctrl-C ends an answer. What the parent has ignored stays so:
+    a Ctrl-C is not meant for a script's background job.
 
     `is_all`: the process ends after the verb, and so it does at once by a signal from then on.
     """
@@ -220,7 +221,8 @@ def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
         raise _Ended
 
     taken = verb != "chat" and threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT) if taken}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {n: signal.signal(n, receive) for n in heeded if taken}
     try:
         yield came
     finally:
@@ -331,25 +333,19 @@ def _compare(args: argparse.Namespace) -> int:
 
     changes = [word for word in args.runs if word.startswith("evaluate.") and "=" in word]
     runs = [word for word in args.runs if word not in changes]
+    if not runs:
+        fix = "name it before its changes: luthier compare RUN evaluate.key=value"
+        raise UsageError("`compare` takes a run folder, or several sides", fix=fix)
     if changes:
-        _ask_otherwise(args.questions or next(iter(runs), ""), changes)
+        from luthier.evaluate.compare import ask_otherwise
+
+        ask_otherwise([Path(run) for run in runs], changes, questions=args.questions)
     comparison = show_comparison(
         *runs, base=args.base, questions=args.questions, slices=args.slices, console=_console(args)
     )
     if args.json:
         _emit(comparison.as_dict())
     return 0
-
-
-def _ask_otherwise(folder: str, changes: list[str]) -> None:
-    """Keeps changes to a run's `evaluate` in its recipe."""
-    from luthier.api import with_known_metrics
-    from luthier.recipe import Recipe
-    from luthier.runs import Run
-
-    run = Run.open(folder)
-    recipe = Recipe.load(run.folder / "recipe.yaml", f"run.dir={json.dumps(str(run.folder))}", *changes)
-    Run.create(with_known_metrics(recipe), root=run.root)
 
 
 def _study(args: argparse.Namespace) -> int:

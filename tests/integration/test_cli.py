@@ -164,6 +164,33 @@ def test_a_trained_run_can_be_asked_for_other_metrics(journey: dict[str, Done]) 
     assert luthier("runs", "show", RUN, "--json").json["recipe"]["evaluate"]["metrics"] == ["exact_match"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [RUN, "runs/nope", "evaluate.metrics=[bleu]"],
+        [RUN, "evaluate.metrics=[bleu]", "--questions", "runs/nope"],
+        [RUN, "evaluate.metrics=[choice]"],
+        [RUN, "evaluate.slices=[topic]"],
+    ],
+    ids=" ".join,
+)
+def test_a_comparison_that_cannot_be_made_changes_no_recipe(journey: dict[str, Done], words: list[str]) -> None:
+    before = Path(RUN, "recipe.yaml").read_bytes()
+    done = luthier("compare", *words)
+    assert (done.code, "Traceback" in done.err) == (1, False), done.err
+    assert Path(RUN, "recipe.yaml").read_bytes() == before
+
+
+def test_the_run_that_asks_is_asked_otherwise_whatever_stands_first(journey: dict[str, Done], desk: Path) -> None:
+    checkpoint = min((desk / RUN / "checkpoints").glob("step-*"))
+    shutil.copytree(desk / RUN / "adapter", desk / "elsewhere")
+    for first in (f"{RUN}/checkpoints/{checkpoint.name}", "elsewhere"):
+        metric = "exact_match" if first == "elsewhere" else "rouge1"
+        asked = luthier("compare", first, RUN, f"evaluate.metrics=[{metric}]", "--json").json
+        assert list(asked["metrics"]) == [metric]
+        assert Recipe.load(desk / RUN / "recipe.yaml").evaluate.metrics == [metric]
+
+
 def test_predict_answers_every_row(journey: dict[str, Done], desk: Path) -> None:
     assert journey["predict"].json["answered"] == 6
     assert len((desk / "answers [1].csv").read_text().splitlines()) == 7
@@ -215,7 +242,7 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
         (["train", RECIPE, "run.engine=ddpp"], 1, "run.engine"),
         (["train", RECIPE, "evaluate.metrics=[rougel]"], 1, "unknown metric 'rougel'; did you mean 'rougeL'"),
         (["compare", RUN, "evaluate.metrics=[rougel]"], 1, "unknown metric 'rougel'; did you mean 'rougeL'"),
-        (["compare", "evaluate.metrics=[rougeL]"], 1, "not a run folder"),
+        (["compare", "evaluate.metrics=[rougeL]"], 2, "luthier compare RUN evaluate.key=value"),
         (["train", "nowhere.yaml"], 1, "luthier init"),
         (["compare", "runs/nowhere"], 1, "runs here"),
         (["predict", RUN, "nowhere.jsonl"], 1, "nowhere.jsonl"),
@@ -283,6 +310,13 @@ sys.exit(cli.main())
 def test_a_signal_ends_any_verb_and_a_second_one_the_process(name: str, again: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", ENDED.format("", name, again)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_ctrl_c_is_ignored_where_the_parent_ignores_it_as_in_a_background_job_of_a_script() -> None:
+    code = ENDED.format("", "SIGINT", "pass").replace("signal.pause()", "return {}")
+    script = 'trap "" INT; exec "$0" -c "$1"'
+    done = subprocess.run(["sh", "-c", script, sys.executable, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.errors import RecipeError
 from luthier.evaluate.asking.answers import collect, sampling_of
 from luthier.evaluate.asking.seat import Seat
-from luthier.evaluate.asking.sides import Opened, open_sides, pair_of
+from luthier.evaluate.asking.sides import Opened, asker_of, entries, open_sides, pair_of
 from luthier.evaluate.asking.subject import Subject
 from luthier.evaluate.asking.suite import Suite, digest, suite
 from luthier.evaluate.asking.workers import Job, done, needed, turns
@@ -21,9 +22,10 @@ from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.page.report import write_report
 from luthier.evaluate.ranking import Pair, described
-from luthier.evaluate.slices import cut
+from luthier.evaluate.slices import cut, missing
 from luthier.evaluate.statistics.paired import LEVEL, RESAMPLES
 from luthier.evaluate.terminal import progress, render
+from luthier.recipe import Recipe
 from luthier.runs import Run, versions, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -68,6 +70,27 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     keep(found, folder)
     write_report(run, name)
     return found
+
+
+def ask_otherwise(folders: Sequence[Path], changes: Sequence[str], *, questions: str | Path | None = None) -> None:
+    """Keeps changes to `evaluate` (`evaluate.key=value`) in the recipe of the run that asks `folders`, which may be
+    `questions`. Raises what comparing them would before an answer, and RecipeError for columns to slice by that no
+    question has; the recipe is then as it was."""
+    asker = Run.open(questions) if questions else asker_of(folders)
+    recipe = Recipe.load(asker.folder / "recipe.yaml", f"run.dir={json.dumps(str(asker.folder))}", *changes)
+    changed, new = (
+        Run(asker.folder, recipe),
+        [c for c in recipe.evaluate.slices if c not in asker.recipe.evaluate.slices],
+    )
+    needed(changed)
+    asked = suite(changed).questions
+    check_decides(asked, recipe.evaluate.metrics[0])
+    check_installed(recipe.evaluate.harness)
+    if absent := missing(asked, new):
+        fix = "name columns that its rows had when the data was prepared, and still have"
+        raise RecipeError(f"no question of {asker.folder} has {', '.join(absent)}", where="evaluate.slices", fix=fix)
+    open_sides(entries(folders, changed), Seat(), changed)
+    write_atomic(asker.folder / "recipe.yaml", recipe.dump())
 
 
 def _judged(
