@@ -38,8 +38,9 @@ _PACKAGES = (
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
-# What prepared data depends on: sources and their treatment, the tokenizer, and the seed of the split.
-_PREPARED_BY = ("data.", "model.base", "model.revision", "adapter.new_tokens", "train.seed")
+# What prepared data depends on: sources and their treatment, the columns that are kept, the tokenizer, and the seed of
+# the split.
+_PREPARED_BY = ("data.", "evaluate.slices", "model.base", "model.revision", "adapter.new_tokens", "train.seed")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -228,7 +229,10 @@ class Run:
 
     def _take_recipe(self, root: Path | None) -> None:
         there = Recipe.load(self.folder / "recipe.yaml")
-        changed = {k: v for k, v in there.diff(self.recipe).items() if not k.startswith(("run.", "evaluate."))}
+        differs = there.diff(self.recipe)
+        changed = {k: v for k, v in differs.items() if not k.startswith(("run.", "evaluate."))}
+        if "evaluate.slices" in differs and not self.begun:  # later, a comparison reads them from the files
+            changed["evaluate.slices"] = differs["evaluate.slices"]
         stale = (self.data / "report.json").exists() and any(key.startswith(_PREPARED_BY) for key in changed)
         is_lost = stale and any(source.path == "-" for source in there.data.train + there.data.test)
         if changed and (self.begun or is_lost):

@@ -67,13 +67,14 @@ def questions(count, seed=0):
 def made(tmp_path, tokenizer):
     """Writes training and test rows, prepares them, and gives back what came of it."""
 
-    def make(rows, tests=None, seed=1, folder="out", **fields):
+    def make(rows, tests=None, seed=1, folder="out", keep=(), **fields):
         data = {"train": [{"path": "train.jsonl"}], **fields}
         write(tmp_path / "train.jsonl", rows)
         if tests is not None:
             write(tmp_path / "test.jsonl", tests)
             data["test"] = [{"path": "test.jsonl"}]
-        return prepare(Data.model_validate(data), tokenizer, seed=seed, folder=tmp_path / folder, root=tmp_path)
+        out = tmp_path / folder
+        return prepare(Data.model_validate(data), tokenizer, seed=seed, folder=out, root=tmp_path, keep=keep)
 
     return make
 
@@ -119,6 +120,22 @@ def test_prepared_data_is_opened_as_it_was_made(made, tokenizer):
 def test_a_folder_without_prepared_data_says_so(tmp_path, tokenizer):
     with pytest.raises(DataError, match="holds no prepared data"):
         Prepared.open(tmp_path, tokenizer)
+
+
+def test_a_column_to_keep_that_no_test_row_has_is_refused_with_the_nearest_name(made):
+    asked, learned = [chat(q, topic="rain", tags=["wet"]) for q in questions(9)], [chat("Is it so?", tpoic="snow")]
+    for name in ("tpoic", "tags"):
+        with pytest.raises(DataError, match=f"evaluate.slices: no test row has a value of '{name}'.*topic"):
+            made(learned, asked, keep=[name])
+    kept = made(learned, [*asked[1:], chat("Is it late?", hour=3)], keep=["topic", "hour"])
+    assert [c.meta["columns"] for c in test_conversations(kept.folder)] == [{"topic": "rain"}] * 8 + [{"hour": 3}]
+
+
+def test_without_test_rows_the_columns_to_keep_are_those_of_the_rows(made):
+    rows = [chat(q, topic="rain") for q in questions(9)]
+    with pytest.raises(DataError, match="no row has a value of 'topics'; did you mean 'topic'"):
+        made(rows, heldout={"rows": 2}, keep=["topics"])
+    assert heldout_conversations(made(rows, heldout={"rows": 2}, keep=["topic"]).folder)[0].meta["columns"]
 
 
 def test_the_same_data_and_seed_give_the_same_bytes(made):

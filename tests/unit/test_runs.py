@@ -66,11 +66,26 @@ def test_a_run_that_has_not_begun_takes_another_recipe_and_keeps_data_that_are_t
     assert run.root == tmp_path
 
 
-@pytest.mark.parametrize("change", ["data.length=99", "model.base=other", "adapter.new_tokens=[a]", "train.seed=3"])
+@pytest.mark.parametrize(
+    "change",
+    ["data.length=99", "model.base=other", "adapter.new_tokens=[a]", "train.seed=3", "evaluate.slices=[topic]"],
+)
 def test_data_that_another_recipe_would_change_are_prepared_again(recipe: Recipe, change: str) -> None:
     report = prepared(Run.create(recipe))
     Run.create(Recipe.parse(recipe.dump(), change))
     assert not report.exists()
+
+
+@pytest.mark.parametrize("begin", [step, checkpoint, adapter])
+def test_a_run_that_has_begun_takes_columns_to_slice_by_and_keeps_its_data(
+    recipe: Recipe, begin: Callable[[Run], None]
+) -> None:
+    run = Run.create(recipe)
+    begin(run)
+    report = prepared(run)
+    Run.create(Recipe.parse(recipe.dump(), "evaluate.slices=[topic]"))
+    assert Run.open(run.folder).recipe.evaluate.slices == ["topic"]
+    assert report.exists()
 
 
 def test_data_that_cannot_be_had_again_are_not_given_up(recipe: Recipe) -> None:

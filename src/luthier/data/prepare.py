@@ -35,6 +35,7 @@ from luthier.data.store import TokenStore, Writer
 from luthier.data.templates import Template, load_template
 from luthier.data.tokens import Encoder, Tokenizer
 from luthier.errors import DataError, LuthierError
+from luthier.registry import nearest
 
 Progress = Callable[[str, int], None]
 
@@ -94,8 +95,12 @@ def test_conversations(folder: Path) -> list[Conversation]:
 
 def with_columns(conversation: Conversation, values: dict[str, Any], names: Sequence[str]) -> Conversation:
     """The conversation with the row's values of the columns `names` in its `meta`; lists and mappings are no values."""
-    found = {name: values[name] for name in names if isinstance(values.get(name), str | int | float)}
+    found = {name: values[name] for name in names if _is_value(values.get(name))}
     return replace(conversation, meta={**conversation.meta, "columns": found}) if found else conversation
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def heldout_conversations(folder: Path) -> list[Conversation]:
@@ -116,13 +121,14 @@ def prepare(
 ) -> Prepared:
     """Reads, converts, cleans, deduplicates, checks for leaks, encodes and splits the data; writes it to `folder`.
     `template` is the spec of one that was made before, with its day, to take instead of the one that `data` names.
-    `keep` names columns whose values stay with test and held-out rows, under `meta`.
+    `keep` names columns whose values stay with test and held-out rows, under `meta` (`evaluate.slices`).
 
     Test rows may lack answers. A training row leaks if a test row has its prompt or its text, exactly or with a Jaccard
     similarity of word 3-shingles of 0.8 or more; training rows are compared with the held-out rows in the same way.
 
-    Raises DataError where a row is bad and the recipe refuses bad rows (it names the first places and the count), and
-    where no rows are left. The folder appears when all is done; a failure leaves the old one as it was.
+    Raises DataError where a row is bad and the recipe refuses bad rows (it names the first places and the count), where
+    no test row (without test rows: no row) has a value of a column to keep, and where no rows are left. The folder
+    appears when all is done; a failure leaves the old one as it was.
     """
     made = Template.from_spec(template, tokenizer) if template else load_template(data.template, tokenizer)
     encoder = Encoder(tokenizer, made, data.supervise, data.system)
@@ -183,6 +189,8 @@ class _Journey(ExitStack):
 
     def run(self) -> dict[str, Any]:
         tests = list(self._read(self.data.test, self.test, answers=False))
+        if tests:
+            self._check_columns(self.test, "test row")
         _write_conversations(self.folder / "test.jsonl", tests)
         rows = self._distinct(self._read(self.data.train, self.train, answers=True))
         if self.data.clean.near_duplicates:
@@ -195,6 +203,8 @@ class _Journey(ExitStack):
         held, near = self._set_apart()
         self.test.check()
         self.train.check()
+        if not tests:
+            self._check_columns(self.train, "row")
         if not np.count_nonzero(~held & ~near):
             raise self._nothing_left(int(held.sum()))
         return self._report(tests, *self._divide(held, near), held)
@@ -239,7 +249,16 @@ class _Journey(ExitStack):
             except DataError as error:
                 self._bad(ledger, row.origin, error)
             else:
+                if self.keep:
+                    ledger.columns.update(name for name, value in row.values.items() if _is_value(value))
                 yield conversation
+
+    def _check_columns(self, ledger: _Ledger, what: str) -> None:
+        """Raises DataError with the nearest name for a column to keep that no row has a value of."""
+        for name in self.keep:
+            if name not in ledger.columns:
+                fix = nearest(name, sorted(ledger.columns))
+                raise DataError(f"no {what} has a value of '{name}'", where="evaluate.slices", fix=fix)
 
     def _bad(self, ledger: _Ledger, origin: Origin, error: LuthierError) -> None:
         detail = re.sub(r"^:(\d+)(?=:)", r": column \1", str(error).removeprefix(str(origin))).removeprefix(": ")
@@ -445,6 +464,7 @@ class _Ledger:
 
     def __init__(self, out: TextIO) -> None:
         self._out, self.read = out, 0
+        self.columns: set[str] = set()  # that some row which was not bad has a value of
         self.dropped: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._places: dict[str, list[str]] = {}
