@@ -177,9 +177,7 @@ def _fields(
         if test
         else "[]                            # a file to compare on",
         "heldout": "{fraction: 0.05}" if test else f"{{rows: {_enough(len(conversations))}}}",
-        "heldout_for": "of the training rows, for the loss curve"
-        if test
-        else "set aside, for the loss curve and to compare on: there is no test file",
+        "heldout_for": "of the training rows, for the loss curve" if test else _set_aside(len(conversations)),
         "format": detection.format,
         "columns": _inline(detection.columns),
         "instruction": f"  instruction: {instruction}\n" if instruction else "",
@@ -196,7 +194,14 @@ def _fields(
 
 def _enough(rows: int) -> int:
     """Rows to set aside where nothing else is there to compare on: a verdict wants 30 or more, learning the rest."""
-    return min(100, rows // 4)
+    return min(100, max(rows // 4, min(1, rows - 1)))
+
+
+def _set_aside(rows: int) -> str:
+    if rows < 2:
+        return "of one row none can be set aside; a test file is wanted to compare on"
+    few = "; too few to tell small differences" if _enough(rows) < 30 else ""
+    return f"set aside, for the loss curve and to compare on: there is no test file{few}"
 
 
 def _metrics(detection: Detection, documents: bool) -> str:
