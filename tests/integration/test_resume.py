@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from luthier.errors import MemoryPlanError, Stopped
+from luthier.errors import MemoryPlanError, RunError, Stopped
 from luthier.train import checkpoint
 from luthier.train.interrupt import Interrupt
 from luthier.train.loop import Trainer
@@ -150,6 +150,33 @@ def test_a_signal_is_no_error_of_what_it_interrupts() -> None:
     with pytest.raises(Stopped) as stopped, Interrupt(at_once=True), suppress(Exception):
         terminate()
     assert stopped.value.exit_code == 143
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("the disk is full")])
+def test_a_clean_up_that_fails_after_a_signal_does_not_hide_the_signal(error: Exception) -> None:
+    with pytest.raises(Stopped) as stopped, Interrupt(at_once=True):
+        terminated_with_clean_up(error)
+    assert stopped.value.exit_code == 143
+
+
+def terminated_with_clean_up(error: Exception) -> None:
+    try:
+        terminate()
+    finally:
+        fail_wrapped(error)
+
+
+def fail_wrapped(error: Exception) -> None:
+    """As our own code does: what the system said is told as ours."""
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError:
+        raise error  # noqa: B904
+
+
+def test_an_error_without_a_signal_is_what_it_is() -> None:
+    with pytest.raises(RunError), Interrupt(at_once=True):
+        fail_wrapped(RunError("the disk is full"))
 
 
 def test_the_handlers_of_before_are_back_after_a_run(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def trained(run: Run, steps: int = 30) -> None:
     step = {"epoch": 0.5, "lr": 1e-3, "tokens": 900, "targets": 200, "seconds": 2.0, "peak_bytes": 2**30}
     records = [{"step": i + 1, "loss": 3.0 - i / steps, **step} for i in range(steps)]
     records.insert(10, {"step": 10, "eval_loss": 2.6})
+    records.insert(21, {"step": 20, "eval_loss": None})  # it was not finite
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

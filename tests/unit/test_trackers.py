@@ -1,6 +1,7 @@
 """Figures reach metrics.jsonl always, trackers where they can, and no tracker stops a run."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,15 @@ def test_the_journal_appends_a_line_a_record(tmp_path: Path) -> None:
         journal.log({"step": step, "loss": 0.1})
     journal.sync()
     assert lines(journal.path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}]
+
+
+def test_the_journal_is_strict_json_where_a_figure_is_not_finite(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for loss in (math.nan, math.inf, 0.5):
+        journal.log({"step": 1, "eval_loss": loss})
+    journal.rewind(step=1, evaluated=1)
+    read = [json.loads(line, parse_constant=pytest.fail) for line in journal.path.read_text().splitlines()]
+    assert read == [{"step": 1, "eval_loss": loss} for loss in (None, None, 0.5)]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 2, "loss": 1.0}', "\ufffd\x00", "[]\n"])

@@ -34,8 +34,8 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-        if isinstance(error, _AtOnce):
-            raise stopped(error.number) from error
+        if at_once := _cause(error):
+            raise stopped(at_once.number) from error
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal or self._at_once:
@@ -47,6 +47,13 @@ class _AtOnce(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+
+
+def _cause(error: BaseException | None) -> _AtOnce | None:
+    """The stop that `error` is, or during whose clean-up it arose: a full disk then is not what ended the run."""
+    while error is not None and not isinstance(error, _AtOnce | Stopped):
+        error = error.__context__
+    return error if isinstance(error, _AtOnce) else None
 
 
 def stopped(number: int, when: str = "") -> Stopped:

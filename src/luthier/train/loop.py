@@ -70,6 +70,7 @@ class Trainer:
         self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine, model))  # of a step, and ahead of it the next
         self._expect = lru_cache(maxsize=1)(lambda tokens: model.expect(partial(coming, stream, engine, tokens)))
         self.resumed_from = self.saved = self._resume()
+        self._unjudged = False  # whether rows without a finite held-out loss were named
 
     def __iter__(self) -> Iterator[Step]:
         with self.interrupt:
@@ -126,7 +127,9 @@ class Trainer:
                 return
         answers = self.answer() if self.engine.rank == 0 else ()
         loss /= max(1, targets)
-        if not math.isfinite(loss) and self.engine.rank == 0:
+        # Once a run: while rank 0 looks for them row by row, the others wait.
+        if not math.isfinite(loss) and self.engine.rank == 0 and not self._unjudged:
+            self._unjudged = True
             named = not_finite(self.model, self.heldout, [Sample(i, i, 0) for i in range(len(self.heldout))], step=0)
             self._say(f"the held-out loss is {loss:.4g}, which judges no weights; look at {named}")
         self.progress.judge(loss)

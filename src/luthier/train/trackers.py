@@ -7,6 +7,7 @@ TRACKERS. One that raises is dropped with a warning; it never stops a run.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,14 +38,15 @@ class Tracker(Protocol):
 
 
 class Journal:
-    """metrics.jsonl: a line a step and a line an evaluation, flushed one by one, so a crash tears the last at most."""
+    """metrics.jsonl: a line a step and a line an evaluation, flushed one by one, so a crash tears the last at most. A
+    figure that is not finite is null, as JSON has no other word for it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def log(self, record: Record) -> None:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({name: _or_null(value) for name, value in record.items()}) + "\n")
 
     def sync(self) -> None:
         """Returns once everything logged is on the disk."""
@@ -161,6 +163,10 @@ class Mlflow:
 
 def _figures(record: Record) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_before(line: str, step: int, evaluated: int) -> bool:

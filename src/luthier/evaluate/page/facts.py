@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from math import isfinite, nan
+from math import isfinite
 from typing import Any
 
 from markupsafe import Markup
@@ -24,7 +24,7 @@ def training(run: Run) -> Json | None:
     """The loss curves and what the steps took, from metrics.jsonl; None before the first step."""
     records = run.steps()
     steps = [record for record in records if "loss" in record]
-    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if isfinite(r.get("eval_loss", nan))]
+    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if _finite(r.get("eval_loss"))]
     if not steps:
         return None
     losses = [(float(r["step"]), float(r["loss"])) for r in steps]
@@ -40,6 +40,11 @@ def training(run: Run) -> Json | None:
         "memory": _memory(peak, predicted),
         "memory_said": _foreseen(peak, predicted),
     }
+
+
+def _finite(loss: float | None) -> bool:
+    """A loss that was not is null, in older runs NaN."""
+    return loss is not None and isfinite(loss)
 
 
 def _spoken(losses: list[tuple[float, float]], heldout: list[tuple[float, float]]) -> str:
