@@ -115,6 +115,8 @@ class Plan:
     """Decoder blocks of which what is kept for the backward pass is in host memory meanwhile."""
     host_bytes: int = 0
     """Of host memory that is pinned for these three."""
+    host_budget_bytes: int = 0
+    """Of host memory that may be."""
     recompute_gate_up: int = 0
     """Decoder blocks after those that compute the product gate|up alone again."""
     unpacked: int = 0
@@ -130,6 +132,16 @@ class Plan:
     """For what was decided before the plan, which fact made it."""
     less: tuple[tuple[int, float], ...] = ()
     """What the same step takes where it may use less memory: the peak's bytes, and seconds. Told where it was asked."""
+
+    @property
+    def lacking(self) -> str:
+        """Of which memory the run needs more than it may use; nothing where it fits."""
+        gpu, host = (
+            ("", self.peak_bytes, self.budget_bytes),
+            (" of host memory", self.host_bytes, self.host_budget_bytes),
+        )
+        short = [(where, needed, most) for where, needed, most in (gpu, host) if needed > most]
+        return ", and ".join(f"{needed >> 20} MiB{where} and may use {most >> 20} MiB" for where, needed, most in short)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -229,7 +241,7 @@ class _Estimator:
     host_rate: float = 0.0
     """Bytes/s between the device and host memory."""
     sends: bool = False
-    """Whether what blocks keep can be there meanwhile."""
+    """Whether what blocks keep for the backward pass can be there meanwhile."""
     unrecorded: str = "they are our block's steps on a GPU alone"
     """Why launches cannot be recorded, or nothing."""
 
@@ -290,23 +302,57 @@ def plan(
         longest, mean_length: tokens of the longest and of the mean row, where the data is known; else data.length.
 
     Returns a Plan whose `fits` is False, with advice, where even one longest row a time, recomputed, exceeds the
-    budget. Raises ModelError for a model that cannot be run without its data, RecipeError for blocks to be kept off the
-    GPU that are not there, or where there is no GPU.
+    budget. Raises ModelError for a model that cannot be run without its data, RecipeError for what is to be kept off
+    the GPU and cannot be, or where there is no GPU.
     """
-    if setting.place != "cuda" and recipe.run.offload not in ("auto", 0):
-        what = f"blocks stream from host memory to a CUDA GPU, and this run is on {setting.place}"
-        raise RecipeError(what, where=f"run.offload: {recipe.run.offload}", fix="leave it out, or set run.place=cuda")
+    _check_place(recipe.run, setting.place)
     longest = min(longest or recipe.data.length, recipe.data.length)
     mean = min(mean_length or longest, longest)
     allowed = budget(recipe.run.memory, facts, setting.place)
     step = _Step.of(recipe, setting, longest, mean)
     estimator = _estimator(recipe, config, setting, facts, step)
+    _check_sent(recipe.run, config, setting, facts, estimator)
     _check_graphs(recipe.run, estimator)
     found = _offloaded(_Search(recipe.run, estimator, setting, step, allowed, facts.available * _SHARE))
-    if found.peak_bytes > allowed:
+    if not found.fits:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else counted(setting.processes * setting.threads, "core")
     return replace(found, place=setting.place, device=device, kernels=setting.kernels)
+
+
+def _asked(run: Run) -> Iterator[tuple[str, str]]:
+    """What the recipe itself keeps in host memory: the field with its value, and what that is."""
+    named = (
+        ("offload", "blocks stream from host memory to"),
+        ("offload_embedding", "the input embedding is read out of host memory by"),
+        ("offload_activations", "what blocks keep goes to host memory from"),
+    )
+    for name, what in named:
+        value = getattr(run, name)
+        if value not in ("auto", 0):  # False is 0
+            yield f"run.{name}: {json.dumps(value)}", what
+
+
+def _check_place(run: Run, place: str) -> None:
+    """Raises RecipeError for what is to be in host memory where that is all there is."""
+    for where, what in _asked(run) if place != "cuda" else ():
+        fix = "leave it out, or set run.place=cuda"
+        raise RecipeError(f"{what} a CUDA GPU, and this run is on {place}", where=where, fix=fix)
+
+
+def _check_sent(run: Run, config: dict[str, Any], setting: Setting, facts: Machine, estimator: _Estimator) -> None:
+    """Raises RecipeError for an embedding or activations that are to be in host memory and cannot be."""
+    reference = "the transformers module runs here, and only our own block does that"
+    if run.offload_embedding is True and not estimator.embedding:
+        others = {"reference": reference, "eager": "a kernel of Triton's reads it there: run.kernels=compiled"}
+        why = others.get(setting.kernels, "it is the output head's weight, too, all of which a step reads")
+        what = f"the input embedding cannot be in host memory: {why}"
+        raise RecipeError(what, where="run.offload_embedding: true", fix="leave it out, or set it to auto")
+    if run.offload_activations not in ("auto", 0) and not estimator.sends:
+        why = reference if setting.kernels == "reference" else _unlaunched(config, setting, facts)
+        what = f"what blocks keep cannot go to host memory: {why}"
+        fix = "leave it out, or set it to auto; run.recompute=true takes less memory, too"
+        raise RecipeError(what, where=f"run.offload_activations: {run.offload_activations}", fix=fix)
 
 
 _STREAMS = "what comes from host memory is not recorded"
@@ -362,7 +408,7 @@ class _Search:
     step: _Step
     allowed: float
     host: float = 0.0
-    """Bytes of host memory that may be pinned to make a step faster."""
+    """Bytes of host memory that may be pinned."""
     embedded: bool = True
     """Whether the embedding is on the device, and not in host memory."""
     streamed: int = 0
@@ -373,14 +419,26 @@ class _Search:
         what is exact."""
         exact, sizes = self.estimator.exact, self.step.sizes
         if self.fits(exact, sizes[0], self.least):
-            return self.planned(self.found(exact, sizes[0], self.least))
+            uncut = self.found(exact, sizes[0], self.least)
+            return self.planned(self.faster_cut(uncut) or uncut)
         if not self.fits(exact, sizes[-1], self.most):
             return self.smallest()
+        found = self.fastest_of(sizes)
+        return self.planned(found) if found else self.smallest()
+
+    def fastest_of(self, sizes: Sequence[int]) -> _Found | None:
+        """The fastest micro-batches of these sizes, if any fits."""
         near = [found for size in sizes if (found := self.fastest(self.estimator.near, size))]
         ranked = sorted(near, key=lambda found: (found.seconds, -found.tokens))
-        fitting = (self.fastest(exact, found.tokens) for found in ranked)
-        found = next(filter(None, fitting), None)
-        return self.planned(found) if found else self.smallest()
+        fitting = (self.fastest(self.estimator.exact, found.tokens) for found in ranked)
+        return next(filter(None, fitting), None)
+
+    def faster_cut(self, uncut: _Found) -> _Found | None:
+        """Smaller micro-batches, where a step in one waits for its launches, or for what attention makes of it."""
+        if self.setting.place != "cuda" or uncut.graphs.bytes:
+            return None
+        found = self.fastest_of(self.step.sizes[1:])
+        return found if found and found.seconds < _FASTER * uncut.seconds else None
 
     def smallest(self) -> Plan:
         """What takes the least memory."""
@@ -406,7 +464,7 @@ class _Search:
     def fits(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> bool:
         cost = estimate(tokens, keeping)
         wanted = self.taken(cost, tokens).bytes if self.run.graphs is True else 0
-        return cost.bytes + wanted <= self.room
+        return cost.bytes + wanted <= self.room and self.pinned(cost, keeping) <= self.host
 
     def sent(self, estimate: _Estimate, tokens: int, keeping: _Keeping) -> _Keeping:
         """With as many blocks' parcels away as the recipe says, else as go and come while others compute. The last
@@ -418,7 +476,7 @@ class _Search:
             return keeping._replace(away=min(asked, blocks))
         cost = estimate(tokens, keeping)
         passing = cost.seconds(min(tokens, self.step.tokens), 1, 0)
-        most = sum(sent <= self.host for sent in accumulate(cost.kept[: blocks - 1]))
+        most = sum(sent <= self.host - self.pinned_weights for sent in accumulate(cost.kept[: blocks - 1]))
         longest = _WAITING * passing.work
         late = bisect_left(range(1, most + 1), True, key=lambda away: self.late(cost, passing, away) > longest)
         return keeping._replace(away=late)
@@ -555,11 +613,12 @@ class _Search:
         parts |= {"weights": parts["weights"] - self.elsewhere}
         parts = {name: amount * processes for name, amount in parts.items()}
         peak, whole = sum(parts.values()), found.keeping.whole
+        pinned = self.pinned(found.cost, found.keeping)
         return Plan(
             parts,
             peak,
             int(self.allowed),
-            peak <= self.allowed,
+            peak <= self.allowed and pinned <= self.host,
             found.tokens,
             whole == self.estimator.blocks or whole or False,
             processes,
@@ -572,15 +631,20 @@ class _Search:
             offload=self.streamed,
             offload_embedding=not self.embedded,
             offload_activations=found.keeping.away,
-            host_bytes=self.pinned(found),
+            host_bytes=pinned,
+            host_budget_bytes=int(self.host),
             why={"graphs": found.graphs.why} if self.setting.place == "cuda" else {},
         )
 
-    def pinned(self, found: _Found) -> int:
+    def pinned(self, cost: _Cost, keeping: _Keeping) -> int:
+        """Bytes of host memory."""
+        return self.pinned_weights + math.ceil(sum(cost.kept[: keeping.away]))
+
+    @property
+    def pinned_weights(self) -> int:
         """Bytes of host memory, of which torch pins large pieces as powers of two."""
         embedding = 0 if self.embedded else power_of_2(self.estimator.embedding)
-        weights = self.streamed * power_of_2(self.estimator.frozen)
-        return embedding + weights + math.ceil(sum(found.cost.kept[: found.keeping.away]))
+        return embedding + self.streamed * power_of_2(self.estimator.frozen)
 
 
 def _first(choices: Sequence[_Keeping], fits: Callable[[_Keeping], bool]) -> int:
@@ -598,10 +662,13 @@ def _offloaded(search: _Search) -> Plan:
     if search.estimator.embedding and (asked is True or (asked == "auto" and not _is_plain(found, search))):
         without = replace(search, embedded=False)
         less = without.best()
-        if asked is True or _is_better(less, found):
+        if asked is True or (_is_better(less, found) and less.host_bytes <= search.host):
             search, found = without, less
     if search.estimator.frozen and streams != 0 and (streams != "auto" or not _is_plain(found, search)):
-        less = min(_streamed(search), key=lambda plan: (not plan.fits, plan.seconds_per_step))
+        # Where none fits, one that lacks host memory alone, so that the advice is of that.
+        less = min(
+            _streamed(search), key=lambda plan: (not plan.fits, plan.peak_bytes > search.allowed, plan.seconds_per_step)
+        )
         found = less if streams != "auto" or _is_better(less, found) else found
     return found
 
@@ -724,12 +791,13 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
     blocks, on_gpu = len(found), setting.place == "cuda"
     frozen = streamed_bytes(found[0]) if on_gpu and (not ours or recipe.model.quantize is not None) else 0
     host_rate = _HOST_RATE[min(9, max(7, _gpu(facts).capability[0]))] if on_gpu else 0.0
-    embedding = _embedding(model) if on_gpu and ours else 0
+    # A kernel of Triton's reads it there.
+    embedding = _embedding(model) if on_gpu and setting.kernels == "compiled" else 0
     values = sum(linear.kept_bytes for linear in model.decoder.blocks[0].linears) if model.decoder else 0
-    why = _unrecorded(config, setting, facts)
-    return _Estimator(
-        blocks, estimate(trace), estimate(line), ours, frozen, values, embedding, host_rate, on_gpu and ours, why
-    )
+    # Elsewhere the backward pass needs the graph that autograd makes of attention, which cannot go.
+    sends = on_gpu and ours and not _unlaunched(config, setting, facts)
+    why = _unrecorded(recipe, config, setting, facts)
+    return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values, embedding, host_rate, sends, why)
 
 
 def _embedding(model: CausalModel) -> int:
@@ -738,16 +806,25 @@ def _embedding(model: CausalModel) -> int:
     return 0 if head is None or head.weight is weight else weight.nbytes
 
 
-def _unrecorded(config: dict[str, Any], setting: Setting, facts: Machine) -> str:
-    """Why a micro-batch's launches cannot be recorded, or nothing: then no launch depends on what the rows hold."""
-    if setting.place != "cuda" or setting.kernels == "reference":
-        return _Estimator.unrecorded
+def _unlaunched(config: dict[str, Any], setting: Setting, facts: Machine) -> str:
+    """Why attention of packed rows is not one launch of our block on a GPU (`varlen.takes`), or nothing."""
     if setting.dtype == "float32" or _gpu(facts).capability < (8, 0):
         return "attention of packed rows is one launch in 16 bits on GPUs since Ampere"
     heads = config.get("num_attention_heads") or 1
     size = config.get("head_dim") or config.get("hidden_size", 0) // heads
     if size % 8 or size > 256:
         return f"attention of packed rows is not one launch for heads of {size} features"
+    return ""
+
+
+def _unrecorded(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine) -> str:
+    """Why a micro-batch's launches cannot be recorded, or nothing: then no launch depends on what the rows hold."""
+    if setting.place != "cuda" or setting.kernels == "reference":
+        return _Estimator.unrecorded
+    if why := _unlaunched(config, setting, facts):
+        return why
+    if setting.kernels == "eager" and getattr(recipe.adapter, "dropout", None):
+        return "the eager parts would repeat one step's dropout: set adapter.dropout=0, or run.kernels=compiled"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_layer = [part for part in rope.values() if isinstance(part, dict)]
     kinds = (part.get("rope_type") or part.get("type") or "default" for part in by_layer or [rope])
@@ -848,6 +925,11 @@ def _advice(
     recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, longest: int, found: Plan
 ) -> Iterator[str]:
     """Changes that need less, each with the peak it leads to, tried alone."""
+    if found.host_bytes > found.host_budget_bytes:
+        needed, most = found.host_bytes / GIB, found.host_budget_bytes / GIB
+        yield f"free host memory: {needed:.1f} GiB of it would be pinned, and {most:.1f} GiB may be"
+    if found.peak_bytes <= found.budget_bytes:
+        return
     for override, section in _offers(recipe, setting, longest):
         changed = Recipe.model_validate(_merged(recipe.model_dump(), section))
         length = min(longest, changed.data.length)

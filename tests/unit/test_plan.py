@@ -260,10 +260,20 @@ def test_launches_of_a_run_are_recorded_where_it_is_long_enough_to_pay_for_it() 
 
 def test_launches_are_not_recorded_where_the_memory_for_it_is_not_there() -> None:
     none = traced("run.graphs=false", config=LLAMA, kernels="compiled")
-    tight = traced(f"run.memory='{none.peak_bytes}'", "run.recompute=false", config=LLAMA, kernels="compiled")
+    sizes = ["run.recompute=false", f"run.micro_tokens={none.micro_tokens}"]
+    tight = traced(f"run.memory='{none.peak_bytes}'", *sizes, config=LLAMA, kernels="compiled")
     assert tight.fits
     assert not tight.graphs
     assert "GiB for them are not there" in tight.why["graphs"]
+
+
+def test_a_step_is_cut_where_only_smaller_micro_batches_can_be_recorded_and_are_faster() -> None:
+    none = traced("run.graphs=false", config=LLAMA, kernels="compiled")
+    assert none.micro_tokens > 256
+    cut = traced(f"run.memory='{none.peak_bytes}'", *ON_THE_GPU, config=LLAMA, kernels="compiled")
+    assert (cut.fits, cut.graphs) == (True, True)
+    assert cut.micro_tokens < none.micro_tokens
+    assert cut.seconds_per_step < 0.95 * none.seconds_per_step
 
 
 def test_recorded_as_the_recipe_says_a_step_is_cut_until_graphs_fit_or_does_not_fit() -> None:
@@ -296,6 +306,14 @@ def test_launches_that_depend_on_the_rows_are_not_recorded(changes: dict[str, An
     assert why in made.why["graphs"]
     with pytest.raises(RecipeError, match=rf"run.graphs: true: .*cannot be recorded: .*{re.escape(why)}"):
         traced("run.graphs=true", config=LLAMA | changes, kernels=kernels)
+
+
+def test_eager_launches_are_not_recorded_with_one_steps_dropout() -> None:
+    assert traced(config=LLAMA, kernels="eager").graphs
+    assert traced("adapter.dropout=0.1", config=LLAMA, kernels="compiled").graphs
+    made = traced("adapter.dropout=0.1", config=LLAMA, kernels="eager")
+    assert not made.graphs
+    assert "repeat one step's dropout" in made.why["graphs"]
 
 
 def test_what_comes_from_host_memory_is_not_recorded() -> None:

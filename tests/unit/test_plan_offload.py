@@ -79,8 +79,8 @@ def test_no_more_goes_there_than_comes_and_goes_while_others_compute() -> None:
     """A slower bus carries less in the time of a pass."""
     budget = (whole().peak_bytes + 3 * least().peak_bytes) // 4
     assert made(budget, *ON_THE_GPU[:2]).host_bytes > 0
-    slow = made(None, "run.offload_activations=15", gpu="T4")
-    assert slow.seconds_per_step > 1.1 * made(None, "run.offload_activations=0", gpu="T4").seconds_per_step
+    slow = made(None, "run.offload_activations=15", gpu="A100-80")
+    assert slow.seconds_per_step > 1.1 * made(None, "run.offload_activations=0", gpu="A100-80").seconds_per_step
 
 
 def test_a_host_without_memory_is_sent_nothing() -> None:
@@ -100,9 +100,71 @@ def test_the_embedding_stays_in_host_memory_where_there_is_no_room_for_it() -> N
 
 def test_an_embedding_that_is_the_head_too_stays_on_the_gpu() -> None:
     tied = WIDE | {"tie_word_embeddings": True}
-    asked, kept = (made(None, f"run.offload_embedding={said}", config=tied) for said in ("true", "false"))
-    assert not asked.offload_embedding
-    assert asked.parts == kept.parts
+    kept = made(None, *ON_THE_GPU, "run.recompute=true", "run.micro_tokens=512", config=tied)
+    assert not made(kept.peak_bytes - EMBEDDING // 2, "run.offload=0", config=tied).offload_embedding
+    with pytest.raises(RecipeError, match=r"run.offload_embedding: true: .*it is the output head's weight"):
+        made(None, "run.offload_embedding=true", config=tied)
+
+
+def elsewhere(setting: Setting, *overrides: str, config: dict[str, Any] = WIDE, gpu: str = "H200") -> Plan:
+    chosen = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}], length: 512}\n", *overrides)
+    return plan(chosen, config, setting, replace(MACHINE, gpus=(named_gpu(gpu),)))
+
+
+def test_an_embedding_in_host_memory_is_read_by_a_compiled_kernel_alone() -> None:
+    eager = Setting("cuda", "bfloat16", "eager")
+    assert not elsewhere(eager, "run.memory=1GiB").offload_embedding
+    with pytest.raises(RecipeError, match=r"run.offload_embedding: true: .*run.kernels=compiled"):
+        elsewhere(eager, "run.offload_embedding=true")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "changes", "why"),
+    [
+        ("float32", "H200", {}, "one launch in 16 bits"),
+        ("float16", "T4", {}, "GPUs since Ampere"),
+        ("bfloat16", "H200", {"head_dim": 320}, "heads of 320 features"),
+    ],
+    ids=str,
+)
+def test_blocks_keep_theirs_on_the_gpu_where_autograd_keeps_attention(
+    dtype: str, gpu: str, changes: dict[str, Any], why: str
+) -> None:
+    setting, asked = Setting("cuda", dtype, "compiled"), ["model.quantize={kind: nf4}", "run.micro_tokens=2048"]
+    whole = elsewhere(setting, *asked, *ON_THE_GPU, config=WIDE | changes, gpu=gpu)
+    short = f"run.memory={whole.peak_bytes * 2 // 3}"
+    assert elsewhere(setting, *asked, short, config=WIDE | changes, gpu=gpu).offload_activations == 0
+    with pytest.raises(RecipeError, match=rf"run.offload_activations: 2: .*{why}.*; leave it out"):
+        elsewhere(setting, "run.offload_activations=2", config=WIDE | changes, gpu=gpu)
+
+
+@pytest.mark.parametrize("asked", ["run.offload_embedding=true", "run.offload_activations=2"])
+def test_what_cannot_be_in_host_memory_is_refused_and_not_left_out(asked: str) -> None:
+    with pytest.raises(RecipeError, match=r"CUDA GPU, and this run is on cpu; leave it out"):
+        elsewhere(Setting("cpu", "float32", "eager"), asked)
+    with pytest.raises(RecipeError, match="the transformers module runs here"):
+        elsewhere(Setting("cuda", "bfloat16", "reference"), asked)
+
+
+def test_what_is_pinned_is_no_more_than_the_host_has() -> None:
+    row = made(None, *ON_THE_GPU, "run.recompute=true", "run.micro_tokens=512")
+    budget = row.peak_bytes - EMBEDDING
+    roomy = made(budget)
+    assert roomy.fits
+    assert roomy.offload_embedding or roomy.offload
+    short = made(budget, available=GIB // 16)
+    assert not short.fits
+    assert short.lacking.count("of host memory and may use 51 MiB") == 1
+    assert any(said.startswith("free host memory: ") for said in short.advice)
+
+
+def test_activations_take_what_the_weights_leave_of_host_memory() -> None:
+    budget = (whole().peak_bytes + least().peak_bytes) // 2
+    enough = made(budget, "run.offload=0", "run.offload_embedding=true")
+    tight = made(budget, "run.offload=0", "run.offload_embedding=true", available=enough.host_bytes)
+    assert tight.fits
+    assert tight.offload_activations > 0
+    assert tight.host_bytes <= 0.8 * enough.host_bytes
 
 
 def test_a_plan_for_a_gpu_tells_what_a_step_takes_in_less_memory(tmp_path: Path) -> None:

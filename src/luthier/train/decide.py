@@ -90,7 +90,7 @@ def decide(
     layout, planned = arrange(recipe, config, facts, rows, place=place, dtype=dtype)
     if not planned.fits:
         raise MemoryPlanError(
-            f"the run needs about {planned.peak_bytes >> 20} MiB and may use {planned.budget_bytes >> 20} MiB",
+            f"the run needs about {planned.lacking}",
             fix="; or ".join([*planned.advice, "allow more: run.memory=…"]),
         )
     kernels, kernels_why = _kernels(recipe, facts, planned, planned.seconds_per_step * rows.steps)
@@ -176,7 +176,9 @@ def _path(recipe: Recipe, config: dict[str, Any], facts: Machine, rows: Rows | N
 def _may_stream(recipe: Recipe, setting: Setting) -> bool:
     """Whether blocks that do not fit may stream from host memory instead: where weights are not packed, only the
     transformers module's do."""
-    free = recipe.run.kernels == recipe.run.offload == "auto" and recipe.model.quantize is None
+    run = recipe.run
+    ours = run.offload_embedding is True or run.offload_activations not in ("auto", 0)  # which only our block does
+    free = run.kernels == run.offload == "auto" and recipe.model.quantize is None and not ours
     return setting.place == "cuda" and setting.kernels != "reference" and free
 
 
