@@ -63,10 +63,8 @@ def is_streamed(module: nn.Module) -> bool:
 
 def embedding_to_host(module: Any, device: torch.device) -> None:
     """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`."""
-    embed, device = (
-        module.get_input_embeddings(),
-        torch.empty(0, device=device).device,
-    )  # with its number, as tensors say
+    embed = module.get_input_embeddings()
+    device = torch.empty(0, device=device).device  # with its number, as tensors say it
     weight = embed.weight.data.cpu()
     embed.weight.data = weight.pin_memory() if device.type == "cuda" else weight
     embed.device, embed.forward = device, partial(_rows, embed.weight)
