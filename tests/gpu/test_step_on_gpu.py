@@ -22,6 +22,7 @@ from luthier.recipe import Train
 from luthier.train import optim
 from luthier.train.memory import release
 from luthier.train.rehearse import rehearse
+from luthier.train.reproducible import reproducible
 
 pytestmark = pytest.mark.gpu
 
@@ -143,3 +144,16 @@ def test_a_whole_step_waits_for_nothing_but_its_figures(tmp_path: Path, micro_to
         losses += [trainer.step().loss for _ in range(3)]
     assert all(math.isfinite(loss) for loss in losses)
     assert trainer.progress.step == 6
+
+
+def test_a_step_that_is_begun_ahead_learns_the_same_bits(tmp_path: Path) -> None:
+    found = []
+    for ahead in (True, False):
+        trainer = tiny.trainer(tmp_path / str(ahead), tiny.recipe("train.max_steps=9"), causal=model(), micro_tokens=60)
+        assert trainer.ahead
+        trainer.ahead = ahead
+        with reproducible("cuda"):
+            figures = [(step.loss, step.grad_norm) for step in trainer]
+        found.append((figures, [tensor.cpu() for tensor in trainer.adapter.state_dict().values()]))
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))

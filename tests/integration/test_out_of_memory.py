@@ -43,13 +43,14 @@ class Watched:
             return self.model.accumulate(micro, scale)
 
 
-def learned(folder: Path, kernels: Kernels, step: int, at: int) -> tuple[Tensor, int]:
+def learned(folder: Path, kernels: Kernels, step: int, at: int, ahead: bool = False) -> tuple[Tensor, int]:
     """All of the adapter's values after two steps, and how many operations the passes of `step` had."""
     recipe, memory = tiny.recipe("train.max_steps=2"), Scarce(at)
     causal = Watched(tiny.model(recipe, kernels=kernels, recompute=True), step, memory)
     trainer = tiny.trainer(folder, recipe, micro_tokens=24, causal=causal)
+    trainer.ahead = ahead
     halved = [trainer.step().step for _ in range(2)] and trainer.progress.micro_tokens < 24
-    assert halved == (0 <= at < memory.count)
+    assert halved == (0 <= at < memory.count and not ahead)
     return torch.cat([tensor.flatten() for tensor in trainer.adapter.state_dict().values()]), memory.count
 
 
@@ -60,4 +61,12 @@ def test_wherever_memory_runs_out_the_same_is_learned(tmp_path: Path, kernels: K
     # The first operations of a run lay out what later ones find, and the last of a pass hand its gradients over.
     for at in sorted({*range(0 if step else 8), *range(0, count, count // 5), count - 1}):
         found, _ = learned(tmp_path / str(at), kernels, step, at)
+        assert (found - wanted).norm() < 1e-5 * wanted.norm(), at
+
+
+def test_a_step_that_was_begun_ahead_and_found_no_memory_is_begun_anew(tmp_path: Path) -> None:
+    wanted, count = learned(tmp_path / "whole", "eager", 1, at=-1, ahead=True)
+    for at in (0, count // 20):  # of the first micro-batch
+        found, operations = learned(tmp_path / str(at), "eager", 1, at, ahead=True)
+        assert operations > count  # it was tried again, and found memory
         assert (found - wanted).norm() < 1e-5 * wanted.norm(), at

@@ -121,11 +121,13 @@ class Overflowing(tiny.Around):
         return loss
 
 
-def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gradient_out_of_float16_s_range_is_scaled_and_its_step_redone(tmp_path: Path, ahead: bool) -> None:
     """The scale is a power of two, so that in float32 the run is the one without an overflow, bit for bit."""
     recipe = tiny.recipe("train.epochs=2")
     plain = tiny.trainer(tmp_path / "plain", recipe)
     scaled = tiny.trainer(tmp_path / "scaled", recipe, causal=Overflowing(recipe, most=2.0**-7))
+    scaled.ahead = ahead
     assert [step.loss for step in plain] == [step.loss for step in scaled]
     assert scaled.progress.scale == 2.0**-8
     assert _equal(plain.adapter.state_dict(), scaled.adapter.state_dict())

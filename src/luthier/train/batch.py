@@ -12,6 +12,7 @@ import torch
 from luthier.data.packing import micro_batches
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro, Sample, Stream, collate
+from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.model.pack import Coming, Shape
 from luthier.train.engines import Engine
 from luthier.train.step import Model
@@ -41,12 +42,37 @@ def batch(stream: Stream, engine: Engine, model: Model, number: int, micro_token
     return Batch(samples, tokens, targets, [model.ready(micro) for micro in micros], largest)
 
 
-def not_finite(model: Model, store: TokenStore, samples: Sequence[Sample], step: int) -> str:
+def halved(store: TokenStore, engine: Engine, rows: Batch) -> int:
+    """Half of the largest micro-batch that any process tried, as a budget of tokens. Raises MemoryPlanError where that
+    is one row."""
+    largest = int(engine.highest(rows.largest))
+    longest = max(rows.samples, key=lambda sample: store.lengths[sample.row])
+    if largest <= store.lengths[longest.row]:
+        raise MemoryPlanError(
+            f"a row of {largest} tokens does not fit into memory by itself",
+            where=origins(store, [longest]),
+            fix="set data.length lower, or run.recompute=true",
+        )
+    return largest // 2
+
+
+def not_finite(
+    model: Model, store: TokenStore, samples: Sequence[Sample], number: int, loss: float, norm: float
+) -> NotFiniteError:
+    """The error of step `number`, counted from 0, that learned from these samples."""
+    return NotFiniteError(
+        f"step {number + 1} has loss {loss:.4g} and gradient norm {norm:.4g}; nothing was updated",
+        where=guilty(model, store, samples, number),
+        fix="look at these rows, or lower train.lr; the last checkpoint is sound",
+    )
+
+
+def guilty(model: Model, store: TokenStore, samples: Sequence[Sample], step: int) -> str:
     """Where the rows are from whose loss alone is not finite; where none is (it is their gradient), all of them."""
     with torch.no_grad():
         losses = [float(model.loss(collate(store, [sample], step))) for sample in samples]
-    guilty = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
-    return origins(store, guilty or samples)
+    found = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
+    return origins(store, found or samples)
 
 
 def origins(store: TokenStore, samples: Sequence[Sample]) -> str:

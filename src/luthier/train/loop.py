@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from luthier.data.store import TokenStore
-from luthier.data.stream import Micro, Sample, Stream
-from luthier.errors import MemoryPlanError, NotFiniteError
+from luthier.data.stream import Sample, Stream
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
-from luthier.train.batch import Batch, batch, coming, not_finite, origins, packed
+from luthier.train.batch import Batch, batch, coming, guilty, halved, not_finite, packed
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
@@ -70,15 +69,19 @@ class Trainer:
         self._batch = lru_cache(maxsize=2)(partial(batch, stream, engine, model))  # of a step, and ahead of it the next
         self._expect = lru_cache(maxsize=1)(lambda tokens: model.expect(partial(coming, stream, engine, tokens)))
         self.resumed_from = self.saved = self._resume()
+        self._begun: tuple[Batch, Tensor] | None = None  # a step, and the loss of its first micro-batch
+        self._since = 0.0  # when the step before was told
+        self.ahead = self.gradient.is_cuda  # a processor has nothing to do beside what it waits for
         self._unjudged = False  # whether rows without a finite held-out loss were named
 
     def __iter__(self) -> Iterator[Step]:
         with self.interrupt:
             while True:
-                if self._evaluation_due:
+                if self._evaluates(self.progress.step):
                     self.evaluate()
                 signal = self.engine.highest(self.interrupt.signal)
-                if self.progress.step > self.saved and (signal or self._save_due):
+                due = self.finished or self._saves(self.progress.step)
+                if self.progress.step > self.saved and (signal or due):
                     self.save()
                 if signal:
                     raise stopped(signal, f" after step {self.progress.step} of {self.steps}")
@@ -88,23 +91,23 @@ class Trainer:
 
     def step(self) -> Step:
         """One update from one set of rows: counted, cut, summed, divided once, checked, clipped, applied. The host
-        waits once, when all of that is launched and the next step's rows are packed."""
-        started = time.perf_counter()
+        waits once, when all of that is launched and the next step is begun."""
+        started = time.perf_counter() if self._begun is None else self._since
         train, number = self.recipe.train, self.progress.step
         rows, total = self._gradient_of(number)
         cuts, peak = (int(x) for x in self.engine.total(len(rows.micros), self._peak))
         lr = optim.rate(train, number, self.steps)
         told = optim.finish(self.optimizer, self.gradient, total / rows.targets, lr=lr, max_norm=train.max_norm)
-        if number + 1 < self.steps:
-            self._batch(number + 1, self.progress.micro_tokens)
+        self._begin(number + 1)
         loss, norm = told()
+        self._since = time.perf_counter()
         overflown = math.isfinite(loss) and not math.isfinite(norm)
         if overflown and self.model.dtype == torch.float16 and self.progress.rescale():
             return self.step()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._not_finite(rows.samples, loss, norm)
+            raise not_finite(self.model, self.stream.store, rows.samples, number, loss, norm)
         self.progress.step = number + 1
-        seconds = time.perf_counter() - started
+        seconds = self._since - started
         epoch, speed = (rows.samples[-1].index + 1) / self.stream.epoch_samples, rows.tokens / seconds
         step = Step(number + 1, epoch, loss, norm, lr, rows.tokens, rows.targets, seconds, speed, peak, cuts)
         self._log("step", asdict(step))
@@ -130,7 +133,7 @@ class Trainer:
         # Once a run: while rank 0 looks for them row by row, the others wait.
         if not math.isfinite(loss) and self.engine.rank == 0 and not self._unjudged:
             self._unjudged = True
-            named = not_finite(self.model, self.heldout, [Sample(i, i, 0) for i in range(len(self.heldout))], step=0)
+            named = guilty(self.model, self.heldout, [Sample(i, i, 0) for i in range(len(self.heldout))], step=0)
             self._say(f"the held-out loss is {loss:.4g}, which judges no weights; look at {named}")
         self.progress.judge(loss)
         self._log("evaluation", {"step": self.progress.step, "eval_loss": loss})
@@ -159,17 +162,29 @@ class Trainer:
         patience = self.recipe.train.patience
         return self.progress.step >= self.steps or (patience is not None and self.progress.stale >= patience)
 
-    @property
-    def _evaluation_due(self) -> bool:
-        step = self.progress.step
+    def _evaluates(self, step: int) -> bool:
         every = self.recipe.evaluate.every or math.ceil(self.steps / 5)
         due = step > self.progress.evaluated and (step % every == 0 or step == self.steps)
         return due and len(self.heldout) > 0
 
-    @property
-    def _save_due(self) -> bool:
-        step = self.progress.step
-        return self.finished or step == self.progress.best_step or step % self.recipe.run.save.every == 0
+    def _saves(self, step: int) -> bool:
+        return step == self.progress.best_step or step % self.recipe.run.save.every == 0
+
+    def _begin(self, number: int) -> None:
+        """Packs the rows of step `number` and launches its first micro-batch, so that a GPU works on while the host
+        reads and logs the step before. It adds to the gradient what `step` would. Not before an evaluation or a
+        checkpoint: the step's seconds would not be all of its own, nor the memory be the evaluation's."""
+        if number >= self.steps:
+            return
+        rows = self._batch(number, self.progress.micro_tokens)
+        if not self.ahead or not rows.micros or self._evaluates(number) or self._saves(number):
+            return
+        self.gradient.zero_()
+        try:
+            self._begun = rows, self.model.accumulate(rows.micros[0], self.progress.scale)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise  # else the step begins anew, and knows what to do
 
     def _gradient_of(self, number: int) -> tuple[Batch, Tensor]:
         """Leaves the gradient of step `number` in `self.gradient`; returns its rows and their summed loss, fp64. If
@@ -177,9 +192,8 @@ class Trainer:
         while True:
             self._expect(self.progress.micro_tokens)
             rows, short = self._batch(number, self.progress.micro_tokens), False
-            self.gradient.zero_()
             try:
-                loss = self._accumulate(rows.micros)
+                loss = self._accumulate(rows)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -194,33 +208,17 @@ class Trainer:
             release()
             # To keep fewer values of packed weights changes no bit.
             if not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"}):
-                self._halve(rows)
+                self.progress.micro_tokens = halved(self.stream.store, self.engine, rows)
+                self._say(f"out of memory; from here on {self.progress.micro_tokens} tokens at a time")
 
-    def _accumulate(self, micros: list[Micro]) -> Tensor:
-        """Adds the gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""
-        losses = [self.model.accumulate(micro, self.progress.scale) for micro in micros]
+    def _accumulate(self, rows: Batch) -> Tensor:
+        """The gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""
+        begun, self._begun = self._begun, None
+        losses = [begun[1]] if begun is not None and begun[0] is rows else []
+        if not losses:
+            self.gradient.zero_()
+        losses += [self.model.accumulate(micro, self.progress.scale) for micro in rows.micros[len(losses) :]]
         return optim.precise(torch.stack(losses)).sum() if losses else torch.zeros((), dtype=torch.float64)
-
-    def _halve(self, rows: Batch) -> None:
-        """Takes half of the largest micro-batch that any process tried as the budget."""
-        lengths = self.stream.store.lengths
-        largest = self.engine.highest(rows.largest)
-        longest = max(rows.samples, key=lambda sample: lengths[sample.row])
-        if largest <= lengths[longest.row]:
-            raise MemoryPlanError(
-                f"a row of {largest} tokens does not fit into memory by itself",
-                where=origins(self.stream.store, [longest]),
-                fix="set data.length lower, or run.recompute=true",
-            )
-        self.progress.micro_tokens = largest // 2
-        self._say(f"out of memory; from here on {largest // 2} tokens at a time")
-
-    def _not_finite(self, samples: list[Sample], loss: float, norm: float) -> NotFiniteError:
-        return NotFiniteError(
-            f"step {self.progress.step + 1} has loss {loss:.4g} and gradient norm {norm:.4g}; nothing was updated",
-            where=not_finite(self.model, self.stream.store, samples, self.progress.step),
-            fix="look at these rows, or lower train.lr; the last checkpoint is sound",
-        )
 
     def _resume(self) -> int:
         """Takes up the newest checkpoint that verifies, found by rank 0 and read by all. Returns its step, or 0."""
