@@ -172,8 +172,18 @@ def test_an_embedding_in_host_memory_leaves_its_room() -> None:
 
 def test_answers_are_the_same_from_host_memory() -> None:
     prompts, sampling = [[5, 6, 7, 8], list(range(40, 90))], Sampling(max_new_tokens=12)
-    expected = generate(ours(), prompts, sampling, frozenset())
-    # Streamed blocks are run by the module, in other sums: the same tokens where rounding decides nothing.
-    assert generate(ours(embedding=True), prompts, sampling, frozenset()) == expected
-    streamed = generate(ours(stream=3, embedding=True), prompts, sampling, frozenset())
-    assert [len(answer.ids) for answer in streamed] == [12, 12]
+    after = [[[3, 4], [9, 9, 9]], [[1, 2, 3, 4]]]
+    expected = generate(ours(), prompts, sampling, frozenset(), continuations=after)
+    for options in WAYS["embedding"], {"stream": 3}, WAYS["streamed"], {"stream": LAYERS, "embedding": True}:
+        # Launched and recorded steps are the same kernels, so tokens and likelihoods are the same bits.
+        found = generate(ours(**options), prompts, sampling, frozenset(), continuations=after)
+        assert found == expected, options
+    assert all(one.losses for one in expected)
+
+
+def test_likelihoods_are_the_same_bits_from_host_memory() -> None:
+    rows = micro(0)
+    with torch.inference_mode():
+        expected = ours().loss(rows)
+        for options in WAYS["embedding"], WAYS["streamed"]:
+            assert torch.equal(ours(**options).loss(rows), expected), options

@@ -15,6 +15,8 @@ from luthier.data.stream import Micro
 from luthier.model import offload
 from luthier.model.away import Parcel
 from luthier.model.causal import CausalModel
+from luthier.model.decode import is_fast
+from luthier.model.fast import FastDecoder
 from luthier.model.generate import Sampling, generate
 from luthier.model.lane import Lane
 from luthier.model.quantize import quantize_module
@@ -175,10 +177,28 @@ def test_weights_that_come_and_go_are_in_memory_twice_and_not_as_often_as_there_
     assert len({p.untyped_storage()._cdata for p in weights}) == 2
 
 
-def test_answers_are_those_of_weights_that_stay() -> None:
+@pytest.mark.parametrize("count", [1, 3, BLOCKS])
+def test_answers_and_what_may_follow_weigh_the_same_bits_as_with_weights_that_stay(count: int) -> None:
     prompts, sampling = [[5, 6, 7, 8], [9, 10]], Sampling(max_new_tokens=6)
-    found = [generate(model, prompts, sampling, frozenset()) for model in (ours(), ours(stream=3, embedding=True))]
-    assert found[0] == found[1]
+    models = ours(), ours(stream=count, embedding=True)
+    found = [
+        generate(model, prompts, sampling, frozenset(), continuations=[[[3, 4], [1]], [[8, 7, 6]]]) for model in models
+    ]
+    assert found[0] == found[1]  # tokens and likelihoods
+    assert all(is_fast(model) for model in models)
+
+
+@torch.inference_mode()
+def test_dense_blocks_that_come_and_go_answer_the_same_and_are_not_copied_to_be_merged() -> None:
+    whole, _, _ = model()
+    module, _, streamed = model(BLOCKS)
+    one, other = CausalModel(whole, None), CausalModel(module, None, streamed=streamed)
+    assert streamed is not None
+    plain, ours = FastDecoder(one, merge=False), FastDecoder(other, merge=True)
+    before = streamed.fetches
+    for step in (lambda decoder: decoder.prefill([[5, 6, 7], [9, 10]], 2), lambda decoder: decoder.step(IDS[0, :2])):
+        assert torch.equal(step(plain), step(ours))
+    assert streamed.fetches == before + 2 * BLOCKS  # each block's weights came for each of the two
 
 
 def test_a_lookup_in_host_memory_learns_the_same() -> None:

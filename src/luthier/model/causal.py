@@ -63,6 +63,7 @@ class CausalModel:
         away: int = 0,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
+        self.streamed = streamed
         attention.take_over(module)
         embed = module.get_input_embeddings()
         self.device = device_of(embed)

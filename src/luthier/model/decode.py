@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from luthier.adapters.lora import Lora
 from luthier.model import families
 from luthier.model.fast import FastDecoder
-from luthier.model.offload import is_streamed
 from luthier.model.quantize import PackedLinear, unrounded
 
 if TYPE_CHECKING:
@@ -82,9 +81,7 @@ def _is_low_rank(model: CausalModel) -> bool:
 
 
 def _is_plain(block: nn.Module, model: CausalModel) -> bool:
-    """Whether all its products are of layers that lie where the model is, and stay there."""
-    if is_streamed(block):
-        return False
+    """Whether all its products are of layers that lie where the model is, at least while it runs."""
     holders = (
         m for m in block.modules() if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.dim() > 1
     )

@@ -48,9 +48,12 @@ class FastDecoder:
     The cache of a layer is [B, Hk, Tmax, D] for keys and again for values. Rows end at the same column: a shorter
     prompt begins later, and `bias` hides the columns before it, so that a step writes one column.
 
+    Blocks whose weights are in host memory come as they are needed, in every pass and every step.
+
     Args:
         merge: make one matrix of q, k and v and one of gate and up, with the adapter added in where weights are
-            float32. Faster, and costs a copy of the blocks' weights. Packed weights stay as they are.
+            float32. Faster, and costs a copy of the blocks' weights. Packed weights stay as they are, and so do those
+            that come and go.
         bucketed: let a step compute up to a power of two of rows, and attend to a multiple of `COLUMNS`, the
             superfluous ones hidden; such steps are recorded on a GPU. Otherwise it works on what there is.
     """
@@ -65,11 +68,13 @@ class FastDecoder:
         self.embed, self.rope = model.module.get_input_embeddings(), getattr(base, family.rotary)
         self.norm, self.eps = getattr(base, family.norm).weight, getattr(config, family.eps)
         blocks = getattr(base, family.layers)
-        self.layers = [_Layer(block, family, merge) for block in blocks]
+        self.streamed = model.streamed
+        self.layers = [_Layer(block, family, merge and self.streamed is None) for block in blocks]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded.
-        self.records = bucketed and self.device.type == "cuda" and not _rounds_inputs(blocks)
+        # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded. Copies are not, either.
+        launched = _rounds_inputs(blocks) or self.streamed is not None
+        self.records = bucketed and self.device.type == "cuda" and not launched
         self.pass_tokens = self._pass_tokens(config.hidden_size, config.intermediate_size)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -204,6 +209,8 @@ class FastDecoder:
         cos, sin = (t[0, :, None] for t in self.rope(x, positions[None]))
         rotated = self.heads + self.kv_heads
         for index, layer in enumerate(self.layers):
+            if self.streamed is not None:
+                self.streamed.enter(index)
             qkv = layer.qkv(self._rms(x, layer.before_attention)).view(len(x), -1, self.width)
             q, k = _rotate(qkv[:, :rotated], cos, sin).tensor_split([self.heads], dim=1)
             v = qkv[:, rotated:]

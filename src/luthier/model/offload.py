@@ -56,11 +56,6 @@ def streamed_bytes(block: nn.Module) -> int:
     return max((part.end for part in _parts(block)), default=0)
 
 
-def is_streamed(module: nn.Module) -> bool:
-    """Whether the module's weights come and go: then they can be read while its block runs, and at no other time."""
-    return getattr(module, "streamed", False)
-
-
 def embedding_to_host(module: Any, device: torch.device) -> None:
     """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`."""
     embed = module.get_input_embeddings()
