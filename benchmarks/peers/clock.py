@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peers.workloads import Step, Workload, counts
 
 GIB = 2**30
 TOP = 30  # kernels of a profile
+PAUSES = 40  # of a profile
 
 
 class Clock:
@@ -152,12 +154,27 @@ def summary(profiler: Any, steps: list[Step], tok_s: float, path: Path) -> dict[
         "busy_share": busy / counts(steps).tokens * tok_s,
     }
     lines = [f"{key} {value:.4f}" for key, value in found.items()]
+    lines += [f"{ms / number:10.3f} ms {count / number:7.1f} x  {what}" for what, ms, count in pauses(events)]
     lines += [f"{us / 1e3 / number:10.3f} ms {times[name] / number:7.1f} x  {name}" for name, us in spent.most_common()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
     top = [[name[:100], us / 1e3 / number, times[name] / number] for name, us in spent.most_common(TOP)]
     return found | {"top": top}
+
+
+def pauses(events: Sequence[Any]) -> list[tuple[str, float, int]]:
+    """Where a device has nothing to do: between which kernels, the milliseconds of all such pauses and their number,
+    the longest first. The host is slower than without a profiler, so these are the most that they can be."""
+    found, last = defaultdict[str, list[float]](list), None
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if last is not None and event.time_range.start > last.time_range.end:
+            between = f"pause: {last.name[:60]} -> {event.name[:60]}"
+            found[between].append((event.time_range.start - last.time_range.end) / 1e3)
+        if last is None or event.time_range.end > last.time_range.end:
+            last = event
+    told = [(between, sum(lengths), len(lengths)) for between, lengths in found.items()]
+    return sorted(told, key=lambda one: -one[1])[:PAUSES]
 
 
 def union(stretches: list[tuple[float, float]]) -> float:

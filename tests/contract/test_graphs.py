@@ -216,7 +216,8 @@ class Again:
     """A recorder that counts. `fails`: what recording a step raises; `unlaunched`: only one that was not run before."""
 
     def __init__(self, fails: Exception | None = None, unlaunched: bool = False) -> None:
-        self.fails, self.unlaunched, self.ran, self.recorded, self.replayed = fails, unlaunched, 0, 0, 0
+        self.fails, self.unlaunched = fails, unlaunched
+        self.ran = self.recorded = self.replayed = self.forgotten = 0
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         self.ran += 1
@@ -233,6 +234,9 @@ class Again:
             return out.copy_(step())
 
         return replay
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
 
 def recording(made: CausalModel, fails: Exception | None = None, price: float = 0.0) -> Again:
@@ -394,6 +398,7 @@ def test_another_scale_is_recorded_anew() -> None:
         flat.zero_()
         made.accumulate(micro(), scale)
         found.append(flat / scale)
+    assert recorder.forgotten == 2  # what was there before each of the scales
     assert all(torch.equal(gradient, found[0]) for gradient in found)
     assert recorder.recorded == 2
 

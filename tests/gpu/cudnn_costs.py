@@ -64,6 +64,7 @@ def kernels(works: Sequence[Callable[[], Any]]) -> list[dict[str, float]]:
 def recorded(work: Callable[[], Any], times: int = 20) -> float:
     """Microseconds a call, replayed: what lies between kernels is counted too."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still make what is worked on
     with torch.cuda.stream(stream):
         work(), work()
     torch.cuda.synchronize()

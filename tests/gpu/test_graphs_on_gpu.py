@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -108,6 +109,22 @@ def test_what_the_model_does_between_two_replays_leaves_them_right() -> None:
     for (loss, gradient), (wanted_loss, wanted) in zip(*found, strict=True):
         assert error(loss, wanted_loss) < 2e-3
         assert error(gradient, wanted) < 0.03
+
+
+def test_graphs_are_recorded_again_after_all_are_gone() -> None:
+    """As when the scale of float16 falls. What the model keeps lies in the memory of the graphs that are gone."""
+    recording, batch = made(True, packed=True), micro(LENGTHS[0])
+    flat, found = gradient_of(recording), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (1.0, 0.5, 0.25):
+            for _ in range(3):
+                flat.zero_()
+                recording.accumulate(batch, scale)
+                found.append(flat / scale)
+            assert recording.graphs is not None
+            assert len(recording.graphs.recorded) == 1
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_beyond_the_limit_passes_are_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

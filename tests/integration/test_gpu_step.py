@@ -7,6 +7,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_step  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
-from peers import workloads  # type: ignore[import-not-found]
+from peers import clock, workloads  # type: ignore[import-not-found]
 from peers.desk import Desk  # type: ignore[import-not-found]
 
 
@@ -175,3 +176,11 @@ def test_what_was_tried_on_a_cpu_is_not_reported(tmp_path: Path) -> None:
     rows = [{**row("monday", "trl", 1), "benchmark": "gpu_step", "dry": dry} for dry in (True, False)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert report.read(tmp_path / "rows.jsonl", None) == rows[1:]
+
+
+def test_pauses_are_where_no_kernel_runs() -> None:
+    """Kernels of two streams overlap, and a short one within a long one ends no pause."""
+    spans = [("a", 0, 10), ("long", 20, 60), ("short", 30, 40), ("b", 63, 70), ("a", 80, 81), ("long", 90, 95)]
+    events = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=s, end=e)) for name, s, e in spans]
+    told = [("pause: a -> long", 0.019, 2), ("pause: b -> a", 0.01, 1), ("pause: long -> b", 0.003, 1)]
+    assert clock.pauses(events[::-1]) == [(between, pytest.approx(ms), count) for between, ms, count in told]

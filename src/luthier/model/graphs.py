@@ -31,6 +31,9 @@ class Recorder(Protocol):
 
     def record(self, step: Step) -> Step: ...
 
+    def forget(self) -> None:
+        """Told when all replays are gone."""
+
 
 class CudaRecorder:
     """Graphs that share one pool of memory: they never run at the same time, and nobody reads what one left there after
@@ -72,6 +75,10 @@ class CudaRecorder:
             return out
 
         return replay
+
+    def forget(self) -> None:
+        """The next ones get another pool: torch refuses one whose graphs are gone while anything lies in it."""
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 @contextmanager
@@ -197,6 +204,8 @@ class Graphs:
         """Lets all graphs go. Each shape is launched before it is recorded again, which finds what changed."""
         self.recorded.clear()
         self._came.clear()
+        if self.recorder is not None:
+            self.recorder.forget()
 
     def _check(self, made_for: tuple[float, ...]) -> None:
         """A graph holds the scale as a number, and where parameters and gradients are."""
