@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from luthier.errors import LuthierError, UsageError
 from luthier.registry import counted
+from luthier.train.interrupt import heeded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,8 +208,7 @@ class _Ended(KeyboardInterrupt):
 def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
     """The signals that came. By the first, SIGTERM as well as Ctrl-C, a verb ends as by KeyboardInterrupt; the second
     ends the process, since what cleans up after the first may take long. What a part of a verb can answer better, it
-    answers itself: see `train/interrupt.py`, and in a chat Ctrl-C ends an answer. What the parent has ignored stays so:
-    a Ctrl-C is not meant for a script's background job.
+    answers itself: see `train/interrupt.py`, and in a chat Ctrl-C ends an answer. What the parent has ignored stays so.
 
     `is_all`: the process ends after the verb, and so it does at once by a signal from then on.
     """
@@ -221,8 +221,7 @@ def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
         raise _Ended
 
     taken = verb != "chat" and threading.current_thread() is threading.main_thread()
-    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {n: signal.signal(n, receive) for n in heeded if taken}
+    before = {n: signal.signal(n, receive) for n in heeded() if taken}
     try:
         yield came
     finally:
@@ -246,13 +245,27 @@ def _refused(error: OSError, args: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; overrides may also stand behind flags, where argparse leaves them over."""
+    """The arguments, flags and words in any order: argparse leaves over the words that stand behind a flag and are of a
+    list which it has begun before."""
     args, rest = parser().parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser().error(f"does not take '{' '.join(rest)}'; see luthier {args.verb or ''} --help")
-    if rest:
-        args.overrides += rest
+    words = next((vars(args)[name] for name in ("overrides", "runs", "folders") if name in args), None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        parser().error(_not_taken(args.verb, rest, sys.argv[1:] if argv is None else argv))
+    if words is not None:
+        words += rest
     return args
+
+
+def _not_taken(verb: str | None, rest: Sequence[str], argv: Sequence[str]) -> str:
+    """What to say of words that nothing is asked by."""
+    what = f"does not take '{' '.join(rest)}'"
+    if verb is None:
+        return f"{what}; see luthier --help"
+    if rest[0].startswith("-") and argv.index(rest[0]) < argv.index(verb):
+        return f"{what} before a verb; write it behind: luthier {verb} … {' '.join(rest)}"
+    if verb in ("chat", "predict") and rest[0].startswith("evaluate."):
+        return f"`{verb}` {what}: it answers as recipe.yaml of the run says; change it there"
+    return f"`{verb}` {what}; see luthier {verb} --help"
 
 
 def _console(args: argparse.Namespace) -> Console:
@@ -339,7 +352,7 @@ def _compare(args: argparse.Namespace) -> int:
     if changes:
         from luthier.evaluate.compare import ask_otherwise
 
-        ask_otherwise([Path(run) for run in runs], changes, questions=args.questions)
+        ask_otherwise([Path(run) for run in runs], changes, base=args.base, questions=args.questions)
     comparison = show_comparison(
         *runs, base=args.base, questions=args.questions, slices=args.slices, console=_console(args)
     )

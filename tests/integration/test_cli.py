@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -181,6 +182,16 @@ def test_a_comparison_that_cannot_be_made_changes_no_recipe(journey: dict[str, D
     assert Path(RUN, "recipe.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize("side", ["", "/checkpoints/{}"], ids=["run", "checkpoint"])
+def test_a_side_alone_is_refused_before_anything_is_written(journey: dict[str, Done], desk: Path, side: str) -> None:
+    checkpoint = min((desk / RUN / "checkpoints").glob("step-*")).name
+    before = {path: path.stat().st_mtime_ns for path in (desk / RUN).rglob("*")}
+    done = luthier("compare", RUN + side.format(checkpoint), "--no-base", "evaluate.metrics=[rouge2]")
+    assert (done.code, done.out) == (2, "")
+    assert "is one side, and there is nothing to compare it with; name another, or leave --no-base out" in done.err
+    assert {path: path.stat().st_mtime_ns for path in (desk / RUN).rglob("*")} == before
+
+
 def test_the_run_that_asks_is_asked_otherwise_whatever_stands_first(journey: dict[str, Done], desk: Path) -> None:
     checkpoint = min((desk / RUN / "checkpoints").glob("step-*"))
     shutil.copytree(desk / RUN / "adapter", desk / "elsewhere")
@@ -220,6 +231,24 @@ def test_overrides_may_stand_behind_flags(journey: dict[str, Done]) -> None:
     assert luthier(*words, "--json", "run.micro_tokens=64").json["micro_tokens"] == 64
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", RUN, "--questions", RUN, "evaluate.metrics=[rouge2]", "--json"],
+        ["compare", "--json", "--questions", RUN, RUN, "evaluate.metrics=[rouge2]"],
+        ["compare", RUN, "evaluate.metrics=[rouge2]", "--json", "--questions", RUN],
+    ],
+    ids=" ".join,
+)
+def test_flags_sides_and_changes_of_a_comparison_stand_in_any_order(journey: dict[str, Done], words: list[str]) -> None:
+    assert list(luthier(*words).json["metrics"]) == ["rouge2"]
+
+
+def test_a_run_may_stand_behind_a_flag(journey: dict[str, Done]) -> None:
+    assert luthier("runs", "show", "--json", RUN).json["run"] == RUN
+    assert luthier("runs", "diff", RUN, "--json", RUN).json["changed"] == {}
+
+
 def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
     done = luthier("doctor")
     assert done.code == 0, done.err
@@ -235,6 +264,10 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
         (["runs", "forget"], 2, "unknown action 'forget'; known: list, show, diff"),
         (["train"], 2, "RECIPE"),
         (["train", RECIPE, "--jsn"], 2, "--jsn"),
+        (["--json", "train", RECIPE], 2, "luthier train … --json"),
+        (["predict", RUN, TEST, "--json", "evaluate.generate.top_p=1"], 2, "recipe.yaml of the run"),
+        (["predict", RUN, TEST, "--questions", RUN], 2, "`predict` does not take '--questions"),
+        (["doctor", "all"], 2, "`doctor` does not take 'all'; see luthier doctor --help"),
         (["runs", "show"], 2, "takes 1 run"),
         (["train", RECIPE, "train.lr"], 2, "section.key=value"),
         (["train", RECIPE, "train.lrr=1"], 1, "lr"),
@@ -310,6 +343,30 @@ sys.exit(cli.main())
 def test_a_signal_ends_any_verb_and_a_second_one_the_process(name: str, again: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", ENDED.format("", name, again)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+EARLY = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{0}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["luthier", "doctor"]
+from {1} import {2}
+sys.exit({2}())
+"""
+
+
+@pytest.mark.parametrize("importing", ["luthier.cli", "luthier.registry", "difflib"])
+def test_ctrl_c_while_the_command_is_still_imported_is_a_line(importing: str) -> None:
+    command = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]["luthier"]
+    module, _, name = command.partition(":")
+    code = EARLY.format(importing, module, name)
+    if importing == "difflib":  # while the words are read
+        code = code.replace('"doctor"', '"doktor"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "luthier: interrupted\n")
 
 
 def test_ctrl_c_is_ignored_where_the_parent_ignores_it_as_in_a_background_job_of_a_script() -> None:

@@ -48,11 +48,11 @@ class Killed(BaseException):
     """The end of the process, as far as the loop can tell."""
 
 
-def run_until(run: Trainer, step: int, act: Callable[[], None]) -> None:
-    """Does `act` after `step` was made and logged."""
+def run_until(run: Trainer, step: int, *acts: Callable[[], None]) -> None:
+    """Does `acts` after `step` was made and logged, one a step."""
     for made in run:
-        if made.step == step:
-            act()
+        if 0 <= made.step - step < len(acts):
+            acts[made.step - step]()
 
 
 def die() -> None:
@@ -107,6 +107,24 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     list(resumed)
     assert state(tmp_path) == state(whole)
     assert figures(tmp_path) == figures(whole)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "act", "other", "code"),
+    [(signal.SIGINT, press_ctrl_c, terminate, 143), (signal.SIGTERM, terminate, press_ctrl_c, 130)],
+)
+def test_a_signal_that_the_parent_ignores_ends_nothing_and_the_other_does(
+    tmp_path: Path, ignored: signal.Signals, act: Callable[[], None], other: Callable[[], None], code: int
+) -> None:
+    """A script's background job is started so."""
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with pytest.raises(Stopped, match="after step 6 of 12") as stopped:
+            run_until(trainer(tmp_path), 5, act, other)
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
+    assert stopped.value.exit_code == code
 
 
 def test_a_signal_during_an_evaluation_loses_nothing(tmp_path: Path, whole: Path) -> None:

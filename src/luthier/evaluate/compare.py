@@ -72,10 +72,16 @@ def compare(run: Run, *, name: str = "compare", console: Console | None = None) 
     return found
 
 
-def ask_otherwise(folders: Sequence[Path], changes: Sequence[str], *, questions: str | Path | None = None) -> None:
+def ask_otherwise(
+    folders: Sequence[Path],
+    changes: Sequence[str],
+    *,
+    base: bool | None = None,
+    questions: str | Path | None = None,
+) -> None:
     """Keeps changes to `evaluate` (`evaluate.key=value`) in the recipe of the run that asks `folders`, which may be
-    `questions`. Raises what comparing them would before an answer, and RecipeError for columns to slice by that no
-    question has; the recipe is then as it was."""
+    `questions`; `base` as in `compare_several`. Raises what comparing them would before an answer, and RecipeError for
+    columns to slice by that no question has; the recipe is then as it was."""
     asker = Run.open(questions) if questions else asker_of(folders)
     recipe = Recipe.load(asker.folder / "recipe.yaml", f"run.dir={json.dumps(str(asker.folder))}", *changes)
     changed, new = (
@@ -89,7 +95,7 @@ def ask_otherwise(folders: Sequence[Path], changes: Sequence[str], *, questions:
     if absent := missing(asked, new):
         fix = "name columns that its rows had when the data was prepared, and still have"
         raise RecipeError(f"no question of {asker.folder} has {', '.join(absent)}", where="evaluate.slices", fix=fix)
-    open_sides(entries(folders, changed), Seat(), changed)
+    open_sides(entries(folders, changed, base), Seat(), changed)
     write_atomic(asker.folder / "recipe.yaml", recipe.dump())
 
 

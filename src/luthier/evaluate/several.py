@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import RecipeError, UsageError
+from luthier.errors import RecipeError
 from luthier.evaluate.asking.answers import collect, sampling_of
 from luthier.evaluate.asking.neighbours import is_there
 from luthier.evaluate.asking.seat import Seat
@@ -58,7 +58,7 @@ def compare_several(
     """
     paths, started = [Path(folder) for folder in folders], time.monotonic()
     asker = Run.open(questions) if questions else asker_of(paths)
-    found = entries(paths, asker)
+    found = entries(paths, asker, base)
     asked, needs = suite(asker), needed(asker)
     check_decides(asked.questions, asker.recipe.evaluate.metrics[0])
     check_installed(asker.recipe.evaluate.harness)
@@ -66,10 +66,6 @@ def compare_several(
     folder = home.results / _name([entry.name for entry in found], asker if questions else None)
     with _pinned(found, folder) as pinned:
         sides = with_bases(open_sides(pinned, Seat(), asker), base)
-        if len(sides) < 2:
-            raise UsageError(
-                "there is one side, and nothing to compare it with", fix="name another, or leave --no-base out"
-            )
         general, entered = asker.recipe.evaluate.forgetting, tuple(side.entry for side in sides)
         job = Job(str(asker.folder), str(folder), entered, others=_others(sides), general=general)
         wanted = turns(sides, asked.questions, sampling_of(asker), needs, general=general)

@@ -9,7 +9,10 @@ from typing import Any
 
 from luthier.errors import Stopped
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+def heeded() -> list[signal.Signals]:
+    """SIGTERM and SIGINT, without those that are ignored: a Ctrl-C is not meant for a script's background job."""
+    return [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Interrupt:
@@ -17,8 +20,8 @@ class Interrupt:
 
     A second one, or the first where nothing runs yet that could be finished (`at_once`), ends the block by Stopped,
     which is safe at any instant: checkpoints are published by one rename. Inside it is a KeyboardInterrupt, which
-    nothing takes for an error of what it was about. Outside the main thread, where Python takes no signal handlers, it
-    does nothing.
+    nothing takes for an error of what it was about. A signal that the parent has told this process to ignore stays
+    ignored. Outside the main thread, where Python takes no signal handlers, it does nothing.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -27,7 +30,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._receive) for number in heeded()}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -77,18 +77,21 @@ def pair_of(run: Run) -> list[Entry]:
     return [replace(own, name="base", kind="base"), own]
 
 
-def entries(folders: Sequence[Path], asker: Run | None) -> list[Entry]:
+def entries(folders: Sequence[Path], asker: Run | None, base: bool | None = None) -> list[Entry]:
     """The sides that `folders` mean, in their order. `asker` is the run that foreign adapters take their template from,
-    where no run is among the folders.
+    where no run is among the folders; `base` is whether untouched bases come to them (see `with_bases`).
 
-    Raises UsageError for a folder that is nothing of the kind or is given twice, RunError for a run that has no adapter
-    yet, AdapterError for an adapter that does not name its base.
+    Raises UsageError for a folder that is nothing of the kind or is given twice, and for one alone without its base;
+    RunError for a run that has no adapter yet, AdapterError for an adapter that does not name its base.
     """
     host = next((run for folder in folders if (run := _run_of(folder)) is not None), asker)
     found = [_entry(folder, host) for folder in folders]
     places = Counter(str(Path(entry.folder).resolve()) for entry in found)
     if twice := [folder for folder in places if places[folder] > 1]:
         raise UsageError("is given twice", where=twice[0], fix="name each side once")
+    if len(found) < 2 and base is False:
+        fix = "name another, or leave --no-base out"
+        raise UsageError("is one side, and there is nothing to compare it with", where=str(folders[0]), fix=fix)
     names = Counter(entry.name for entry in found)
     return [
         entry if names[entry.name] == 1 and entry.name != "base" else replace(entry, name=str(folder))
