@@ -195,16 +195,19 @@ class _Cost(NamedTuple):
     outside: int  # bytes of them that torch cannot see
     seconds: Callable[[float, float, int], _Seconds]  # of a step: its tokens, micro-batches and unpacked blocks
     kept: tuple[float, ...] = ()  # bytes that each block leaves for the backward pass
+    beside: int = 0  # bytes that are not in the parts and come where steps are recorded
 
     @property
     def bytes(self) -> int:
         return sum(self.parts.values())
 
     def recorded(self, tokens: int) -> int:
-        """What micro-batches of so many tokens take besides, if they are recorded: memory of their own for all that
-        comes and goes in a pass, and more of it for what they are padded with. A tenth for holes: a guess."""
+        """What micro-batches of so many tokens take besides, if they are recorded: what they are padded with, and what
+        is `beside`. Graphs have a pool of memory for all that comes and goes in a pass, but then no pass is launched
+        that needs as much: torch gives its memory back before a recording (`torch.cuda.graph`). Graphs of several
+        shapes take no more there than the largest one (`tests/contract/test_trace.py`)."""
         passing = sum(self.parts.get(name, 0) for name in ("activations", "logits", "backward"))
-        return int(passing * (2 * padded_tokens(tokens) / tokens - 1) * 1.1)
+        return self.beside + math.ceil(passing * (padded_tokens(tokens) / tokens - 1))
 
 
 class _Seconds(NamedTuple):
@@ -782,7 +785,9 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
             groups = [(trace(cast("Recompute", keeps), tokens), count) for keeps, count in counts.items() if count]
             found = _traced_cost(mixed(groups, keeping.away), setting, facts, share)
             kept = tuple(trace.figures["saved",] for trace, count in groups for _ in range(count))
-            return found._replace(kept=kept)
+            # An evaluation is launched while the graphs keep their memory.
+            beside = groups[0][0].evaluation + _empty_segments(config, capability, tokens)
+            return found._replace(kept=kept, beside=beside)
 
         return cost
 
@@ -810,11 +815,27 @@ def _unlaunched(config: dict[str, Any], setting: Setting, facts: Machine) -> str
     """Why attention of packed rows is not one launch of our block on a GPU (`varlen.takes`), or nothing."""
     if setting.dtype == "float32" or _gpu(facts).capability < (8, 0):
         return "attention of packed rows is one launch in 16 bits on GPUs since Ampere"
-    heads = config.get("num_attention_heads") or 1
-    size = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    _, size = _heads(config)
     if size % 8 or size > 256:
         return f"attention of packed rows is not one launch for heads of {size} features"
     return ""
+
+
+def _heads(config: dict[str, Any]) -> tuple[int, int]:
+    """Attention's heads, and the features of one."""
+    heads = config.get("num_attention_heads") or 1
+    return heads, config.get("head_dim") or config.get("hidden_size", 0) // heads
+
+
+def _empty_segments(config: dict[str, Any], capability: tuple[int, int] | None, tokens: int) -> int:
+    """Bytes that flash attention's backward pass takes for the segments without tokens that padding adds to a
+    micro-batch, one for 128 tokens (`pack.shape`): each is 128 rows, of a sum and a gradient of q in fp32
+    (`trace._flash_backward`). Hopper's backward pass is our own, and takes nothing for them."""
+    if capability is None or capability[0] == 9:
+        return 0
+    heads, size = _heads(config)
+    wide = -(-size // 32) * 32 if size <= 192 else 256
+    return power_of_2(padded_tokens(tokens)) * heads * (wide + 1) * 4
 
 
 def _unrecorded(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine) -> str:

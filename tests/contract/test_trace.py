@@ -16,10 +16,12 @@ from luthier import recipe
 from luthier.adapters.lora import attach
 from luthier.data.stream import Micro
 from luthier.kernels import drop, fused, native, pointwise
+from luthier.kernels.place import noticing, planned_for
 from luthier.model import attention
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.quantize import quantize_module
-from luthier.model.trace import outline, trace
+from luthier.model.segments import reserved
+from luthier.model.trace import Meter, _fixed, _micro, outline, trace
 from luthier.train.optim import flat_gradient
 
 Sizes = dict[str, Any]
@@ -148,6 +150,45 @@ def test_the_arithmetic_of_a_step_is_traced(kernels: Kernels) -> None:
 def test_dropout_is_traced_too(kernels: Kernels) -> None:
     arguments = (SMALL, recipe.Lora(rank=4, dropout=0.1), False, kernels, [150, 150, 40], False)
     assert traced(*arguments) == pytest.approx(lived(*arguments), rel=0.01)
+
+
+def on_a_gpu() -> CausalModel:
+    """Without data; wide enough that its tensors are no small ones to the allocator."""
+    sizes, settings = SMALL | {"hidden_size": 512, "intermediate_size": 2048}, recipe.Model(base="b", quantize=NF4)
+    options: Any = {"dtype": torch.bfloat16, "recompute": False, "kernels": "compiled", "capability": (9, 0)}
+    made = outline(sizes, settings, recipe.Lora(rank=4), **options)
+    trace(made, [8], capability=(9, 0))  # what the first pass makes and keeps
+    return made
+
+
+def taken(model: CausalModel, batches: list[list[int]], learned: bool = True) -> int:
+    """Bytes of the pool in which passes over these rows run one after the other, as recorded ones do."""
+    pool, losses = Meter(), []
+    for _, tensor in _fixed(model):
+        pool.known.add(id(tensor.untyped_storage()))
+    with planned_for((9, 0)), pool, noticing(pool.launched), torch.set_grad_enabled(learned):
+        for lengths in batches:
+            loss = model.loss(_micro(lengths))
+            if learned:
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())  # stays there, as what a graph leaves does
+            del loss
+    return reserved(pool.segments.tops)
+
+
+def test_graphs_of_several_shapes_take_what_the_largest_takes_in_whatever_order_they_come() -> None:
+    model, sizes = on_a_gpu(), [[400] * count for count in (20, 7, 13, 16, 9)]
+    alone = taken(model, [max(sizes)])
+    assert alone > 1.9 * taken(model, [[400] * 10])
+    for order in (sizes, sorted(sizes), sorted(sizes, reverse=True)):
+        assert alone <= taken(model, order) <= alone + 2**21  # a page for the losses
+
+
+def test_a_pass_without_gradient_takes_what_one_block_of_it_takes() -> None:
+    model, lengths = on_a_gpu(), [400] * 20
+    found = trace(model, lengths, capability=(9, 0)).evaluation
+    assert found == taken(model, [lengths], learned=False) > 0
+    assert found < taken(model, [lengths]) / 3
 
 
 def test_parts_for_a_gpu_make_what_their_twins_make() -> None:

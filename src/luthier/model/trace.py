@@ -55,8 +55,8 @@ class Work:
 
 Figures = dict[tuple[Any, ...], float]
 """What a run was measured to take, flat, so that figures can be added and subtracted: ("live", phase, part) bytes at
-the phase's peak, ("saved",) bytes that a block leaves for its backward pass, ("holes",) bytes, ("work", phase, kind,
-"flops" | "traffic" | "launches")."""
+the phase's peak, ("saved",) bytes that a block leaves for its backward pass, ("holes",) bytes, ("evaluation",) bytes
+that a pass without gradient takes, ("work", phase, kind, "flops" | "traffic" | "launches")."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ class Trace:
         """What CUDA's caching allocator holds besides: pages that are partly used, and gaps too small for what is
         asked."""
         return round(self.figures["holes",])
+
+    @property
+    def evaluation(self) -> int:
+        """What a pass without gradient takes where our decoder runs it on a GPU, with memory of its own."""
+        return round(self.figures.get(("evaluation",), 0.0))
 
     @property
     def work(self) -> dict[tuple[str, str], Work]:
@@ -246,9 +251,10 @@ def _extrapolated(model: CausalModel, micro: Micro, meter: Meter) -> Figures:
     for i, block in enumerate(blocks):
         kinds.setdefault(_kind(model.module.config, i, block), []).append(i)
     chosen = [i for of_kind in kinds.values() for i in of_kind[:_FEW]]
+    evaluation = _evaluation(model, micro, meter, name, [of_kind[0] for of_kind in kinds.values()])
     if len(blocks) <= len(chosen) + len(kinds):
         total, base = (_measured(model, micro, meter, name, range(n)) for n in (len(blocks), max(1, len(blocks) - 1)))
-        return total | {("saved",): _saved(total, base)}
+        return total | {("saved",): _saved(total, base), ("evaluation",): evaluation}
     base = _measured(model, micro, meter, name, chosen)
     total, most = dict(base), 0.0
     for of_kind in kinds.values():
@@ -261,6 +267,7 @@ def _extrapolated(model: CausalModel, micro: Micro, meter: Meter) -> Figures:
     # Blocks that keep their activations leave holes between these; recomputed ones use the same places in turn.
     total["holes",] = most if _recomputes_all(model) else max(most, total["holes",])
     total["saved",] = _saved(total, base) / (len(blocks) - len(chosen))
+    total["evaluation",] = evaluation
     return total
 
 
@@ -283,19 +290,37 @@ def _kind(config: Any, number: int, block: nn.Module) -> Any:
 
 def _measured(model: CausalModel, micro: Micro, meter: Meter, name: str, chosen: Iterable[int]) -> Figures:
     """The figures of a run with only the `chosen` blocks of the list `name`, in their order."""
+    with _only(model, name, chosen), meter.begun() as run:
+        _step(model, micro, run)
+    return run.figures
+
+
+def _evaluation(model: CausalModel, micro: Micro, meter: Meter, name: str, chosen: Iterable[int]) -> int:
+    """Bytes that a GPU's allocator reserves for a pass without gradient, beside all that is there: it keeps nothing, so
+    that one block of each kind takes as much as all."""
+    if model.decoder is None or not on_gpu(model.decoder.norm.weight):
+        return 0
+    run = Meter()
+    run.known = set(meter.known)
+    with _only(model, name, chosen), run, noticing(run.launched), torch.no_grad():
+        model.loss(micro)
+    return segments.reserved(run.segments.tops)
+
+
+@contextmanager
+def _only(model: CausalModel, name: str, chosen: Iterable[int]) -> Iterator[None]:
+    """Inside, the model has only the `chosen` blocks of the list `name`, in their order."""
     whole, numbers = cast(nn.ModuleList, model.module.get_submodule(name)), sorted(chosen)
     model.module.set_submodule(name, nn.ModuleList(whole[i] for i in numbers))
     ours = model.decoder.blocks if model.decoder else []
     if model.decoder:
         model.decoder.blocks = [ours[i] for i in numbers]
     try:
-        with meter.begun() as run:
-            _step(model, micro, run)
+        yield
     finally:
         model.module.set_submodule(name, whole)
         if model.decoder:
             model.decoder.blocks = ours
-    return run.figures
 
 
 # Workspace that torch lends to a cuBLAS handle, out of its allocator: eight pieces of 4 MiB, as training asks for by
