@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,6 +211,16 @@ def memory() -> tuple[int, int]:
     if limit.isdigit() and used.isdigit():
         total, available = min(total, int(limit)), min(available, int(limit) - int(used))
     return total, max(available, 0)
+
+
+_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+
+
+def memory_kills(counts: Sequence[Path] = _KILLS) -> int | None:
+    """How many processes the kernel has killed for want of memory: in this container, else on this machine. The count
+    rises before the process dies. None where no file of `counts` says it, as elsewhere than on Linux."""
+    told = (line.split() for path in counts for line in _read(path).splitlines())
+    return next((int(words[1]) for words in told if words[0] == "oom_kill"), None)
 
 
 def _flags() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import tiny
 from luthier.adapters import files
 from luthier.data.prepare import heldout_conversations
 from luthier.errors import AdapterError, LuthierError, ModelError, RecipeError, RunError, Stopped
+from luthier.machine import memory_kills
 from luthier.runs import Run, refusal
 from luthier.train.group import rebuilt
 from luthier.train.launch import decisions_of, is_same, prepare_data, train
@@ -40,9 +42,17 @@ class At:
         pass
 
 
-class KilledByTheKernel(At):
+class KilledBySomeone(At):
     def act(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledByTheKernel(At):
+    """Moves into a group of processes that may have 8 MiB more, and takes 64."""
+
+    def act(self) -> None:
+        (Path(os.environ["LUTHIER_TEST_CAGE"]) / "cgroup.procs").write_text(str(os.getpid()))
+        b"x" * (64 << 20)
 
 
 class Terminated(At):
@@ -157,15 +167,58 @@ def test_a_run_that_is_being_trained_cannot_be_trained_by_another(tmp_path: Path
         train(run)
 
 
+@pytest.fixture
+def cage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A memory group of the kernel's of 8 MiB without swap, which takes root and a cgroup that may be written."""
+    limits = {"memory.limit_in_bytes": "8M", "memory.memsw.limit_in_bytes": "8M"}
+    folder = Path("/sys/fs/cgroup/memory")
+    if not folder.exists():
+        limits, folder = {"memory.max": "8M", "memory.swap.max": "0"}, folder.parent
+    folder /= f"luthier-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    try:
+        for name, limit in limits.items():
+            if not (folder / name).exists():
+                pytest.skip(f"this cgroup has no {name}")
+            (folder / name).write_text(limit)
+        monkeypatch.setenv("LUTHIER_TEST_CAGE", str(folder))
+        yield
+    finally:
+        folder.rmdir()
+
+
 @pytest.mark.slow
-def test_a_worker_that_the_kernel_kills_is_started_again_with_half_the_tokens(
+@pytest.mark.usefixtures("cage")
+def test_a_worker_that_the_kernel_kills_for_memory_is_started_again_with_half_the_tokens(
     tmp_path: Path, local: tuple[Run, dict[str, Any]]
 ) -> None:
     run = two(tmp_path, "run.micro_tokens=42", "run.track=['test_launch:KilledByTheKernel']")
     events: list[dict[str, Any]] = []
     result = train(run, progress=events.append)
     assert run.manifest["decisions"]["micro_tokens"] == 21  # the longest row, too
-    assert any(event["event"] == "note" and "killed" in event["text"] for event in events)
+    said = "the kernel killed a process for want of memory; going on with 21 tokens at a time"
+    assert {"event": "note", "text": said} in events
+    assert result["resumed_from"] == 2
+    assert losses(run) == pytest.approx(losses(local[0]), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(memory_kills() is None, reason="this kernel does not count what it kills for want of memory")
+def test_a_worker_that_someone_kills_is_started_again_with_as_many_tokens(
+    tmp_path: Path, local: tuple[Run, dict[str, Any]]
+) -> None:
+    run = two(tmp_path, "run.micro_tokens=42", "run.track=['test_launch:KilledBySomeone']")
+    events: list[dict[str, Any]] = []
+    kills = memory_kills()
+    result = train(run, progress=events.append)
+    if memory_kills() != kills:
+        pytest.skip("the kernel killed a process of others meanwhile")
+    assert run.manifest["decisions"]["micro_tokens"] == 42
+    said = "a process was killed (SIGKILL), but not by the kernel for want of memory; going on with 42 tokens at a time"
+    assert {"event": "note", "text": said} in events
     assert result["resumed_from"] == 2
     assert losses(run) == pytest.approx(losses(local[0]), rel=1e-6)
 

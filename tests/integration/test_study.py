@@ -21,7 +21,7 @@ from luthier.cli import main
 from luthier.data.prepare import Prepared
 from luthier.errors import UsageError
 from luthier.evaluate.study.conduct import Wanted, _known, wanted
-from luthier.machine import machine
+from luthier.machine import machine, memory_kills
 from luthier.model.load import load_tokenizer, model_folder
 from luthier.recipe import Recipe
 from luthier.runs import Run
@@ -229,8 +229,7 @@ def test_another_study_in_the_same_folder_is_refused_with_what_differs(study: St
 
 
 def test_a_study_killed_at_any_time_goes_on_where_it_was(study: Study, recipe: Path, tmp_path: Path) -> None:
-    """Killed twice: all of it, in the middle of a cell; then its worker alone, which the parent notices. A worker that
-    was killed may have wanted memory, so that the rest is done with fewer tokens at a time."""
+    """Killed twice: all of it, in the middle of a cell; then its worker alone, which the parent notices."""
     folder = tmp_path / "killed"
     words = ["study", str(recipe), *SIZES, f"run.dir={folder}", "run.save.every=1"]
     first = subprocess.Popen([sys.executable, "-m", "luthier", *words], stdout=subprocess.PIPE, text=True)
@@ -240,12 +239,14 @@ def test_a_study_killed_at_any_time_goes_on_where_it_was(study: Study, recipe: P
     assert not any(folder.glob("cells/*/results/study.json"))
     second = subprocess.Popen([sys.executable, "-m", "luthier", *words], stdout=subprocess.PIPE, text=True)
     wait(lambda: any(folder.glob("cells/*/results/study.json")))
+    kills = memory_kills()
     os.kill(worker(folder), signal.SIGKILL)
     done = [path.parents[1].name for path in folder.glob("cells/*/results/study.json")]
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 0
     assert "going on from step" in said
-    assert "the worker was killed; going on with" in said
+    if kills is not None and memory_kills() == kills:  # else it may have been for want of memory
+        assert "a process was killed (SIGKILL), but not by the kernel for want of memory; going on as before" in said
     there = Study(folder, (folder / "findings.json").read_text())
     assert there.adapters().keys() == study.adapters().keys()
     assert all(there.adapters()[name] == study.adapters()[name] for name in done)

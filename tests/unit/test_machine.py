@@ -1,10 +1,11 @@
 """Facts about the machine, and what follows from them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from luthier.machine import Machine, machine
+from luthier.machine import Machine, machine, memory_kills
 
 PLAIN = Machine(cores=4, busy=0, memory=8, available=6, flags=(), compiler=None, all_cores=8)
 
@@ -51,3 +52,14 @@ def test_the_facts_of_this_machine_are_possible() -> None:
     assert 1 <= here.free_cores <= here.cores
     assert 0 <= here.available <= here.memory
     assert here.busy >= 0
+
+
+def test_kills_for_want_of_memory_are_those_of_the_container_then_those_of_the_machine(tmp_path: Path) -> None:
+    container, whole = tmp_path / "memory.events", tmp_path / "vmstat"
+    assert memory_kills((container, whole)) is None
+    whole.write_text("nr_free_pages 9\noom_kill 7\nnuma_hit 1\n")
+    assert memory_kills((container, whole)) == 7
+    container.write_text("low 0\nhigh 0\nmax 12\noom 5\noom_kill 3\noom_group_kill 0\n")
+    assert memory_kills((container, whole)) == 3
+    container.write_text("low 0\n")  # of an older kernel
+    assert memory_kills((container, whole)) == 7

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from luthier import errors
 from luthier.errors import LuthierError, RunError
+from luthier.machine import memory_kills
 from luthier.runs import refusal
 from luthier.train.interrupt import Interrupt, stopped
 
@@ -27,6 +28,24 @@ Event = dict[str, Any]
 Progress = Callable[[Event], None]
 
 _GRACE = 10.0  # seconds that the other processes have to end when one has failed
+
+
+class Killed(NamedTuple):
+    """What is known of a SIGKILL: the kernel sends it for want of memory, and others for reasons of their own."""
+
+    what: str
+    fix: str
+    wants_memory: bool
+
+
+_FIX = "leave more memory free, or set run.memory"
+_BY_KERNEL = Killed("the kernel killed a process for want of memory", _FIX, wants_memory=True)
+_PERHAPS = Killed("a process was killed (SIGKILL), maybe for want of memory", _FIX, wants_memory=True)
+_BY_ANOTHER = Killed(
+    "a process was killed (SIGKILL), but not by the kernel for want of memory",
+    "see who kills it: a person, a job's limits, a guard of memory such as earlyoom; the same command then goes on",
+    wants_memory=False,
+)
 
 
 @contextmanager
@@ -45,6 +64,7 @@ class Group:
     def __init__(self, module: str, folder: Path, environments: Sequence[dict[str, str]]) -> None:
         self.module, self.folder = module, folder
         self.events: queue.Queue[Event] = queue.Queue()
+        self._kills = memory_kills()
         self.processes = [self._start(rank, own) for rank, own in enumerate(environments)]
         self.readers = [threading.Thread(target=self._read, args=(p,), daemon=True) for p in self.processes]
         for reader in self.readers:
@@ -67,8 +87,8 @@ class Group:
             self.events.put(json.loads(line))
 
     def watch(self, emit: Progress) -> dict[str, Any] | None:
-        """Passes events on until all processes have ended. Returns the result, or None if the kernel killed one.
-        Raises the error that a process met, or Stopped."""
+        """Passes events on until all processes have ended. Returns the result, or None if one was killed (see
+        `killed`). Raises the error that a process met, or Stopped."""
         result, error = None, None
         with Interrupt() as interrupt:
             for event in self._events(interrupt):
@@ -85,6 +105,14 @@ class Group:
         if result is None and -signal.SIGKILL not in self.first_codes:
             raise self._crashed()
         return result
+
+    @property
+    def killed(self) -> Killed:
+        """What is known of the kill, once one was."""
+        before, now = self._kills, memory_kills()
+        if before is None or now is None:
+            return _PERHAPS
+        return _BY_KERNEL if now > before else _BY_ANOTHER
 
     def _events(self, interrupt: Interrupt) -> Iterator[Event]:
         """Events as they come. Passes a signal on once, and ends the other processes when one has failed. One that ends

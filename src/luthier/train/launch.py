@@ -1,7 +1,7 @@
 """From a run to a trained run: data, decisions, and the processes that do the work, watched until they end.
 
-The processes of a group are started and watched here, without torch. One that the kernel kills (memory) stops the
-group, which starts again from the last checkpoint with half the tokens in a micro-batch.
+The processes of a group are started and watched here, without torch. One that is killed stops the group, which starts
+again from the last checkpoint, with half the tokens in a micro-batch if the kernel killed it for want of memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from luthier.recipe import Recipe
 from luthier.recipe import Run as Settings
 from luthier.runs import Run, naming, read_json
 from luthier.train.decide import Decisions, Rows, decide, halved, planned
-from luthier.train.group import Progress, group, quiet_threads
+from luthier.train.group import Killed, Progress, group, quiet_threads
 from luthier.train.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_RESTARTS = 4  # halvings of the token budget after the kernel killed a process
+_RESTARTS = 4  # after a process was killed
 
 
 def train(run: Run, *, console: Console | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -152,23 +152,26 @@ def _here(run: Run, prepared: Prepared, decisions: Decisions, emit: Progress) ->
 
 
 def _in_processes(run: Run, decisions: Decisions, longest: int, emit: Progress) -> dict[str, Any]:
-    """Starts the group, and again with half the token budget each time that the kernel kills one of it."""
-    for _ in range(_RESTARTS):
-        with tempfile.TemporaryDirectory(prefix="luthier-") as meeting:
-            environments = _environments(decisions, Path(meeting))
-            with group("luthier.train.worker", run.folder, environments) as ranks:
-                result = ranks.watch(emit)
-        if result is not None:
-            return result
-        decisions = halved(decisions, longest)
-        run.update_manifest(decisions=decisions.as_dict())
-        text = f"the kernel killed a process; going on with {decisions.micro_tokens} tokens at a time"
+    """Starts the group, and again each time that one of it is killed: with half the token budget, unless the kernel
+    counted no kill for want of memory meanwhile."""
+    restarts = 0
+    while isinstance(ended := _attempt(run, decisions, emit), Killed):
+        if restarts == _RESTARTS:
+            raise RunError(f"{ended.what}, {restarts + 1} times now", where=str(run.folder), fix=ended.fix)
+        restarts += 1
+        if ended.wants_memory:
+            decisions = halved(decisions, longest)
+            run.update_manifest(decisions=decisions.as_dict())
+        text = f"{ended.what}; going on with {decisions.micro_tokens} tokens at a time"
         emit({"event": "note", "text": text})
-    raise RunError(
-        f"a process was killed {_RESTARTS} times",
-        where=str(run.folder),
-        fix="leave more memory free, or set run.memory",
-    )
+    return ended
+
+
+def _attempt(run: Run, decisions: Decisions, emit: Progress) -> dict[str, Any] | Killed:
+    with tempfile.TemporaryDirectory(prefix="luthier-") as meeting:
+        environments = _environments(decisions, Path(meeting))
+        with group("luthier.train.worker", run.folder, environments) as ranks:
+            return ranks.watch(emit) or ranks.killed
 
 
 def _environments(decisions: Decisions, meeting: Path) -> list[dict[str, str]]:

@@ -36,6 +36,7 @@ from luthier.evaluate.study.findings import Cell, Findings, find
 from luthier.machine import Machine, machine
 from luthier.plan import budget
 from luthier.recipe import Recipe
+from luthier.registry import counted
 from luthier.runs import Run, read_json, vacant, versions, write_json
 from luthier.train.decide import Decisions, Rows, decide, halved
 from luthier.train.group import Progress, group
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-_RESTARTS = 4  # halvings of the token budget after the kernel killed the last worker that was left
+_RESTARTS = 4  # after a worker was killed, where fewer workers are no answer
 _SHARES = (8, 4, 2, 1)  # of the rows, where no sizes are asked for
 
 
@@ -375,7 +376,7 @@ def _in_one_worker(recipe: Recipe, workers: int, facts: Machine) -> Recipe:
 
 
 def _work(whole: Run, plan: _Plan, cells: Sequence[Run], view: Progress) -> None:
-    """Starts workers until every cell is scored: fewer, and then with half the tokens, where the kernel kills one."""
+    """Starts workers until every cell is scored: fewer, and then with half the tokens, where memory lacks."""
     workers, restarts = plan.workers, 0
     steps = {run.folder.name: _all_steps(run, plan.asked, whole) for run in cells}
     while left := _left(whole, cells):
@@ -387,16 +388,18 @@ def _work(whole: Run, plan: _Plan, cells: Sequence[Run], view: Progress) -> None
             started.watch(view)
         if -signal.SIGKILL not in started.first_codes:
             break
-        if workers > 1:
+        killed = started.killed
+        if killed.wants_memory and workers > 1:
             workers //= 2
-            view({"event": "note", "text": f"a worker was killed; going on with {workers}"})
-        elif restarts < _RESTARTS:
-            restarts += 1
-            tokens = _halve([run for run in left if not scores_of(run).exists()], whole)
-            view({"event": "note", "text": f"the worker was killed; going on with {tokens} tokens at a time"})
+            how = f"with {counted(workers, 'process', 'processes')}"
+        elif restarts == _RESTARTS:
+            raise RunError(f"{killed.what}, {restarts + 1} times now", where=str(whole.folder), fix=killed.fix)
         else:
-            fix = "leave more memory free, or set run.memory"
-            raise RunError(f"a worker was killed {_RESTARTS} times", where=str(whole.folder), fix=fix)
+            restarts, how = restarts + 1, "as before"
+            if killed.wants_memory:
+                unscored = [run for run in left if not scores_of(run).exists()]
+                how = f"with {_halve(unscored, whole)} tokens at a time"
+        view({"event": "note", "text": f"{killed.what}; going on {how}"})
     if left := _left(whole, cells):
         what = f"another process works on {', '.join(run.folder.name for run in left)}"
         raise RunError(what, where=str(whole.folder), fix="wait for it; the same command goes on then")
