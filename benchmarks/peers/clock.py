@@ -87,6 +87,7 @@ class Clock:
             "spread": [quantile(rates, 0.1), quantile(rates, 0.9)],
             "samples_s": whole.samples / window,
             "step_s": statistics.median(seconds),
+            "seconds": [round(s, 4) for s in seconds],
             "step_tokens": whole.tokens / self.workload.timed,
             **self.found,
             "phases": self.phases,
@@ -129,12 +130,15 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def memory() -> dict[str, float]:
-    """GiB: the most reserved and allocated since `begin`, and what the device holds with context and libraries."""
+    """GiB: the most reserved and allocated since `begin`, and what the device holds with context and libraries. Also
+    how often torch had to give memory back before it got some, which waits for the GPU."""
     if not torch.cuda.is_available():
-        return {"peak_gib": 0.0, "peak_allocated_gib": 0.0, "device_gib": 0.0}
+        return {"peak_gib": 0.0, "peak_allocated_gib": 0.0, "device_gib": 0.0, "retries": 0}
     free, total = torch.cuda.mem_get_info()
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
-    return {"peak_gib": reserved / GIB, "peak_allocated_gib": allocated / GIB, "device_gib": (total - free) / GIB}
+    retries = torch.cuda.memory_stats()["num_alloc_retries"]
+    found = {"peak_gib": reserved / GIB, "peak_allocated_gib": allocated / GIB, "device_gib": (total - free) / GIB}
+    return found | {"retries": retries}
 
 
 def summary(profiler: Any, steps: list[Step], tok_s: float, path: Path) -> dict[str, Any]:
