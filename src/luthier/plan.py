@@ -289,6 +289,11 @@ def budget(memory: str, facts: Machine, place: str = "cpu") -> int:
     return int(facts.available * _SHARE) if memory == "auto" else parse_bytes(memory)
 
 
+def context_bytes(gpu: Gpu) -> int:
+    """Of the driver's context on a GPU, and the kernels in it, which no allocator of ours knows of."""
+    return _CONTEXT[min(9, max(7, gpu.capability[0]))]
+
+
 def plan(
     recipe: Recipe,
     config: dict[str, Any],
@@ -760,7 +765,7 @@ def _rate(dtype: str, facts: Machine, cores: int) -> float:
 
 
 def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, step: _Step) -> _Estimator:
-    from luthier.model.offload import blocks_name, streamed_bytes
+    from luthier.model.offload import blocks_name, embedding_bytes, streamed_bytes
     from luthier.model.trace import between, mixed
 
     ours = setting.kernels != "reference"
@@ -797,18 +802,12 @@ def _traced(recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Mac
     frozen = streamed_bytes(found[0]) if on_gpu and (not ours or recipe.model.quantize is not None) else 0
     host_rate = _HOST_RATE[min(9, max(7, _gpu(facts).capability[0]))] if on_gpu else 0.0
     # A kernel of Triton's reads it there.
-    embedding = _embedding(model) if on_gpu and setting.kernels == "compiled" else 0
+    embedding = embedding_bytes(model.module) if on_gpu and setting.kernels == "compiled" else 0
     values = sum(linear.kept_bytes for linear in model.decoder.blocks[0].linears) if model.decoder else 0
     # Elsewhere the backward pass needs the graph that autograd makes of attention, which cannot go.
     sends = on_gpu and ours and not _unlaunched(config, setting, facts)
     why = _unrecorded(recipe, config, setting, facts)
     return _Estimator(blocks, estimate(trace), estimate(line), ours, frozen, values, embedding, host_rate, sends, why)
-
-
-def _embedding(model: CausalModel) -> int:
-    """Bytes of the input embedding, 0 where it is the output head's weight, too."""
-    weight, head = model.module.get_input_embeddings().weight, model.module.get_output_embeddings()
-    return 0 if head is None or head.weight is weight else weight.nbytes
 
 
 def _unlaunched(config: dict[str, Any], setting: Setting, facts: Machine) -> str:
@@ -859,7 +858,7 @@ def _traced_cost(found: Trace, setting: Setting, facts: Machine, share: float) -
         holes = int(_HOLES * found.peak.get("activations", 0)) if setting.kernels != "reference" else 0
         fixed = {"process": _PROCESS + _MODULE, "code": setting.code, "fragmentation": holes}
         return _Cost({**fixed, **found.peak}, 0, seconds)
-    context, peak = _CONTEXT[min(9, max(7, _gpu(facts).capability[0]))], found.peak
+    context, peak = context_bytes(_gpu(facts)), found.peak
     holes = found.holes + math.ceil(share * (sum(peak.values()) + found.holes))
     parts = {**peak, "fragmentation": holes, "context": context}
     parts["optimizer"] += found.paged

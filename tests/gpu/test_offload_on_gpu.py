@@ -13,6 +13,7 @@ import tiny
 from luthier import recipe
 from luthier.adapters.method import attach
 from luthier.data.stream import Micro
+from luthier.machine import GIB
 from luthier.model import attention, offload, quantize
 from luthier.model.causal import CausalModel
 from luthier.model.generate import Sampling, generate
@@ -179,6 +180,19 @@ def test_answers_are_the_same_from_host_memory() -> None:
         found = generate(ours(**options), prompts, sampling, frozenset(), continuations=after)
         assert found == expected, options
     assert all(one.losses for one in expected)
+
+
+def answering_peak(memory: int | None) -> int:
+    """The most bytes of torch's while 64 prompts of 500 tokens are answered."""
+    model, generator = ours(stream=LAYERS, embedding=True, memory=memory), torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 32000, (64, 500), generator=generator).tolist()
+    torch.cuda.reset_peak_memory_stats()
+    generate(model, prompts, Sampling(max_new_tokens=8), frozenset())
+    return torch.cuda.max_memory_allocated()
+
+
+def test_answers_take_no_more_of_a_large_gpu_than_they_may() -> None:
+    assert answering_peak(3 * GIB) < 3 * GIB < answering_peak(None)
 
 
 def test_likelihoods_are_the_same_bits_from_host_memory() -> None:

@@ -44,7 +44,7 @@ class CausalModel:
     The first `recompute` blocks (True: all) make their activations again in the backward pass; of `recompute_gate_up`
     more, our own decoder makes that product alone again. Of the first `unpacked` ones it keeps the values of packed
     weights. Of the first `away` ones, what it keeps for the backward pass is in host memory meanwhile; the weights of
-    `streamed` ones are there until they are needed.
+    `streamed` ones are there until they are needed. Answers take no more of a GPU than `memory` bytes, or what is free.
 
     Raises ModelError for an adapter or a family that the block of `kernels` does not compute, and for a module that is
     not causal.
@@ -61,9 +61,10 @@ class CausalModel:
         unpacked: int = 0,
         streamed: Streamed | None = None,
         away: int = 0,
+        memory: int | None = None,
     ) -> None:
         self.module, self.adapter, self.recompute, self.kernels = module, adapter, recompute, kernels
-        self.streamed = streamed
+        self.streamed, self.memory = streamed, memory
         attention.take_over(module)
         embed = module.get_input_embeddings()
         self.device = device_of(embed)
@@ -270,6 +271,7 @@ def build(
     unpacked: int = 0,
     graphs: bool = False,
     graph_price: float = 0.0,
+    memory: int | None = None,
     loaded: Any = None,
 ) -> CausalModel:
     """Loads the base model in `folder`, freezes it and attaches a new adapter.
@@ -279,7 +281,8 @@ def build(
     `offload`, the weights of so many of the first decoder blocks stay in host memory and stream to `device`; our block
     streams packed ones. With `offload_embedding` the input embedding stays there, which must be no one else's weight
     and not trained; with `offload_activations` goes there what so many of our blocks keep for the backward pass.
-    With `graphs`, launches are recorded on a GPU, each shape for `graph_price` (see `CausalModel.record`).
+    With `graphs`, launches are recorded on a GPU, each shape for `graph_price` (see `CausalModel.record`). `memory`: as
+    in `CausalModel`.
     `loaded`: the base, read before by `load_causal` with the same settings; it stays as it is, and its weights are
     shared (see `shell`).
 
@@ -301,7 +304,7 @@ def build(
         attached = attach(module, adapter, seed, **_facts(adapter, folder)) if adapter is not None else None
         streamed = stream(module, offload, device) if offload else None
         options = {"recompute": recompute, "recompute_gate_up": recompute_gate_up, "unpacked": unpacked}
-        options |= {"streamed": streamed, "away": offload_activations}
+        options |= {"streamed": streamed, "away": offload_activations, "memory": memory}
         built = CausalModel(module, attached, kernels=kernels, **options)
     if kernels != "reference":
         keep_freed_memory()

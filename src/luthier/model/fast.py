@@ -75,7 +75,7 @@ class FastDecoder:
         # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded. Copies are not, either.
         launched = _rounds_inputs(blocks) or self.streamed is not None
         self.records = bucketed and self.device.type == "cuda" and not launched
-        self.pass_tokens = self._pass_tokens(config.hidden_size, config.intermediate_size)
+        self.pass_tokens = self._pass_tokens(config.hidden_size, config.intermediate_size, model.memory)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.end = 0
@@ -152,12 +152,14 @@ class FastDecoder:
         """How many columns a step attends to that writes the last of `end`."""
         return -(-end // COLUMNS) * COLUMNS if self.bucketed else end
 
-    def _pass_tokens(self, hidden: int, inner: int) -> int:
-        """Tokens of prompts in one pass; on a GPU what takes about a sixteenth of its free memory."""
+    def _pass_tokens(self, hidden: int, inner: int, memory: int | None) -> int:
+        """Tokens of prompts in one pass; on a GPU what takes about a sixteenth of its free memory, or a quarter where
+        weights come anew for each pass."""
         if self.device.type != "cuda":
             return PREFILL_TOKENS
-        room = free_memory(self.device) // 16 // ((6 * hidden + 5 * inner) * self.dtype.itemsize)
-        return min(max(room, PREFILL_TOKENS), PREFILL_TOKENS_ON_GPU)
+        room = free_memory(self.device, memory) // (16 if self.streamed is None else 4)
+        tokens = room // token_bytes(hidden, inner, self.dtype.itemsize)
+        return min(max(tokens, PREFILL_TOKENS), PREFILL_TOKENS_ON_GPU)
 
     def _next(self, rows: int, columns: int) -> Tensor:
         """The logits [rows, V] after `ids`. Reads and writes tensors that stay where they are: it can be recorded."""
@@ -227,6 +229,12 @@ class FastDecoder:
         if head.weight is None or head.scale != 1 or head.softcap is not None:
             return head.logits(x).float()
         return _linear(x, head.weight, head.bias).float()
+
+
+def token_bytes(hidden: int, inner: int, size: int) -> int:
+    """What a token of a prompt takes while it is read, beside its keys and values: in a block of these widths, in
+    numbers of `size` bytes."""
+    return (6 * hidden + 5 * inner) * size
 
 
 class _Recorder:

@@ -260,17 +260,17 @@ def _batches(
 
 def _budget(model: CausalModel, part: int) -> int:
     """Tokens whose keys and values fill that part of the free memory: 4 is a quarter."""
-    return max(1, free_memory(model.device) // part // _bytes_per_token(model))
+    return max(1, free_memory(model.device, model.memory) // part // bytes_per_token(model))
 
 
 def _row_tokens(model: CausalModel) -> int:
     """How many tokens' keys and values take the memory that a row takes beside its own: its logits, and the columns to
     which a GPU's cache is rounded up."""
     vocabulary: int = model.module.config.get_text_config().vocab_size
-    return COLUMNS + LOGIT_BYTES * vocabulary // _bytes_per_token(model)
+    return COLUMNS + LOGIT_BYTES * vocabulary // bytes_per_token(model)
 
 
-def _bytes_per_token(model: CausalModel) -> int:
+def bytes_per_token(model: CausalModel) -> int:
     """Of keys and values; a family without attention heads keeps less, and is taken for one with as many as its
     hidden states are wide."""
     config = model.module.config.get_text_config()

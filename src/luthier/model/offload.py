@@ -56,6 +56,12 @@ def streamed_bytes(block: nn.Module) -> int:
     return max((part.end for part in _parts(block)), default=0)
 
 
+def embedding_bytes(module: Any) -> int:
+    """Of the input embedding, if it can be in host memory; 0 where it is the output head's weight, too."""
+    weight, head = module.get_input_embeddings().weight, module.get_output_embeddings()
+    return 0 if head is None or head.weight is weight else weight.nbytes
+
+
 def embedding_to_host(module: Any, device: torch.device) -> None:
     """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`."""
     embed = module.get_input_embeddings()

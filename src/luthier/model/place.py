@@ -105,14 +105,16 @@ def _runs(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
     return False
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take: of a GPU, those that torch holds without using them among them."""
+def free_memory(device: torch.device, most: int | None = None) -> int:
+    """Bytes that a process may still take: of a GPU, those that torch holds without using them among them. `most`: of a
+    GPU's, that torch may take in all."""
     import torch
 
     if device.type != "cuda":
         return memory()[1]
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    used = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+    return free if most is None else max(0, min(free, most - used))
 
 
 def installed() -> Build:

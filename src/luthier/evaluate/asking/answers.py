@@ -158,7 +158,7 @@ def unpacked_where_free(model: CausalModel, processes: int = 1) -> AbstractConte
     from luthier.model.place import free_memory
     from luthier.model.quantize import unpacked
 
-    return unpacked(model.module, free_memory(model.device) // 2 // processes)
+    return unpacked(model.module, free_memory(model.device, model.memory) // 2 // processes)
 
 
 def collect(tasks: Sequence[Task], memo: Memo, count: int, side: Side) -> list[Answer]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.errors import MemoryPlanError, RunError
+from luthier.evaluate.asking.fit import LOGIT_ROWS
 from luthier.machine import Machine
 from luthier.runs import Run, read_json
 
@@ -26,8 +27,6 @@ PROCESS = 480 << 20
 """Bytes of a process with torch and transformers imported: as the plan of training has it."""
 PACKED = 1.1
 """Bytes of a packed weight and its scales, in 8 bits; in 4 bits it is about half of that."""
-LOGIT_ROWS = 512
-"""Rows of logits that are held together."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,10 @@ class Taken(NamedTuple):
 
 
 def taken(subject: Subject) -> Taken:
-    """What answering takes, read from the headers of the base's files: its weights in the dtype of the products or
-    packed, and the logits of a few hundred rows."""
+    """What answering takes. On a CPU as the headers of the base's files tell: its weights in the dtype of the products
+    or packed, and the logits of a few hundred rows."""
+    if subject.place == "cuda":
+        return Taken(subject.fit.fixed, subject.fit.token)
     from luthier.model.folder import shards
     from luthier.model.load import model_folder
 
@@ -144,7 +145,7 @@ def room(
     free, least = max(0, there - owed), of.fixed + longest * of.token
     if fitting := min(count, free // least):
         return fitting, (free // fitting - of.fixed) // max(of.token, 1)
-    what = f"answering needs about {least >> 20:,} MiB, and {there >> 20:,} MiB are free"
+    what = f"answering needs about {least >> 20:,} MiB and may take {there >> 20:,} MiB"
     if beside:
         names = ", ".join(f"{training.folder} (process {training.process})" for training in beside)
         what += f", of which {owed >> 20:,} MiB belong to what trains here: {names}"

@@ -88,6 +88,10 @@ class Seat:
         self._of = subject
         return self._model
 
+    def holds(self, subject: Subject) -> bool:
+        """Whether the model sits there as `subject` wants it."""
+        return self._model is not None and self._of is subject
+
     def _let_go(self) -> None:
         """Frees the model: two of them may be more than the memory."""
         import gc
@@ -112,10 +116,12 @@ class Seat:
             return True
         if not (isinstance(model.adapter, Lora) and _leaves_the_base(model.adapter.settings, loaded.settings)):
             return False
+        if model.streamed is not None and _reads_weights(loaded.settings):
+            return False
         take(model.module, model.adapter)
         self._model = None
-        adapter = attach(model.module, loaded.settings, loaded.seed)
-        self._model = CausalModel(model.module, adapter, kernels=subject.kernels)
+        adapter, weights = attach(model.module, loaded.settings, loaded.seed), model.streamed
+        self._model = CausalModel(model.module, adapter, kernels=subject.kernels, streamed=weights, memory=model.memory)
         return True
 
 
@@ -129,6 +135,11 @@ def _leaves_the_base(*adapters: Any) -> bool:
         and one.init != "loftq"
         for one in adapters
     )
+
+
+def _reads_weights(adapter: Any) -> bool:
+    """Whether a LoRA starts from weights, which are not there while they wait in host memory."""
+    return bool(adapter.dora) or adapter.init in ("pissa", "olora")
 
 
 def _built(subject: Subject, loaded: Loaded) -> CausalModel:
@@ -145,8 +156,11 @@ def _built(subject: Subject, loaded: Loaded) -> CausalModel:
         loaded.settings,
         folder=model_folder(chosen.model),
         kernels=subject.kernels,
-        recompute=False,
+        recompute=subject.fit.offload > 0,  # as the module has to while gradients are made: here there are none
         seed=loaded.seed,
         device=torch.device(subject.place),
         dtype=getattr(torch, subject.facts["dtype"]),
+        offload=subject.fit.offload,
+        offload_embedding=subject.fit.offload_embedding,
+        memory=subject.fit.memory,
     )

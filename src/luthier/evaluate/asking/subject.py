@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier import recipe
 from luthier.errors import RunError
+from luthier.evaluate.asking.fit import Fit, fit, usable
+from luthier.evaluate.asking.neighbours import trainings
 from luthier.evaluate.asking.seat import Seat, Stored
 from luthier.evaluate.asking.suite import digest
 from luthier.machine import machine
@@ -75,6 +77,11 @@ class Subject:
         """The base with the adapter. Raises ModelError or AdapterError if a file of either is malformed."""
         return self.seat.model(self)
 
+    @property
+    def sits(self) -> bool:
+        """Whether `model` is there already."""
+        return self.seat.holds(self)
+
     @cached_property
     def base(self) -> dict[str, Any]:
         """What tells the loaded base from another: two spellings of one folder are the same base."""
@@ -88,10 +95,24 @@ class Subject:
         """Where training ran, if this machine has it, else the CPU."""
         return _place(self.run)
 
+    @cached_property
+    def fit(self) -> Fit:
+        """What of the base is in host memory while it answers. Nothing but on a GPU."""
+        if self.place != "cuda":
+            return Fit()
+        from luthier.model.load import model_folder
+
+        owed = sum(training.owed for training in trainings([self.run]) if training.place == "cuda")
+        recipe = self.run.recipe.model_copy(update={"adapter": self.adapter})
+        config, kernels = read_json(model_folder(recipe.model) / "config.json"), _decided(self.run, "kernels")
+        return fit(recipe, config, usable(recipe, machine()), dtype=self.facts["dtype"], kernels=kernels, owed=owed)
+
     @property
     def kernels(self) -> Literal["reference", "eager"]:
-        """Our block where training ran on it; nothing is compiled for an evaluation."""
-        return "eager" if _decided(self.run, "kernels") in ("eager", "compiled") else "reference"
+        """Our block where training ran on it, unless it cannot stream these weights; nothing is compiled for an
+        evaluation."""
+        ours = _decided(self.run, "kernels") in ("eager", "compiled")
+        return "eager" if ours and (self.facts["quantize"] or not self.fit.offload) else "reference"
 
     @contextmanager
     def side(self, side: Side) -> Iterator[None]:

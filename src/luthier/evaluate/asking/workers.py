@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from luthier.data.conversation import Conversation, from_json
 from luthier.errors import RunError
 from luthier.evaluate.asking.answers import Advance, Memo, Task, plan, sampling_of, work
+from luthier.evaluate.asking.fit import usable
 from luthier.evaluate.asking.neighbours import Training, room, step_back, taken, trainings
 from luthier.evaluate.asking.seat import Seat
 from luthier.evaluate.asking.sides import Entry, Opened, by_base, open_sides
@@ -152,13 +153,15 @@ def _work(
 
 
 def _room(missing: Sequence[Turn], count: int, sampling: Sampling, near: list[Training]) -> tuple[int, int | None]:
-    """In how many processes, and with how many tokens in flight, there is memory for the largest of the sides."""
+    """In how many processes, and with how many tokens in flight, there is memory for the largest of the sides. Who sits
+    in this process already has what it needs."""
     facts = machine()
-    found = []
-    for turn in missing:
+    found = [(count, 0)]
+    for turn in missing if near else [turn for turn in missing if not turn.side.subject.sits]:
         longest = max(task.length for task in turn.tasks) + sampling.max_new_tokens
-        found.append(room(taken(turn.side.subject), longest, count, turn.side.subject.place, facts, near))
-    return min(processes for processes, _ in found), min(tokens for _, tokens in found) if near else None
+        subject, mine = turn.side.subject, usable(turn.side.subject.run.recipe, facts)
+        found.append(room(taken(subject), longest, count, subject.place, mine, near))
+    return min(processes for processes, _ in found), min(tokens for _, tokens in found[1:]) if near else None
 
 
 def processes(run: Run, tasks: int) -> int:
