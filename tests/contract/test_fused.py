@@ -27,7 +27,7 @@ def test_every_part_equals_its_twin(dtype: str) -> None:
     assert done.returncode == 0, done.stderr
     errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
     assert len(errors) == 277
-    assert max(errors.values()) < TOLERANCE[dtype], errors
+    assert all(error < TOLERANCE[dtype] for error in errors.values()), errors  # a NaN is below nothing
 
 
 @pytest.mark.parametrize("chosen", [None, [2, 4, 10, 19, 36]])
@@ -87,6 +87,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens_or_another_laye
     from luthier.kernels import jit, varlen_jit
 
     kernels = [f for module in (jit, varlen_jit) for f in vars(module).values() if isinstance(f, JITFunction)]
-    changing = [p for kernel in kernels for p in kernel.params if p.name in ("sum_head", "module")]
-    assert len(changing) == 4
+    names = ("sum_head", "module", "tokens", "chunk", "chunks")
+    changing = [p for kernel in kernels for p in kernel.params if p.name in names]
+    assert len(changing) == 8
     assert all(p.do_not_specialize for p in changing)

@@ -74,6 +74,28 @@ def test_on_a_gpu_one_launch_takes_the_values_of_all_layers_and_one_a_block_its_
     assert launched["rectangles"] == 1 + len(made.decoder.blocks)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "capability", "products"),
+    [
+        (recipe.Lora(rank=8, alpha=8), (9, 0), 4),
+        (recipe.Lora(rank=8, alpha=8), (8, 0), 0),
+        (recipe.Lora(rank=3, alpha=3), (9, 0), 2),  # of one adapter each: in others ranks begin between 16 bytes
+        (recipe.Lora(rank=24, alpha=8), (9, 0), 0),  # more than a program holds
+    ],
+)
+def test_on_hopper_adapters_take_what_they_need_of_a_gradient_in_one_reading(
+    adapter: recipe.Lora, capability: tuple[int, int], products: int
+) -> None:
+    options: dict[str, Any] = {"kernels": "compiled", "recompute": False, "capability": capability}
+    made = outline(config("llama").to_dict(), recipe.Model(base="b"), adapter, dtype=torch.bfloat16, **options)
+    tokens, launched = torch.zeros(70, dtype=torch.int64, device="meta"), Counter[str]()
+    batch = Micro(tokens, tokens, (0, 30, 70), tokens, tokens, tokens[:2], step=0)
+    assert made.decoder is not None
+    with planned_for(capability), noticing(lambda kernel, tensors: launched.update([kernel])):
+        made.decoder.hidden(batch, None).sum().backward()  # type: ignore[no-untyped-call]
+    assert launched["adapted"] == launched["adapted_sums"] == products * len(made.decoder.blocks)
+
+
 def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:
     made = model("llama", "eager")
     wanted = gradients(made, micro())[1]

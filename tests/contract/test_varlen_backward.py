@@ -18,4 +18,4 @@ def test_packed_attention_and_its_gradient_are_those_of_torch() -> None:
     assert done.returncode == 0, done.stderr
     errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
     assert len(errors) == 32
-    assert max(errors.values()) < 2e-6, errors
+    assert all(error < 2e-6 for error in errors.values()), errors  # a NaN is below nothing

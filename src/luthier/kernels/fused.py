@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.kernels import adapted
 from luthier.kernels.place import launch
 from luthier.kernels.pointwise import Activation, Pointwise
 from luthier.kernels.rectangles import at_once
@@ -31,6 +32,7 @@ def parts() -> Pointwise:
         activate_backward=activate_backward,
         exponentials=exponentials,
         copies=at_once,
+        adapted_backward=adapted.at_once,
         logit_rows=1024,  # a GPU's products want more rows, and there is no copy in fp32
     )
 

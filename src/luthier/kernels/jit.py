@@ -1,4 +1,5 @@
-"""The Triton kernels of `fused.py`, `drop.py` and `nf4.py`, which say what they compute and allocate what they write.
+"""The Triton kernels of `fused.py`, `adapted.py`, `drop.py` and `nf4.py`, which say what they compute and allocate what
+they write.
 
 They stand apart so that a plan can follow those allocations where Triton is not installed. Sums are taken in fp32, and
 a value is rounded to the tensors' dtype where the twin stores it.
@@ -221,6 +222,62 @@ def rectangles(table, factors, source, target, ADD: tl.constexpr, BLOCK: tl.cons
             value += tl.load(place, at < count, 0.0).to(tl.float32)
         tl.store(place, value, at < count)
         start += tl.num_programs(1) * BLOCK
+
+
+@triton.jit(do_not_specialize=["tokens", "chunk"])
+def adapted(  # type: ignore
+    dy, B, inner, blocks, inner_parts, B_parts, tokens, chunk, width, spare, dy_step, B_step, inner_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, part = tl.program_id(0), tl.program_id(1)
+    told, start = blocks + block * 3, part * chunk
+    # What is read ahead has to be read 16 bytes at a time.
+    first, columns = tl.multiple_of(tl.load(told), 16), tl.multiple_of(tl.load(told + 1), 16)
+    rank = tl.multiple_of(tl.load(told + 2), 8)
+    rows, column, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+    own, there = column < columns, (rank + at < spare)[None, :]
+    factor = B + (first + column).to(tl.int64)[:, None] * B_step + (rank + at)[None, :]
+    factor = tl.load(factor, own[:, None] & there, 0.0)
+    found = tl.zeros([COLUMNS, RANKS], tl.float32)
+    for low in tl.range(0, tl.minimum(chunk, tokens - start), ROWS, num_stages=STAGES):
+        token = (start + low + rows).to(tl.int64)[:, None]
+        tile = tl.load(dy + token * dy_step + (first + column)[None, :], (token < tokens) & own[None, :], 0.0)
+        value = tl.load(inner + token * inner_step + (rank + at)[None, :], (token < tokens) & there, 0.0)
+        summand = tl.dot(tile, factor, input_precision="ieee")
+        tl.store(inner_parts + (block * tokens + token) * RANKS + at[None, :], summand, token < tokens)
+        found = tl.dot(tl.trans(tile), value, found, input_precision="ieee")
+    place = B_parts + (part * width + first + column).to(tl.int64)[:, None] * RANKS + at[None, :]
+    tl.store(place, found, own[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def adapted_sums(  # type: ignore
+    inner_parts, B_parts, sums, dinner, dB, tokens, chunks, width, dinner_step, dB_step,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    told = sums + tl.program_id(1) * 6
+    first, columns, rank, ranks = tl.load(told + 2), tl.load(told + 3), tl.load(told + 4), tl.load(told + 5)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, own = at // RANKS, at % RANKS
+    if tl.program_id(2) == 0:
+        there, last = row < tokens, tl.load(told + 1)
+        total = _total(inner_parts, at, there, tl.load(told), last, tokens * RANKS, BLOCK, PARTS)
+        tl.store(dinner + row.to(tl.int64) * dinner_step + rank + own, total, there & (own < ranks))
+    else:
+        there = row < columns
+        total = _total(B_parts + first * RANKS, at, there, 0, chunks, width * RANKS, BLOCK, PARTS)
+        tl.store(dB + (first + row).to(tl.int64) * dB_step + rank + own, total, there & (own < ranks))
+
+
+@triton.jit
+def _total(parts, at, there, first, last, apart, BLOCK: tl.constexpr, PARTS: tl.constexpr):  # type: ignore
+    """The sum of the parts from `first` to `last`, which are so far apart."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for low in tl.range(first, last, PARTS):
+        part = low + tl.arange(0, PARTS)
+        place = parts + part.to(tl.int64)[:, None] * apart + at[None, :]
+        total += tl.sum(tl.load(place, (part < last)[:, None] & there[None, :], 0.0), 0)
+    return total
 
 
 @triton.jit

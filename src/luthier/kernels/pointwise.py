@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.kernels import adapted
 from luthier.kernels.rectangles import Copies, one_by_one
 from luthier.kernels.spare import empty
 
@@ -191,6 +192,7 @@ class Pointwise:
     softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
     exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials
     copies: Callable[..., Copies] = one_by_one
+    adapted_backward: Callable[..., None] = adapted.one_by_one
     logit_rows: int = 256
     """Rows of logits held at once. The head is read twice a chunk: fewer rows cost reads, more of them memory."""
 

@@ -15,6 +15,7 @@ from luthier.adapters.linears import is_quantized
 from luthier.adapters.lora import LoraLinear
 from luthier.adapters.method import Noise
 from luthier.kernels import spare
+from luthier.kernels.adapted import Part
 from luthier.kernels.place import on_gpu
 from luthier.kernels.rectangles import Copies, Rectangle
 
@@ -53,7 +54,8 @@ class MergedLinear:
     border: Copies  # puts A and B where they belong
     gradients: Gradients
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], adapted_backward: Callable[..., None]) -> None:
+        """`adapted_backward`: as of `Pointwise`."""
         self.bases = [cast(Any, layer.base if isinstance(layer, LoraLinear) else layer) for layer in layers]
         self.columns = _slices([base.out_features for base in self.bases])
         self.outputs, self.features = self.columns[-1].stop, self.bases[0].in_features
@@ -63,6 +65,7 @@ class MergedLinear:
         packed = any(is_quantized(base) for base in self.bases)
         self.dense = None if packed else _merge([base.weight for base in self.bases], self.spare)
         self.bias = None if self.bases[0].bias is None else _merge([base.bias for base in self.bases])
+        self.adapted_backward = adapted_backward
         self.updates: list[Update] = []
 
     def keep(self) -> None:
@@ -175,8 +178,8 @@ class MergedLinear:
         assert inner is not None
         dy, drops = spare.made(dy, self.spare), self._drops(noise)
         whole = spare.whole(dy, self.spare)
-        dinner = torch.mm(dy, matrix[:N, K:], out=whole[:, N:])[:, : self.updates[-1].inner.stop]
-        torch.mm(dy.t(), inner, out=self.gradients.B)
+        self.adapted_backward(dy, matrix[:N, K:], inner, self._parts(), whole[:, N:], self.gradients.B)
+        dinner = whole[:, N : N + self.updates[-1].inner.stop]
         if not wanted:
             return None, dinner
         dx = torch.mm(dy, matrix[:N, :K]) if drops else torch.mm(whole, matrix[:, :K])
@@ -193,6 +196,9 @@ class MergedLinear:
             torch.mm(dinner[:, ranks].t(), drop(x), out=dA[ranks])
         if not drops:
             torch.mm(dinner.t(), x, out=dA)
+
+    def _parts(self) -> list[Part]:
+        return [Part((u.columns.start, u.columns.stop), (u.inner.start, u.inner.stop)) for u in self.updates]
 
     def _drops(self, noise: Noise | None) -> list[tuple[slice, Callable[[Tensor], Tensor]]]:
         """What each layer does to x before it reads it, and its ranks. Empty where nothing is dropped: then all read x
