@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import demos
-from luthier.machine import GIB, machine, named_gpu, unnamed_gpu
+from luthier.machine import GIB, Machine, machine, named_gpu, unnamed_gpu
 from luthier.recipe import Recipe, flatten, packaged
 from luthier.registry import counted
 from luthier.runs import Run, read_json, write_atomic
@@ -123,22 +123,33 @@ def show_data(run: Run, *, rows: int, console: Console) -> dict[str, Any]:
 
 def show_plan(recipe: Recipe, *, gpu: str | None = None, vram: str | None = None, console: Console) -> Plan:
     """Prints memory by part, the micro-batch and the time of a step, on this machine or on a GPU that need not be here:
-    `gpu` names its kind, `vram` says how much memory it has (`24GiB`).
+    `gpu` names its kind, `vram` says how much memory it has (`24GiB`). Of a kind that is not here, the host's memory is
+    not known, and what of it has to be free is told.
 
     Raises UsageError for a GPU that is not known.
     """
-    from luthier.plan import parse_bytes
     from luthier.train.launch import decide_for, with_less
 
     facts, place = machine(), None
     if gpu is not None or vram is not None:
-        chosen = named_gpu(gpu) if gpu is not None else facts.gpus[0] if facts.gpus else unnamed_gpu(0)
-        if vram is not None:
-            chosen = replace(chosen, total=parse_bytes(vram), free=parse_bytes(vram))
-        facts, place = replace(facts, gpus=(chosen,)), "cuda"
+        facts, place = with_gpu(facts, gpu, vram), "cuda"
     planned = with_less(decide_for(recipe, facts, place), recipe, facts, place)
     _print_plan(planned, console)
     return planned
+
+
+def with_gpu(facts: Machine, gpu: str | None, vram: str | None) -> Machine:
+    """The machine with another GPU, as `show_plan` takes it; one elsewhere, unless it has such a GPU.
+
+    Raises UsageError for a GPU that is not known.
+    """
+    from luthier.plan import parse_bytes
+
+    chosen = named_gpu(gpu) if gpu is not None else facts.gpus[0] if facts.gpus else unnamed_gpu(0)
+    if vram is not None:
+        chosen = replace(chosen, total=parse_bytes(vram), free=parse_bytes(vram))
+    here = any(mine.known is chosen.known for mine in facts.gpus)
+    return replace(facts, gpus=(chosen,), here=here)
 
 
 def _recomputed(planned: Plan) -> str:
@@ -177,6 +188,8 @@ def _print_plan(planned: Plan, console: Console) -> None:
     console.print(f"run by {path}: {planned.why['kernels']}")
     if planned.host_bytes:
         console.print(f"in host memory, {planned.host_bytes / GIB:.1f} GiB: {_in_host_memory(planned)}")
+    if planned.host_bytes and planned.host_budget_bytes is None:
+        console.print(f"it is pinned there: {planned.host_free_bytes / GIB:.1f} GiB of host memory have to be free")
     if planned.graphs:
         console.print(f"recorded as CUDA graphs: {planned.why['graphs']}")
     console.print(f"about {planned.seconds_per_step:.3g} s a step")

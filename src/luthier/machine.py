@@ -102,6 +102,8 @@ class Machine:
     compiler: str | None
     all_cores: int = 0
     gpus: tuple[Gpu, ...] = ()
+    here: bool = True
+    """Whether it is the one at hand; of another one that a plan is made for, only the GPU is known."""
 
     @property
     def free_cores(self) -> int:

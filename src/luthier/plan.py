@@ -115,8 +115,8 @@ class Plan:
     """Decoder blocks of which what is kept for the backward pass is in host memory meanwhile."""
     host_bytes: int = 0
     """Of host memory that is pinned for these three."""
-    host_budget_bytes: int = 0
-    """Of host memory that may be."""
+    host_budget_bytes: int | None = 0
+    """Of host memory that may be; None: not known, of a machine elsewhere."""
     recompute_gate_up: int = 0
     """Decoder blocks after those that compute the product gate|up alone again."""
     unpacked: int = 0
@@ -140,8 +140,13 @@ class Plan:
             ("", self.peak_bytes, self.budget_bytes),
             (" of host memory", self.host_bytes, self.host_budget_bytes),
         )
-        short = [(where, needed, most) for where, needed, most in (gpu, host) if needed > most]
+        short = [(where, needed, most) for where, needed, most in (gpu, host) if most is not None and needed > most]
         return ", and ".join(f"{needed >> 20} MiB{where} and may use {most >> 20} MiB" for where, needed, most in short)
+
+    @property
+    def host_free_bytes(self) -> int:
+        """Of host memory that has to be free, so that `host_bytes` may be pinned."""
+        return math.ceil(self.host_bytes / _SHARE)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -321,7 +326,8 @@ def plan(
     estimator = _estimator(recipe, config, setting, facts, step)
     _check_sent(recipe.run, config, setting, facts, estimator)
     _check_graphs(recipe.run, estimator)
-    found = _offloaded(_Search(recipe.run, estimator, setting, step, allowed, facts.available * _SHARE))
+    host = facts.available * _SHARE if facts.here else math.inf
+    found = _offloaded(_Search(recipe.run, estimator, setting, step, allowed, host))
     if not found.fits:
         found = replace(found, advice=tuple(_advice(recipe, config, setting, facts, longest, found)))
     device = _gpu(facts).name if setting.place == "cuda" else counted(setting.processes * setting.threads, "core")
@@ -353,7 +359,8 @@ def _check_sent(run: Run, config: dict[str, Any], setting: Setting, facts: Machi
     reference = "the transformers module runs here, and only our own block does that"
     if run.offload_embedding is True and not estimator.embedding:
         others = {"reference": reference, "eager": "a kernel of Triton's reads it there: run.kernels=compiled"}
-        why = others.get(setting.kernels, "it is the output head's weight, too, all of which a step reads")
+        whole = "it is the output head's weight, too, all of which a step reads, or scales its rows, as Gemma's does"
+        why = others.get(setting.kernels, whole)
         what = f"the input embedding cannot be in host memory: {why}"
         raise RecipeError(what, where="run.offload_embedding: true", fix="leave it out, or set it to auto")
     if run.offload_activations not in ("auto", 0) and not estimator.sends:
@@ -416,7 +423,7 @@ class _Search:
     step: _Step
     allowed: float
     host: float = 0.0
-    """Bytes of host memory that may be pinned."""
+    """Bytes of host memory that may be pinned; infinite where that is not known."""
     embedded: bool = True
     """Whether the embedding is on the device, and not in host memory."""
     streamed: int = 0
@@ -640,7 +647,7 @@ class _Search:
             offload_embedding=not self.embedded,
             offload_activations=found.keeping.away,
             host_bytes=pinned,
-            host_budget_bytes=int(self.host),
+            host_budget_bytes=None if math.isinf(self.host) else int(self.host),
             why={"graphs": found.graphs.why} if self.setting.place == "cuda" else {},
         )
 
@@ -945,7 +952,7 @@ def _advice(
     recipe: Recipe, config: dict[str, Any], setting: Setting, facts: Machine, longest: int, found: Plan
 ) -> Iterator[str]:
     """Changes that need less, each with the peak it leads to, tried alone."""
-    if found.host_bytes > found.host_budget_bytes:
+    if found.host_budget_bytes is not None and found.host_bytes > found.host_budget_bytes:
         needed, most = found.host_bytes / GIB, found.host_budget_bytes / GIB
         yield f"free host memory: {needed:.1f} GiB of it would be pinned, and {most:.1f} GiB may be"
     if found.peak_bytes <= found.budget_bytes:

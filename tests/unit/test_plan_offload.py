@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from luthier import recipe
-from luthier.api import show_plan
+from luthier.api import show_plan, with_gpu
 from luthier.data.stream import Micro
 from luthier.errors import RecipeError
 from luthier.kernels.place import planned_for
@@ -106,6 +106,15 @@ def test_an_embedding_that_is_the_head_too_stays_on_the_gpu() -> None:
         made(None, "run.offload_embedding=true", config=tied)
 
 
+def test_an_embedding_that_scales_its_rows_stays_on_the_gpu() -> None:
+    scaled = WIDE | {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 128}
+    scaled |= {"attn_logit_softcapping": None, "sliding_window": 4096}
+    row = made(None, *ON_THE_GPU, "run.recompute=true", "run.micro_tokens=512", config=scaled)
+    assert not made(row.peak_bytes - EMBEDDING // 2, "run.offload=0", config=scaled).offload_embedding
+    with pytest.raises(RecipeError, match=r"run.offload_embedding: true: .*scales its rows"):
+        made(None, "run.offload_embedding=true", config=scaled)
+
+
 def elsewhere(setting: Setting, *overrides: str, config: dict[str, Any] = WIDE, gpu: str = "H200") -> Plan:
     chosen = Recipe.parse("model: {base: b}\ndata: {train: [{path: a}], length: 512}\n", *overrides)
     return plan(chosen, config, setting, replace(MACHINE, gpus=(named_gpu(gpu),)))
@@ -177,6 +186,41 @@ def test_a_plan_for_a_gpu_tells_what_a_step_takes_in_less_memory(tmp_path: Path)
     assert half <= found.peak_bytes // 2 < some <= found.peak_bytes * 3 // 4
     assert found.seconds_per_step <= later <= last
     assert told.getvalue().count("with run.memory=") == 2
+
+
+def test_the_memory_of_this_machine_says_nothing_of_that_of_a_gpu_elsewhere() -> None:
+    budget = (whole().peak_bytes + least().peak_bytes) // 2
+    found = made(budget, "run.offload_activations=8", available=GIB // 64, here=False)
+    assert found.fits
+    assert found.host_budget_bytes is None
+    assert found.host_free_bytes == pytest.approx(found.host_bytes / 0.8)
+    refused = made(budget, "run.offload_activations=8", available=GIB // 64)
+    assert not refused.fits
+    assert "of host memory" in refused.lacking
+    small = made(GIB // 2, here=False)  # of the GPU's memory there is too little anywhere
+    assert not small.fits
+    assert "host memory" not in " ".join([small.lacking, *small.advice])
+
+
+def test_a_gpu_is_elsewhere_unless_this_machine_has_one_of_its_kind() -> None:
+    one = replace(MACHINE, gpus=(replace(named_gpu("RTX 4090"), name="NVIDIA GeForce RTX 4090"),))
+    for machine, gpu, vram, here in [
+        (one, "rtx-4090", None, True),
+        (one, None, "12GiB", True),
+        (one, "H200", None, False),
+        (MACHINE, "RTX 4090", None, False),
+        (MACHINE, None, "12GiB", False),
+    ]:
+        assert with_gpu(machine, gpu, vram).here is here, (gpu, vram)
+
+
+def test_what_the_host_of_a_gpu_elsewhere_has_to_have_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    text = f"model: {{base: {tmp_path}, quantize: {{kind: nf4}}}}\ndata: {{train: [{{path: a}}], length: 512}}\n"
+    asked, told = Recipe.parse(text, "run.offload_activations=8"), StringIO()
+    found = show_plan(asked, gpu="H200", console=Console(file=told, width=300))
+    said = f"it is pinned there: {found.host_free_bytes / GIB:.1f} GiB of host memory have to be free"
+    assert told.getvalue().count(said) == 1
 
 
 def test_our_blocks_stream_packed_weights_where_there_is_no_room_for_them() -> None:
