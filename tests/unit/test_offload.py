@@ -13,7 +13,7 @@ import tiny
 from luthier.adapters.method import attach
 from luthier.data.stream import Micro
 from luthier.model import offload
-from luthier.model.away import Parcel
+from luthier.model.away import CHUNK, Parcel, Shelf
 from luthier.model.causal import CausalModel
 from luthier.model.decode import is_fast
 from luthier.model.fast import FastDecoder
@@ -157,6 +157,30 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) > 1 and all(map(torch.equal, one, other))
 
 
+def whole(config: Any, tied: bool) -> Any:
+    """A tiny model of one block."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": tiny.VOCAB}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    return AutoModelForCausalLM.from_config(config(**sizes, tie_word_embeddings=tied))
+
+
+def test_an_embedding_waits_in_host_memory_that_is_read_by_rows_as_they_are() -> None:
+    from transformers import Gemma2Config, GemmaConfig, LlamaConfig
+
+    module = whole(LlamaConfig, tied=False)
+    expected = module.get_input_embeddings()(IDS)
+    assert offload.embedding_bytes(module) == 4 * 32 * tiny.VOCAB
+    offload.embedding_to_host(module, torch.device("cpu"))
+    assert torch.equal(module.get_input_embeddings()(IDS), expected)
+    for config, tied in ((LlamaConfig, True), (GemmaConfig, False), (Gemma2Config, False)):
+        module = whole(config, tied)
+        assert offload.embedding_bytes(module) == 0
+        with pytest.raises(AssertionError):
+            offload.embedding_to_host(module, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("recompute", [0, 2, True])
 @pytest.mark.parametrize("count", [1, 3, BLOCKS])
 def test_our_blocks_learn_the_same_from_weights_that_come_and_go(count: int, recompute: bool | int) -> None:
@@ -231,7 +255,7 @@ def test_two_losses_may_be_on_their_way_at_a_time() -> None:
 
 def test_parts_of_one_piece_of_memory_come_back_as_parts_of_one() -> None:
     lane, whole = Lane(torch.device("cpu")), torch.arange(40.0).view(5, 8)
-    parcel = Parcel([whole[:, :6], None, whole[:, 6:], torch.arange(3)], lane, None)
+    parcel = Parcel([whole[:, :6], None, whole[:, 6:], torch.arange(3)], lane, Shelf(lane.device), None)
     parcel.leave()
     wide, nothing, narrow, other = parcel.take()
     assert nothing is None
@@ -241,6 +265,24 @@ def test_parts_of_one_piece_of_memory_come_back_as_parts_of_one() -> None:
     assert torch.equal(torch.cat([wide, narrow], 1), whole)
     assert torch.equal(other, torch.arange(3))
     assert wide.untyped_storage()._cdata == narrow.untyped_storage()._cdata != whole.untyped_storage()._cdata
+
+
+def test_host_memory_is_pinned_once_and_lent_again() -> None:
+    """Pieces lie across chunks, whatever their sizes."""
+    lane, shelf = Lane(torch.device("cpu")), Shelf(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ((3 * CHUNK + 5, 7, CHUNK - 3), (1, 2 * CHUNK), (3 * CHUNK, CHUNK - 600, 601)):
+        whole = [torch.randint(256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+        parcel = Parcel(whole, lane, shelf, None)
+        parcel.leave()
+        assert all(map(torch.equal, parcel.take(), whole))
+        del parcel
+        assert shelf.chunks == 5
+    two = [Parcel(torch.full((2, 2 * CHUNK), float(i)).unbind(), lane, shelf, None) for i in range(2)]
+    assert shelf.chunks > 5
+    for value, parcel in enumerate(two):
+        parcel.leave()
+        assert all(bool((x == value).all()) for x in parcel.take() if x is not None)
 
 
 def test_where_memory_is_short_unpacked_values_go_first_and_no_bit_changes() -> None:

@@ -6,8 +6,10 @@ computes. The first blocks' is sent away: it is missed last.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from luthier.model.lane import Lane
 
-_CHUNK = 32 << 20  # bytes: torch rounds what it pins up to a power of two
+CHUNK = 16 << 20  # bytes: torch rounds what it pins up to a power of two
+_LINE = 512  # bytes: pieces begin at multiples of them, as torch's on a GPU do
 
 
 class _View(NamedTuple):
@@ -28,22 +31,48 @@ class _View(NamedTuple):
     start: int
 
 
+class Shelf:
+    """Host memory in chunks of one size, pinned once and lent again and again.
+
+    All copies to and from it are of one lane, which keeps their order: a chunk may be lent as soon as no more copies out
+    of it will be queued. Torch's own cache waits until they are done, and would pin more meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.chunks = 0
+        self._free: list[Tensor] = []
+
+    def lend(self, borrower: object, size: int) -> list[Tensor]:
+        """uint8 [CHUNK] each, for as long as the borrower is there; of what has no data none."""
+        count = 0 if self.device.type == "meta" else -(-size // CHUNK)
+        while len(self._free) < count:
+            self._free.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
+            self.chunks += 1
+        lent = [self._free.pop() for _ in range(count)]
+        weakref.finalize(borrower, self._free.extend, lent).atexit = False
+        return lent
+
+
 class Parcel:
     """Tensors of a GPU in host memory, on their way there, or back. Those that share memory share it again.
 
     `before`: the parcel that was sent before this one; it is wanted after it.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None], lane: Lane, before: Parcel | None) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], lane: Lane, shelf: Shelf, before: Parcel | None) -> None:
         self.lane, self.before = lane, before
         pieces = {x.untyped_storage()._cdata: _bytes(x) for x in tensors if x is not None}
         places = {key: place for place, key in enumerate(pieces)}
         self._views = [None if x is None else _view(x, places[x.untyped_storage()._cdata]) for x in tensors]
         self._sizes = [len(piece) for piece in pieces.values()]
         self._device = next(iter(pieces.values())).device
+        self._pieces = list(pieces.values())  # not to be lent to others before they left
+        self._home = shelf.lend(self, _laid(self._sizes)[1])
         with lane.copying():
-            self._home = [_to_host(piece) for piece in pieces.values()]
-        self._mark, self._pieces = lane.mark(), list(pieces.values())  # not to be lent to others before they left
+            for piece, chunk in self._parts():
+                chunk.copy_(piece, non_blocking=True)
+        self._mark = lane.mark()
 
     def leave(self) -> None:
         """Frees the GPU's memory: what is computed from now on may use it, when the copies are done."""
@@ -56,9 +85,8 @@ class Parcel:
             return
         self._pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._sizes]
         with self.lane.copying():  # behind all that used this memory before
-            for piece, home in zip(self._pieces, self._home, strict=True):
-                for place, chunk in zip(_chunks(piece), home, strict=False):
-                    place.copy_(chunk, non_blocking=True)
+            for piece, chunk in self._parts():
+                piece.copy_(chunk, non_blocking=True)
         self._mark = self.lane.mark()
 
     def take(self) -> list[Tensor | None]:
@@ -67,6 +95,16 @@ class Parcel:
         self.lane.wait(self._mark)
         pieces, self._pieces = self._pieces, []
         return [None if view is None else _made(view, pieces[view.piece]) for view in self._views]
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the pieces, and where they are in host memory, both in parts as large as lie in one chunk."""
+        for piece, start in zip(self._pieces, _laid(self._sizes)[0], strict=True):
+            at = 0
+            while self._home and at < len(piece):
+                chunk, place = divmod(start + at, CHUNK)
+                part = piece[at : at + CHUNK - place]
+                yield part, self._home[chunk][place : place + len(part)]
+                at += len(part)
 
 
 class Away:
@@ -77,7 +115,7 @@ class Away:
     """
 
     def __init__(self, count: int, blocks: int, device: torch.device) -> None:
-        self.count, self.staying, self.lane = count, blocks - count, Lane(device)
+        self.count, self.staying, self.lane, self.shelf = count, blocks - count, Lane(device), Shelf(device)
         self.newest: Parcel | None = None
         self._going: deque[Parcel] = deque()
 
@@ -96,7 +134,7 @@ class Away:
         """What block `index` keeps, if it is one of those."""
         if index >= self.count:
             return None
-        self.newest = Parcel(tensors, self.lane, self.newest)
+        self.newest = Parcel(tensors, self.lane, self.shelf, self.newest)
         self._going.append(self.newest)
         return self.newest
 
@@ -129,15 +167,7 @@ def _made(view: _View, piece: Tensor) -> Tensor:
     return piece.view(view.dtype).as_strided(view.shape, view.strides, view.start)
 
 
-def _to_host(piece: Tensor) -> list[Tensor]:
-    """A copy in parts; of what has no data none. torch lends pinned memory again when a tensor is gone, and its copies
-    are done."""
-    return [] if piece.is_meta else [_pinned(chunk) for chunk in _chunks(piece)]
-
-
-def _chunks(piece: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(piece, _CHUNK)
-
-
-def _pinned(chunk: Tensor) -> Tensor:
-    return torch.empty(len(chunk), dtype=torch.uint8, pin_memory=chunk.is_cuda).copy_(chunk, non_blocking=True)
+def _laid(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where pieces of so many bytes begin, one after the other, and where the last one ends."""
+    *starts, end = accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0)
+    return starts, end
