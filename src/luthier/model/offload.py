@@ -56,14 +56,23 @@ def streamed_bytes(block: nn.Module) -> int:
     return max((part.end for part in _parts(block)), default=0)
 
 
+def can_wait(module: Any) -> bool:
+    """Whether the input embedding may be in host memory: a step reads rows of it and no more, as it is not the head's
+    weight, too; and they are what it gives, not scaled or normed as Gemma's are."""
+    embed, head = module.get_input_embeddings(), module.get_output_embeddings()
+    return type(embed) is nn.Embedding and head is not None and head.weight is not embed.weight
+
+
 def embedding_bytes(module: Any) -> int:
-    """Of the input embedding, if it can be in host memory; 0 where it is the output head's weight, too."""
-    weight, head = module.get_input_embeddings().weight, module.get_output_embeddings()
-    return 0 if head is None or head.weight is weight else weight.nbytes
+    """Of the input embedding; 0 where it cannot be in host memory."""
+    weight: Tensor = module.get_input_embeddings().weight
+    return weight.nbytes if can_wait(module) else 0
 
 
 def embedding_to_host(module: Any, device: torch.device) -> None:
-    """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`."""
+    """Leaves the input embedding in host memory, and makes it give the rows of its tokens on `device`. Where it can
+    wait there."""
+    assert can_wait(module), "the input embedding is wanted whole, or is more than rows"
     embed = module.get_input_embeddings()
     device = torch.empty(0, device=device).device  # with its number, as tensors say it
     weight = embed.weight.data.cpu()
