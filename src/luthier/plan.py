@@ -144,6 +144,12 @@ class Plan:
         return ", and ".join(f"{needed >> 20} MiB{where} and may use {most >> 20} MiB" for where, needed, most in short)
 
     @property
+    def reservable_bytes(self) -> int:
+        """Of the budget on a GPU, what torch's allocator may reserve: less the driver's context, and whatever else of
+        the peak it does not know of."""
+        return self.budget_bytes - (self.peak_bytes - self.measurable_bytes)
+
+    @property
     def host_free_bytes(self) -> int:
         """Of host memory that has to be free, so that `host_bytes` may be pinned."""
         return math.ceil(self.host_bytes / _SHARE)
@@ -491,7 +497,7 @@ class _Search:
             return keeping._replace(away=min(asked, blocks))
         cost = estimate(tokens, keeping)
         passing = cost.seconds(min(tokens, self.step.tokens), 1, 0)
-        most = sum(sent <= self.host - self.pinned_weights for sent in accumulate(cost.kept[: blocks - 1]))
+        most = sum(sent <= self.host - self.pinned_weights for sent in accumulate(map(_parcel, cost.kept[: blocks - 1])))
         longest = _WAITING * passing.work
         late = bisect_left(range(1, most + 1), True, key=lambda away: self.late(cost, passing, away) > longest)
         return keeping._replace(away=late)
@@ -653,13 +659,20 @@ class _Search:
 
     def pinned(self, cost: _Cost, keeping: _Keeping) -> int:
         """Bytes of host memory."""
-        return self.pinned_weights + math.ceil(sum(cost.kept[: keeping.away]))
+        return self.pinned_weights + sum(map(_parcel, cost.kept[: keeping.away]))
 
     @property
     def pinned_weights(self) -> int:
         """Bytes of host memory, of which torch pins large pieces as powers of two."""
         embedding = 0 if self.embedded else power_of_2(self.estimator.embedding)
         return embedding + self.streamed * power_of_2(self.estimator.frozen)
+
+
+def _parcel(kept: float) -> int:
+    """Bytes of host memory for what a block keeps, which lies there in whole chunks."""
+    from luthier.model.away import CHUNK
+
+    return math.ceil(kept / CHUNK) * CHUNK
 
 
 def _first(choices: Sequence[_Keeping], fits: Callable[[_Keeping], bool]) -> int:

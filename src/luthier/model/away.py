@@ -34,8 +34,8 @@ class _View(NamedTuple):
 class Shelf:
     """Host memory in chunks of one size, pinned once and lent again and again.
 
-    All copies to and from it are of one lane, which keeps their order: a chunk may be lent as soon as no more copies out
-    of it will be queued. Torch's own cache waits until they are done, and would pin more meanwhile.
+    All copies to and from it are of one lane, which keeps their order: a chunk may be lent as soon as no more copies
+    out of it will be queued. Torch's own cache waits until they are done, and would pin more meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
