@@ -20,6 +20,7 @@ from luthier.data.conversation import Example, Origin
 from luthier.data.packing import share
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro, Stream
+from luthier.kernels import varlen_backward
 from luthier.kernels.loss import IGNORED
 from luthier.model import graphs
 from luthier.model.causal import CausalModel
@@ -249,7 +250,8 @@ def recording(made: CausalModel, fails: Exception | None = None, price: float = 
         return made._placed_loss(now)
 
     assert made.decoder is not None
-    made.graphs = Graphs(loss, made.device, recorder, reads=made.decoder.updates.launches, price=price)
+    told: Any = {"reads": made.decoder.updates.launches, "programs": made.decoder.programs}
+    made.graphs = Graphs(loss, made.device, recorder, **told, price=price)
     return recorder
 
 
@@ -319,6 +321,21 @@ def test_a_shape_like_one_that_was_launched_is_recorded_at_once_or_else_launched
     for mine, wanted in zip(train(made, batches), train(plain, batches), strict=True):
         assert error(mine, wanted) <= 1e-5
     assert (recorder.ran, recorder.recorded, recorder.replayed) == ((3, 3, 1) if fails else (1, 3, 3))
+
+
+def test_a_shape_of_other_programs_is_launched_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording cannot load them. Of fewer than 960 tokens here, each query head has programs of its own."""
+    monkeypatch.setattr(varlen_backward, "FEW", 30)
+    batches, counts = [micro((300, 250, 40)), micro((100, 2)), micro((900, 800)), micro((600, 900))], []
+    made = model("llama", "eager")
+    recorder = recording(made, price=1.0)
+    made.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
+    assert made.adapter is not None
+    flat_gradient(made.adapter.named_parameters())
+    for batch in batches:
+        made.accumulate(batch)
+        counts.append((recorder.ran, recorder.recorded))
+    assert counts == [(1, 1), (1, 2), (2, 3), (2, 4)]
 
 
 def test_shapes_follow_from_the_run_and_how_it_is_cut_alone(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ class CausalModel:
         """Makes `accumulate` record its launches on a GPU, and replay them. Our decoder must run the model, in 16 bits
         and by flash attention; `plan` knows where. `price`: as of `Graphs`."""
         assert self.decoder is not None
-        reads = self.decoder.updates.launches
-        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder(), reads=reads, price=price)
+        told: Any = {"reads": self.decoder.updates.launches, "programs": self.decoder.programs}
+        self.graphs = Graphs(self._placed_loss, self.device, CudaRecorder(), **told, price=price)
 
     def expect(self, coming: Callable[[], Coming]) -> None:
         """Tells what micro-batches are to come: recorded ones are padded to the shapes that suit these."""

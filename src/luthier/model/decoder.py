@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from luthier.adapters.method import Noise
 from luthier.kernels.ends import Ends
 from luthier.kernels.pointwise import Pointwise
+from luthier.kernels.varlen_backward import How, how
 from luthier.model.away import Away, Parcel
 from luthier.model.block import Block, Kept, Pack, Recompute
 from luthier.model.families import Family, window
@@ -140,6 +141,12 @@ class Decoder:
             return x.new_empty(len(x), 0), x.new_empty(len(x), 0)
         cos, sin = self.rotary(x, positions[None], *([how] if isinstance(how, str) else []))
         return cos[0].chunk(2, -1)[0].contiguous(), sin[0].chunk(2, -1)[0].contiguous()
+
+    def programs(self, tokens: int) -> list[How]:
+        """What of a GPU's kernels depends on how many tokens a micro-batch has: how each block's attention finds its
+        gradient."""
+        heads = (block.attention.heads for block in self.blocks)
+        return [how(tokens, of.queries, of.keys, of.size) for of in heads]
 
     def too_long(self, micro: Micro) -> bool:
         """Whether a row of `micro`, on the host, is longer than the model's attention window."""

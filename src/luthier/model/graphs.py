@@ -98,7 +98,8 @@ def _end_recording(pool: Any) -> None:
     """Ends what a recording leaves open whose end failed: torch's allocator would go on as if one were under way, and
     give no memory back; its generator would refuse to draw."""
     device = torch.cuda.current_device()
-    with suppress(RuntimeError):  # raised where the end did not fail
+    # Raised where the end did not fail, or by a torch that has other names for these.
+    with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device, pool)  # type: ignore[attr-defined, unused-ignore]
         torch._C._cuda_releasePool(device, pool)  # type: ignore[attr-defined, unused-ignore]
         generator: Any = torch.cuda.default_generators[device]
@@ -118,6 +119,7 @@ class Graphs:
         loss: of a micro-batch, with the autograd graph. It must not wait for the GPU, and what it reads must stay where
             it is.
         reads: what, of that, is kept by what this returns after a pass, and perhaps by nothing else.
+        programs: what of the kernels that a pass launches depends on its number of tokens.
         device: where the model is.
         recorder: of that device; None once recording failed, and nothing is recorded any more.
         price: what it costs to record a shape, in tokens of a micro-batch; 0: shapes follow a rule, whatever comes.
@@ -130,9 +132,10 @@ class Graphs:
         recorder: Recorder,
         *,
         reads: Callable[[], Any],
+        programs: Callable[[int], object],
         price: float = 0.0,
     ) -> None:
-        self.loss, self.device, self.reads, self.price = loss, device, reads, price
+        self.loss, self.device, self.reads, self.programs, self.price = loss, device, reads, programs, price
         self.recorder: Recorder | None = recorder
         self.recorded: dict[Shape, _Recorded] = {}
         self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
@@ -179,8 +182,9 @@ class Graphs:
 
     def _is_like_another(self, chosen: Shape) -> bool:
         """Whether a shape was expected, and another one was launched before that differs in tokens and rows alone, both
-        in tiles: then nothing is left to be compiled."""
-        return chosen in self.shapes and any(shape in self.shapes for shape in self._came)
+        in tiles, and not in its programs: then nothing is left to be compiled or loaded, which no recording bears."""
+        launched = (self.programs(shape.tokens) for shape in self._came if shape in self.shapes)
+        return chosen in self.shapes and self.programs(chosen.tokens) in launched
 
     def _comes_again(self, chosen: Shape) -> bool:
         """Whether to record a shape: it was chosen ahead of time, or has come before."""

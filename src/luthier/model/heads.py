@@ -92,6 +92,8 @@ class Heads:
 class Attention(Protocol):
     """Attention of a layer, whose heads lie as it was told."""
 
+    heads: Heads
+
     def forward(self, y: Tensor, segments: Segments, spare: int = 0) -> tuple[Tensor, Saved]:
         """q|k|v [T, N] to [Q, Hq·D], with `spare` columns behind each row. `y` may be overwritten."""
 
