@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         error.filename = str(path)
         raise
     sync_folder(path.parent)
@@ -244,11 +245,12 @@ class Run:
             )
         if changed:
             with self.lock():
-                write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
-                self.write_first_manifest(root)
+                # The recipe last: until it is there, what stops midway is a change that is still to be made.
                 if stale:
                     (self.data / "report.json").unlink()  # so that the data is prepared again
         elif there != self.recipe:
+                self.write_first_manifest(root)
+                write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
             write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
         if not self.manifest:  # a start that ended between the two
             self.write_first_manifest(root)

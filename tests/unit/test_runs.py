@@ -2,7 +2,7 @@ import json
 import multiprocessing
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -159,10 +159,10 @@ def test_an_atomic_write_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """Inside, no file can be written beyond 8 bytes."""
+def full_disk(most: int = 8) -> Iterator[None]:
+    """Inside, no file can be written beyond so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
         yield
     finally:
@@ -180,6 +180,43 @@ def test_a_write_that_finds_no_room_names_its_file_keeps_what_was_there_and_leav
     assert str(told).startswith(f"{path}: the disk takes no more (File too large); make room, or write elsewhere")
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"whole", [path])
     assert refusal(OSError("of a library")) is None
+
+
+def test_a_write_that_has_no_folder_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as raised:
+        write_atomic(tmp_path / "file" / "x.json", b"{}")
+    assert raised.value.filename == str(tmp_path / "file" / "x.json")
+
+
+@contextmanager
+def no_place_for_the_manifest(run: Run) -> Iterator[None]:
+    path = run.folder / "manifest.json"
+    before = path.rename(run.folder / "before.json")
+    path.mkdir()
+    yield
+    path.rmdir()
+    before.rename(path)
+
+
+@contextmanager
+def no_room_for_the_recipe(run: Run) -> Iterator[None]:
+    with full_disk((run.folder / "recipe.yaml").stat().st_size * 3 // 4):
+        yield
+
+
+@pytest.mark.parametrize("stop", [no_place_for_the_manifest, no_room_for_the_recipe])
+def test_a_start_that_stops_midway_leaves_no_data_and_no_decisions_to_another_recipe(
+    recipe: Recipe, stop: Callable[[Run], AbstractContextManager[None]]
+) -> None:
+    run = Run.create(recipe)
+    report = prepared(run)
+    run.update_manifest(decisions={"of": "the recipe that was there"})
+    other = Recipe.parse(recipe.dump(), "data.supervise=all")
+    with stop(run), pytest.raises(OSError, match=r"too large|directory"):
+        Run.create(other)
+    assert Run.create(other).recipe == Run.open(run.folder).recipe == other
+    assert (report.exists(), "decisions" in run.manifest) == (False, False)
 
 
 @pytest.mark.parametrize("left", [["recipe.yaml"], [".recipe.yaml.123.tmp"], ["recipe.yaml", ".manifest.json.77.tmp"]])
