@@ -47,6 +47,8 @@ class Decisions:
     unpacked: int = 0
     graphs: bool = False
     graph_price: float = 0.0
+    memory_bytes: int | None = None
+    """Of a GPU, what torch may reserve in training, where the recipe says how much memory the run may use."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +113,7 @@ def decide(
         unpacked=planned.unpacked,
         graphs=planned.graphs,
         graph_price=planned.graph_price,
+        memory_bytes=planned.reservable_bytes if place == "cuda" and recipe.run.memory != "auto" else None,
         why={
             **planned.why,
             "place": place_why,

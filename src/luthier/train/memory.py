@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +20,27 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 def out_of_memory(error: BaseException) -> bool:
     """Torch raises a plain RuntimeError where a CPU allocation fails."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+@contextmanager
+def at_most(reserved: int | None) -> Iterator[None]:
+    """Inside, torch reserves at most so many bytes of the GPU: to ask for more is to run out of memory, however much is
+    free there. None: as much as there is."""
+    if reserved is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(fraction(reserved, total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def fraction(reserved: int, total: int) -> float:
+    """The share of a GPU's `total` bytes that torch's allocator takes for so many: it rounds down what it makes of it
+    (`setMemoryFraction` in `CUDACachingAllocator.cpp`). Never more than all."""
+    return min(1.0, math.nextafter(reserved / total, 1.0))
 
 
 def forget_peak() -> None:

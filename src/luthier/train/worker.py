@@ -28,7 +28,7 @@ from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
 from luthier.train.group import report
 from luthier.train.loop import Trainer
-from luthier.train.memory import host_peak_bytes
+from luthier.train.memory import at_most, host_peak_bytes
 from luthier.train.rehearse import rehearse
 from luthier.train.reproducible import loosened, reproducible
 from luthier.train.step import Event, Step
@@ -79,7 +79,7 @@ def work(
         Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
         emit({"event": "start", "steps": trainer.steps, "resumed_from": trainer.resumed_from})
     try:
-        with reproducible(decisions.place), blaming_weights(folder, model.dtype):
+        with reproducible(decisions.place), blaming_weights(folder, model.dtype), at_most(decisions.memory_bytes):
             if not trainer.finished and not proven:
                 _rehearse(trainer, decisions, emit)
             steps = list(trainer)
@@ -168,6 +168,7 @@ def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = N
         unpacked=decisions.unpacked,
         graphs=decisions.graphs,
         graph_price=decisions.graph_price,
+        memory=decisions.memory_bytes,
         loaded=loaded,
     )
 
