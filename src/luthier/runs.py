@@ -248,9 +248,9 @@ class Run:
                 # The recipe last: until it is there, what stops midway is a change that is still to be made.
                 if stale:
                     (self.data / "report.json").unlink()  # so that the data is prepared again
-        elif there != self.recipe:
                 self.write_first_manifest(root)
                 write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
+        elif there != self.recipe:
             write_atomic(self.folder / "recipe.yaml", self.recipe.dump())
         if not self.manifest:  # a start that ended between the two
             self.write_first_manifest(root)
