@@ -28,15 +28,18 @@ def nearest(name: str, names: list[str]) -> str:
     return "known names: " + ", ".join(sorted(names))
 
 
-def nearest_path(path: Path, *others: str) -> str:
-    """A sentence part for a file that is not there: the one beside it, or of `others`, that has nearly its name; empty
-    where there is none."""
-    if path.is_dir():
+def nearest_path(path: Path, *others: str, root: Path | None = None) -> str:
+    """A sentence part for a file that is not there: the one beside it that has nearly its name, or where no folder is
+    named one of `others`; empty where there is none. `path` counts from `root`, and so does what is offered."""
+    there = (root or Path()) / path
+    if there.is_dir():
         return "it is a folder: name a file in it"
-    beside = [str(each) for each in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(path), [*beside, *others], n=1, cutoff=0.7)
-    close = close or [name for name in others if name.startswith(str(path))]
-    return f"did you mean '{close[0]}'?" if close else ""
+    files = [each.name for each in there.parent.glob("*") if each.name.endswith(path.suffix) and each.is_file()]
+    offered = {name.removesuffix(path.suffix): str(path.parent / name) for name in files}
+    offered |= {name: name for name in others if path.parent == Path()}
+    close = difflib.get_close_matches(path.stem, offered, n=1, cutoff=0.7)
+    close = close or [name for name in offered if name in others and name.startswith(path.stem)]
+    return f"did you mean '{offered[close[0]]}'?" if close else ""
 
 
 class Registry:

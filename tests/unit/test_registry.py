@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.registry import Registry, nearest
+from luthier.registry import Registry, nearest, nearest_path
 
 
 def test_a_name_is_resolved_only_when_asked_for() -> None:
@@ -29,3 +31,25 @@ def test_a_second_registration_of_a_name_is_refused() -> None:
 
 def test_without_a_near_name_all_are_listed() -> None:
     assert nearest("zzz", ["b", "a"]) == "known names: a, b"
+
+
+def test_a_file_that_is_not_there_is_answered_with_one_of_nearly_its_name_written_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "in" / "data").mkdir(parents=True)
+    (tmp_path / "in" / "data" / "support.jsonl").touch()
+    (tmp_path / "in" / "data" / "suport-.jsonl").mkdir()
+    asked = Path("data/suport.jsonl")
+    assert nearest_path(asked, root=tmp_path / "in") == "did you mean 'data/support.jsonl'?"
+    assert nearest_path(tmp_path / "in" / asked) == f"did you mean '{tmp_path}/in/data/support.jsonl'?"
+
+
+@pytest.mark.parametrize("asked", ["other.jsonl", "support.csv", "no-such-folder/support.jsonl", "x"])
+def test_nothing_is_offered_for_an_unlike_name_however_long_its_folder_is(tmp_path: Path, asked: str) -> None:
+    folder = tmp_path / "a-folder" / "with-a-long-name" / "in-a-folder-with-a-long-name"
+    folder.mkdir(parents=True)
+    (folder / "support.jsonl").touch()
+    assert nearest_path(folder / asked) == ""
+
+
+def test_of_other_names_those_that_begin_so_are_offered_where_no_folder_is_named() -> None:
+    assert nearest_path(Path("tick"), "tickets") == "did you mean 'tickets'?"
+    assert nearest_path(Path("runs/tickets"), "tickets") == ""

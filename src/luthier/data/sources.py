@@ -121,7 +121,7 @@ def _opened(path: str, root: Path | None, digest: _Hash) -> AbstractContextManag
     try:
         handle = full.open("rb")
     except OSError as error:
-        fix = nearest_path(full) or "check the path"
+        fix = nearest_path(Path(path), root=root) or "check the path"
         raise DataError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
     return _close_after(_uncompressed(path, full, io.BufferedReader(_Hashing(handle, digest))))
 
