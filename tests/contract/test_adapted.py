@@ -43,10 +43,10 @@ def test_its_kernels_compile_for_hopper_and_read_ahead_16_bytes_at_a_time() -> N
         options = {"num_warps": warps}
         return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
-    for blocks in (adapted.NARROW, adapted.WIDE):
-        sizes = {"ROWS": adapted.ROWS, "COLUMNS": blocks.columns, "RANKS": adapted.RANKS, "STAGES": blocks.stages}
-        code = compiled(jit.adapted, blocks.warps, **sizes)
-        assert "wgmma.mma_async" in code
-        assert "cp.async.cg" in code
-        assert not re.search(r"ld\.global\S*\.b16", code)  # single values, which nothing reads ahead
+    blocks = adapted.BLOCKS
+    sizes = {"ROWS": adapted.ROWS, "COLUMNS": blocks.columns, "RANKS": adapted.RANKS, "STAGES": blocks.stages}
+    code = compiled(jit.adapted, blocks.warps, **sizes)
+    assert "wgmma.mma_async" in code
+    assert "cp.async.cg" in code
+    assert not re.search(r"ld\.global\S*\.b16", code)  # single values, which nothing reads ahead
     compiled(jit.adapted_sums, 4, RANKS=adapted.RANKS, BLOCK=512, PARTS=8)

@@ -19,7 +19,6 @@ from luthier.kernels.place import capability, launch, on_gpu
 
 RANKS = 16  # of an adapter, at most: a program keeps its part of the gradient of B in registers
 ROWS = 64  # tokens that a program reads at a time
-FEW = 16384  # columns
 
 
 class Part(NamedTuple):
@@ -39,7 +38,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-NARROW, WIDE = Blocks(256, 264, 4, 3), Blocks(512, 396, 8, 3)  # programs: as many as run at once on 132 multiprocessors
+BLOCKS = Blocks(512, 132, 8, 3)  # of 28 that were tried on an H200, for its 132 multiprocessors (docs/log.md)
 
 
 def one_by_one(dy: Tensor, B: Tensor, inner: Tensor, parts: Sequence[Part], dinner: Tensor, dB: Tensor) -> None:
@@ -60,7 +59,7 @@ def one_by_one(dy: Tensor, B: Tensor, inner: Tensor, parts: Sequence[Part], dinn
 def at_once(dy: Tensor, B: Tensor, inner: Tensor, parts: Sequence[Part], dinner: Tensor, dB: Tensor) -> None:
     """`one_by_one`, with one reading of dy where `takes` holds. Of dB only what is asked for is written."""
     if takes(dy, parts):
-        launched(dy, B, inner, parts, dinner, dB, chosen(dy.shape[1]))
+        launched(dy, B, inner, parts, dinner, dB, BLOCKS)
     else:
         one_by_one(dy, B, inner, parts, dinner, dB)
 
@@ -73,11 +72,6 @@ def takes(dy: Tensor, parts: Sequence[Part]) -> bool:
     small = all(end - start <= RANKS for _, (start, end) in parts)
     hopper = on_gpu(dy) and capability(dy)[0] == 9 and torch.version.hip is None  # AMD counts otherwise
     return hopper and dy.dtype in (torch.bfloat16, torch.float16) and even and small and len(dy) > 0
-
-
-def chosen(columns: int) -> Blocks:
-    """For dy of so many columns."""
-    return NARROW if columns < FEW else WIDE
 
 
 def launched(
