@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from luthier.errors import LuthierError, UsageError
 from luthier.registry import counted
+from luthier.strict import dumps
 from luthier.train.interrupt import heeded
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def _console(args: argparse.Namespace) -> Console:
 
 
 def _emit(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(dumps(value, ensure_ascii=False), flush=True)
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:

@@ -29,6 +29,7 @@ from typing import Any
 
 from luthier.errors import RunError
 from luthier.recipe import Recipe
+from luthier.strict import dumps
 
 _PACKAGES = (
     *("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rouge-score"),
@@ -99,7 +100,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from luthier.evaluate.metrics import METRICS, Answer, points
 from luthier.evaluate.metrics.text import PERPLEXITY, ROUGEL
 from luthier.evaluate.statistics.paired import LEAST, explain, figure, paired, signed
 from luthier.evaluate.terminal import draw, printable, render
+from luthier.strict import dumps
 
 NAMES = ["rougeL", "rouge1", "exact_match", "perplexity"]
 
@@ -198,6 +200,19 @@ def test_json_has_the_stable_keys_and_no_infinity() -> None:
     assert found["verdict"] == "better"
     assert set(found["metrics"]["rougeL"]) >= {"base", "tuned", "difference", "low", "high", "n"}
     assert {"matched", "lengths", "stopped", "settings", "warnings"} <= set(found)
+
+
+@pytest.mark.parametrize("broken", [nan, inf])
+@pytest.mark.parametrize("place", ["base", "tuned"])
+def test_a_likelihood_that_is_not_finite_carries_no_verdict_and_its_row_is_named(broken: float, place: str) -> None:
+    asked, sound = questions(40), [Answer("a", nll=2.0 + i % 3, targets=1) for i in range(40)]
+    odd = [*sound[:6], replace(sound[6], nll=broken), *sound[7:]]
+    base, tuned = (odd, sound) if place == "base" else (sound, odd)
+    found = judge(asked, base, tuned, ["perplexity", "rougeL"])
+    assert (found.verdict, found.metrics["rougeL"].n) == ("no evidence", 40)
+    assert "perplexity is not judged: a row has no finite figure, the first q.jsonl:7" in found.warnings
+    told = json.loads(dumps(found.as_dict()), parse_constant=pytest.fail)["metrics"]["perplexity"]
+    assert (told[place], told["difference"], told["low"], told["p"]) == (None, None, None, 1.0)
 
 
 def test_the_sentence_says_what_moved_how_far_and_how_sure() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "luthier"
 LAYERS = [
-    {"errors", "registry", "machine", "allocator", "recipe"},
+    {"errors", "registry", "strict", "machine", "allocator", "recipe"},
     {"data"},
     {"kernels"},
     {"adapters"},

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import luthier.evaluate
 from luthier.data.conversation import Conversation, Message, Origin
+from luthier.evaluate.compare import keep
 from luthier.evaluate.comparison import Comparison, judge
 from luthier.evaluate.metrics import Answer
 from luthier.evaluate.page.facts import duration
@@ -267,6 +269,25 @@ def test_questions_scored_by_likelihood_alone_are_shown_with_their_choices(tmp_p
     found = judge(asked, base, tuned, ["accuracy_likelihood"])
     text = " ".join(Page(render(run_with(tmp_path, found))).text.split())
     assert "choice base tuned yes 27 % 88 % no 73 % 12 %" in text
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["null", "NaN"])
+def test_a_score_that_is_not_finite_is_left_out_of_its_row_and_the_page_stays_whole(
+    tmp_path: Path, older: bool
+) -> None:
+    asked = [
+        Conversation((Message("user", "q"),), Origin("q.jsonl", i), ("a",), choices=("yes", "no"), answer=0)
+        for i in range(8)
+    ]
+    sound = [Answer("a", nll=2.0, targets=1, choices=(2.0, 1.0), choice_tokens=(1, 1))] * 8
+    broken = [Answer("a", nll=nan, targets=1, choices=(nan, inf), choice_tokens=(1, 1)), *sound[1:]]
+    found = judge(asked, sound, broken, ["rougeL", "perplexity", "accuracy_likelihood"])
+    run = run_with(tmp_path, found)
+    if not older:
+        keep(found, run.results / "compare")
+    script = next(text for text in Page(render(run)).scripts if text.lstrip().startswith("{"))
+    rows = json.loads(script, parse_constant=pytest.fail)["rows"]
+    assert [("perplexity" in row["scores"], len(row["choices"])) for row in rows] == [(False, 0)] + [(True, 2)] * 7
 
 
 def test_leaks_are_on_the_page(tmp_path: Path) -> None:

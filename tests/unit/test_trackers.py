@@ -5,12 +5,14 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+import tiny
 from luthier.errors import RecipeError
-from luthier.train.trackers import TRACKERS, Journal, Trackers
+from luthier.train.trackers import TRACKERS, Journal, Record, Trackers
+from luthier.train.worker import _recording
 
 STEP = {"step": 3, "loss": 1.5, "lr": 0.1}
 
@@ -30,6 +32,19 @@ class Broken:
 
     def close(self) -> None:
         raise OSError("no network")
+
+
+class Listening:
+    heard: ClassVar[list[Record]] = []
+
+    def __init__(self, folder: Path, recipe: Record) -> None:
+        pass
+
+    def log(self, record: Record) -> None:
+        self.heard.append(record)
+
+    def close(self) -> None:
+        pass
 
 
 class Unstartable:
@@ -56,6 +71,14 @@ def test_the_journal_is_strict_json_where_a_figure_is_not_finite(tmp_path: Path)
     journal.rewind(step=1, evaluated=1)
     read = [json.loads(line, parse_constant=pytest.fail) for line in journal.path.read_text().splitlines()]
     assert read == [{"step": 1, "eval_loss": loss} for loss in (None, None, 0.5)]
+
+
+def test_whoever_is_told_of_a_figure_that_is_not_finite_is_told_none(tmp_path: Path) -> None:
+    run, seen = tiny.run(tmp_path), list[Record]()
+    trackers = Trackers([f"{__name__}:Listening"], tmp_path, {}, pytest.fail)
+    _recording(run, trackers, seen.append)({"event": "evaluation", "step": 1, "eval_loss": math.nan})
+    assert seen == [{"event": "evaluation", "step": 1, "eval_loss": None}]
+    assert Listening.heard == [{"step": 1, "eval_loss": None}]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 2, "loss": 1.0}', "\ufffd\x00", "[]\n"])

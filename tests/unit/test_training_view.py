@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from luthier.train.view import show
+from luthier.train.view import Event, show
 
 STEP = {"event": "step", "loss": 2.5, "tokens_per_second": 1234.5, "peak_bytes": 3 * 1024**3}
-EVENTS = [
+EVENTS: list[Event] = [
     {"event": "start", "steps": 100, "resumed_from": 40},
     {"event": "note", "text": "out of memory; from here on 512 tokens [at a time]"},
     *({**STEP, "step": n} for n in range(41, 101)),
@@ -19,10 +19,10 @@ EVENTS = [
 ]
 
 
-def shown(*, terminal: bool) -> str:
+def shown(events: list[Event] = EVENTS, *, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with show(console) as emit:
-        for event in EVENTS:
+        for event in events:
             emit(event)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -35,6 +35,13 @@ def test_the_figures_and_remarks_are_shown(terminal: bool) -> None:
         assert part in text
     assert "asked: what is it" in text
     assert "said:  a [b] c" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_held_out_loss_that_is_not_finite_is_said_to_be_so(terminal: bool) -> None:
+    unknown: Event = {"event": "evaluation", "step": 100, "eval_loss": None}
+    said = "held-out not finite" if terminal else "held-out loss not finite"
+    assert said in shown([*EVENTS, unknown], terminal=terminal)
 
 
 def test_without_a_terminal_there_are_about_twenty_plain_lines() -> None:

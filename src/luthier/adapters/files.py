@@ -15,6 +15,7 @@ from torch import Tensor
 from luthier import recipe
 from luthier.adapters.method import OTHER, READERS, Adapter
 from luthier.errors import AdapterError
+from luthier.strict import dumps
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "luthier.json"
 
@@ -119,7 +120,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -36,6 +36,7 @@ from luthier.data.templates import Template, load_template
 from luthier.data.tokens import Encoder, Tokenizer
 from luthier.errors import DataError, LuthierError
 from luthier.registry import nearest
+from luthier.strict import dumps
 
 Progress = Callable[[str, int], None]
 
@@ -613,8 +614,8 @@ def _sha256(path: Path) -> str:
 
 
 def _write_line(out: TextIO, value: dict[str, Any]) -> None:
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")
+    out.write(dumps(value, ensure_ascii=False) + "\n")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.data.conversation import Example, Origin
 from luthier.errors import DataError
+from luthier.strict import dumps
 
 _VERSION = 1
 _ARRAYS = {"ids": "<i4", "supervised": "u1", "offsets": "<i8", "prompts": "<i4", "files": "<i4", "lines": "<i8"}
@@ -169,7 +170,7 @@ class Writer:
         tokens = self._offsets[-1]
         sizes = {"ids": tokens, "supervised": tokens} | {name: len(values) for name, values in small.items()}
         header = {"version": _VERSION, "sizes": sizes, "files": list(self._names)}
-        (self._aside / "header.json").write_text(json.dumps(header), encoding="utf-8")
+        (self._aside / "header.json").write_text(dumps(header), encoding="utf-8")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._aside.rename(self._folder)
 

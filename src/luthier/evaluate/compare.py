@@ -27,6 +27,7 @@ from luthier.evaluate.statistics.paired import LEVEL, RESAMPLES
 from luthier.evaluate.terminal import progress, render
 from luthier.recipe import Recipe
 from luthier.runs import Run, versions, write_atomic, write_json
+from luthier.strict import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,6 +152,6 @@ def settings(run: Run, asked: Suite, subject: Subject, seconds: float) -> dict[s
 
 def keep(found: Comparison, folder: Path) -> None:
     """Writes rows.jsonl and comparison.json."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+    lines = (dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
     write_atomic(folder / "rows.jsonl", "".join(lines))
     write_json(folder / "comparison.json", found.as_dict())

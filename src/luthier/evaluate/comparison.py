@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from math import isfinite
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -153,6 +155,7 @@ def score(
     if not table[first].rows:
         raise _undecided(table[first].metric)
     warnings = [f"{name} is left out: {s.metric.lacks}" for name, s in table.items() if not s.rows]
+    warnings += [_not_finite(s.metric, questions[rows[0]], len(rows)) for s in table.values() if (rows := s.not_finite)]
     table = {name: scores for name, scores in table.items() if scores.rows}
     return Scored(first, list(sides), table, warnings)
 
@@ -178,6 +181,11 @@ def _undecided(metric: Metric) -> RecipeError:
     return RecipeError(what, where="evaluate.metrics", fix=metric.lacks)
 
 
+def _not_finite(metric: Metric, first: Conversation, count: int) -> str:
+    rows = "a row has" if count == 1 else f"{count} rows have"
+    return f"{metric.title} is not judged: {rows} no finite figure, the first {first.origin}"
+
+
 @dataclass(frozen=True)
 class Scores:
     """One metric's scores, one per reference, for the questions (`rows`, indices) that all sides can be scored on:
@@ -192,6 +200,16 @@ class Scores:
         found = [[_score(metric, q, a) for q, a in zip(questions, side, strict=True)] for side in sides]
         rows = [i for i, scores in enumerate(zip(*found, strict=True)) if all(scores)]
         return cls(metric, rows, [[side[i] for i in rows] for side in found])
+
+    @property
+    def not_finite(self) -> list[int]:
+        """The questions of which a side has a statistic that is no finite number."""
+        sides = zip(*self.sides, strict=True)
+        return [
+            row
+            for row, scores in zip(self.rows, sides, strict=True)
+            if not all(map(isfinite, chain.from_iterable(chain.from_iterable(scores))))
+        ]
 
     @property
     def several(self) -> bool:

@@ -24,6 +24,7 @@ from luthier.evaluate.metrics import Answer, Metric, resolved
 from luthier.evaluate.metrics.choice import parse_choice
 from luthier.evaluate.terminal import Bar, progress
 from luthier.runs import Run, naming, read_json, sync_folder
+from luthier.strict import dumps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,7 +174,7 @@ def _answered(asked: Sequence[Asked], run: Run, side: Opened, bar: Bar) -> Itera
     folder = run.results / "predict"
     folder.mkdir(parents=True, exist_ok=True)
     with naming(folder), NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".questions") as kept:
-        kept.writelines(json.dumps(to_json(question)) + "\n" for question in questions)
+        kept.writelines(dumps(to_json(question)) + "\n" for question in questions)
         kept.flush()
         job = Job(str(run.folder), str(folder), (side.entry,), questions=kept.name, needs=tuple(sorted(needs)))
         wanted = turns([side], questions, sampling_of(run), needs)
@@ -245,7 +246,7 @@ def _writer(out: Path, file: str) -> Callable[[TextIO], AbstractContextManager[W
 @contextmanager
 def _jsonl(file: TextIO) -> Iterator[Write]:
     def write(record: Json) -> None:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(dumps(record, ensure_ascii=False) + "\n")
 
     yield write
 
@@ -259,7 +260,7 @@ def _csv(file: TextIO) -> Iterator[Write]:
         def write(record: Json) -> None:
             flat = _flat(record)
             names.update(dict.fromkeys(flat))
-            waiting.write(json.dumps(flat) + "\n")
+            waiting.write(dumps(flat) + "\n")
 
         yield write
         waiting.seek(0)
@@ -279,7 +280,7 @@ def _flat(record: Json) -> dict[str, str]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else dumps(value, ensure_ascii=False)
 
 
 def _nothing(file: str, problems: Problems) -> LuthierError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.errors import DataError, RunError
 from luthier.machine import Machine, machine
 from luthier.runs import Run, read_json, write_json
+from luthier.strict import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ class Repro:
     def as_dict(self) -> dict[str, Any]:
         answers = {"answers": dict(zip(("same", "rows"), self.answers, strict=True))} if self.answers else {}
         found = {"verdict": self.verdict, "sentence": self.sentence, **asdict(self), **answers}
-        return dict(_finite(found))
+        return dict(finite(found))
 
 
 def repro(run: Run, out: Path | None = None, *, console: Console | None = None) -> Repro:
@@ -352,15 +353,6 @@ def _different(found: Repro) -> str:
 
 
 _SENTENCES = {"equal": _equal, "within noise": _within, "different": _different}
-
-
-def _finite(value: Any) -> Any:
-    """Plain values for JSON, which has no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _sha256(path: Path) -> str:

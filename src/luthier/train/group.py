@@ -22,6 +22,7 @@ from luthier import errors
 from luthier.errors import LuthierError, RunError
 from luthier.machine import memory_kills
 from luthier.runs import refusal
+from luthier.strict import dumps
 from luthier.train.interrupt import Interrupt, stopped
 
 Event = dict[str, Any]
@@ -177,7 +178,7 @@ def report(work: Callable[[Progress], Event | None]) -> int:
     os.dup2(2, 1)
 
     def emit(event: Event) -> None:
-        events.write(json.dumps(event) + "\n")
+        events.write(dumps(event) + "\n")
         events.flush()
 
     try:

@@ -7,7 +7,6 @@ TRACKERS. One that raises is dropped with a warning; it never stops a run.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from luthier.errors import LuthierError, RecipeError
 from luthier.registry import Registry
 from luthier.runs import naming, write_atomic
+from luthier.strict import dumps
 
 Record = dict[str, Any]
 
@@ -46,7 +46,7 @@ class Journal:
 
     def log(self, record: Record) -> None:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _or_null(value) for name, value in record.items()}) + "\n")
+            file.write(dumps(record) + "\n")
 
     def sync(self) -> None:
         """Returns once everything logged is on the disk."""
@@ -163,10 +163,6 @@ class Mlflow:
 
 def _figures(record: Record) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
-
-
-def _or_null(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_before(line: str, step: int, evaluated: int) -> bool:

@@ -63,7 +63,7 @@ class _Lines:
             case "step" if self._shown(event["step"]):
                 return f"step {event['step']}/{self.steps}  {_figures(event)}"
             case "evaluation":
-                return f"step {event['step']}/{self.steps}  held-out loss {event['eval_loss']:.3f}"
+                return f"step {event['step']}/{self.steps}  held-out loss {_loss(event['eval_loss'])}"
         return _remark(event)
 
     def _shown(self, step: int) -> bool:
@@ -96,7 +96,7 @@ class _Bar:
             self.figures = _figures(event)
             self.display.update(self.task, completed=event["step"], figures=self.figures + self.held)
         elif event["event"] == "evaluation" and self.task is not None:
-            self.held = f"  held-out {event['eval_loss']:.3f}"
+            self.held = f"  held-out {_loss(event['eval_loss'])}"
             self.display.update(self.task, figures=self.figures + self.held)
         elif text := _remark(event):
             self.display.console.print(text, markup=False, highlight=False)
@@ -112,6 +112,10 @@ class _Bar:
 
 def _figures(step: Event) -> str:
     return f"loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s  {step['peak_bytes'] / GIB:.1f} GiB"
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _remark(event: Event) -> str | None:

@@ -24,6 +24,7 @@ from luthier.model.load import load_tokenizer, loaded_revision, model_folder
 from luthier.model.place import check_place
 from luthier.recipe import Recipe
 from luthier.runs import Run, naming, sync_folder
+from luthier.strict import finite
 from luthier.train.decide import Decisions
 from luthier.train.engines import ENGINES, Engine
 from luthier.train.group import report
@@ -174,10 +175,12 @@ def model_of(recipe: Recipe, decisions: Decisions, folder: Path, loaded: Any = N
 
 
 def _recording(run: Run, trackers: Trackers, emit: Emit) -> Emit:
-    """Passes events on, and figures to the trackers and samples to samples.jsonl on the way."""
+    """Passes events on, and figures to the trackers and samples to samples.jsonl on the way. A figure that is not
+    finite is None to all of them, as it is null in every file."""
     samples, every = Journal(run.samples), run.recipe.run.log_every
 
     def record(event: Event) -> None:
+        event = finite(event)
         figures = {key: value for key, value in event.items() if key != "event"}
         if event["event"] == "evaluation" or (event["event"] == "step" and event["step"] % every == 0):
             trackers.log(figures)

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import fcntl
 import json
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, islice
+from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
-from luthier.data.conversation import Conversation, Example, Message
+from luthier.data.conversation import Conversation, Message
 from luthier.data.packing import micro_batches
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
 from luthier.evaluate.asking.suite import answerable, answered, digest
 from luthier.evaluate.metrics import Answer
 from luthier.runs import Run, naming
+from luthier.strict import dumps
 
 if TYPE_CHECKING:
     import torch
 
+    from luthier.data.conversation import Example
     from luthier.data.stream import Micro
     from luthier.data.tokens import Encoder
     from luthier.model.causal import CausalModel
@@ -41,19 +45,32 @@ CHUNK_TOKENS = 1 << 14
 """The most tokens of theirs on a CPU, which takes no longer for two halves (docs/log.md): little is lost by a kill."""
 PACK = 1024
 """Tokens of the rows whose likelihoods are taken in one pass: enough to keep a processor busy."""
+ENCODED = 1024
+"""Rows that are encoded together: until they are told apart, a token is an object of its own."""
 
 
-@dataclass(frozen=True)
+class Text(NamedTuple):
+    """A row as tokens, held in a tenth of an `Example`'s memory; `supervised` has a byte for each."""
+
+    ids: array[int]
+    supervised: bytes
+
+    @classmethod
+    def of(cls, example: Example) -> Text:
+        return cls(array("i", example.ids), bytes(example.supervised))
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
-    """One side's answer to a question's `prompt`, the likelihood of its `example`, or those of the `choices` that may
-    follow its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
+    """One side's answer to a question's `prompt`, the likelihood of its `text`, or those of the `choices` that may follow
+    its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
     """
 
     side: Side
     question: int
     key: str
-    prompt: list[int] | None = None
-    example: Example | None = None
+    prompt: array[int] | None = None
+    text: Text | None = None
     choices: list[list[int]] | None = None
     characters: tuple[int, ...] = ()
     unasked: bool = False
@@ -65,7 +82,7 @@ class Task:
 
     @property
     def kind(self) -> Literal["answers", "likelihoods", "choices"]:
-        return "likelihoods" if self.example else "choices" if self.choices else "answers"
+        return "likelihoods" if self.text else "choices" if self.choices else "answers"
 
     @property
     def label(self) -> str:
@@ -74,7 +91,7 @@ class Task:
     @property
     def length(self) -> int:
         """Tokens that are read."""
-        return len(self.prompt or (self.example.ids if self.example else ()))
+        return len(self.prompt or (self.text.ids if self.text else ()))
 
 
 Rider = tuple[Task, list[list[int]]]
@@ -94,7 +111,7 @@ def plan(
     reference's targets are the tokens that training would supervise, so that exp(mean) is the perplexity of the
     held-out loss."""
     prompts = _prompts(subject, questions) if "text" in needs else {}
-    examples = _examples(subject, questions) if "nll" in needs else {}
+    texts = _texts(subject, questions) if "nll" in needs else {}
     labels = subject.run.recipe.data.labels
     choices = choices_of(subject, questions, labels) if {"choices", "unasked"} & set(needs) else {}
     bare = [_without_question(question) for question in questions]
@@ -102,24 +119,26 @@ def plan(
     tasks = []
     for side in sides:
         rule = {**subject.identity(side), **_decoding(sampling), "stop": sorted(subject.encoder.stop_ids)}
-        tasks += [Task(side, i, digest([rule, prompt]), prompt=prompt) for i, prompt in prompts.items()]
-        tasks += likelihoods(subject, side, examples)
+        tasks += [Task(side, i, digest([rule, prompt.tolist()]), prompt=prompt) for i, prompt in prompts.items()]
+        tasks += likelihoods(subject, side, texts)
         tasks += choosing(subject, side, choices) + choosing(subject, side, unasked, unasked=True)
     return tasks
 
 
-def likelihoods(subject: Subject, side: Side, examples: Mapping[int, Example]) -> list[Task]:
-    """The tasks of weighing some examples, by question."""
+def likelihoods(subject: Subject, side: Side, texts: Mapping[int, Text]) -> list[Task]:
+    """The tasks of weighing some texts, by question."""
     identity = subject.identity(side)
-    keys = {i: digest(["likelihood", identity, example.ids, example.supervised]) for i, example in examples.items()}
-    return [Task(side, i, keys[i], example=example) for i, example in examples.items()]
+    keys = {
+        i: digest(["likelihood", identity, text.ids.tolist(), list(text.supervised)]) for i, text in texts.items()
+    }
+    return [Task(side, i, keys[i], text=text) for i, text in texts.items()]
 
 
 def choosing(subject: Subject, side: Side, choices: Mapping[int, Choices], *, unasked: bool = False) -> list[Task]:
     """The tasks of weighing choices, by question."""
     identity = subject.identity(side)
     return [
-        Task(side, i, digest(["choices", identity, prompt, rests]), prompt, None, rests, lengths, unasked)
+        Task(side, i, digest(["choices", identity, prompt, rests]), array("i", prompt), None, rests, lengths, unasked)
         for i, (prompt, rests, lengths) in choices.items()
     ]
 
@@ -150,7 +169,7 @@ def work(
             read = partial(_read, subject, riders=riders, memo=memo, advance=advance, in_flight=in_flight)
             read([task for task in mine if task.kind == "answers"], sampling)
             read([task for task in mine if task.choices and task.key not in memo], nothing)
-            _weigh(subject, [task for task in mine if task.example and task.key not in memo], memo, advance)
+            _weigh(subject, [task for task in mine if task.text and task.key not in memo], memo, advance)
 
 
 def unpacked_where_free(model: CausalModel, processes: int = 1) -> AbstractContextManager[None]:
@@ -200,32 +219,44 @@ def _decoding(sampling: Sampling) -> dict[str, Any]:
 
 class Memo:
     """Results by key, a JSON line each, appended as they come, by one process or several. Those in the files `others`
-    are read, never written."""
+    are read, never written. Held as the lines that they are: as values they would take several times the memory."""
 
     def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
-        self.path = path
+        self.path, self._lines = path, dict[str, bytes]()
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in others:
+            if other.exists():
+                with other.open("rb") as file:
+                    self._keep(file)
         with self._locked() as file:
-            whole = file.read()
-            kept = whole[: whole.rfind(b"\n") + 1]
-            file.truncate(len(kept))  # a last line torn by a crash: what follows must not be glued to it
-        lines = chain(*(other.read_bytes().splitlines() for other in others if other.exists()), kept.splitlines())
-        self._results = {record["key"]: record for line in lines if (record := _record(line))}
+            whole = self._keep(file)
+            file.truncate(whole)  # a last line torn by a crash: what follows must not be glued to it
 
     def __contains__(self, key: str) -> bool:
-        return key in self._results
+        return key in self._lines
 
     def __getitem__(self, key: str) -> Result:
-        return self._results[key]
+        record = _record(self._lines[key])
+        assert record is not None
+        return record
 
     def keys(self) -> Set[str]:
-        return self._results.keys()
+        return self._lines.keys()
 
     def add(self, results: dict[str, Result]) -> None:
-        records = {key: {"key": key, **result} for key, result in results.items()}
+        lines = {key: dumps({"key": key, **result}).encode() + b"\n" for key, result in results.items()}
         with self._locked() as file:
-            file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records.values()))
-        self._results |= records
+            file.write(b"".join(lines.values()))
+        self._lines |= lines
+
+    def _keep(self, file: BinaryIO) -> int:
+        """Takes the lines of a file, and returns how many bytes of it are whole lines."""
+        whole = 0
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+            if record := _record(line):
+                self._lines[record["key"]] = line
+        return whole
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -240,20 +271,42 @@ def _record(line: bytes) -> Result | None:
     """A line of a memo; None for one that a full disk or a hand has spoilt, whose result is then made again."""
     try:
         record: Result = json.loads(line)
-        return record if isinstance(record, dict) and "key" in record else None
+        return _with_nan(record) if isinstance(record, dict) and "key" in record else None
     except ValueError:
         return None
 
 
-def _prompts(subject: Subject, questions: Sequence[Conversation]) -> dict[int, list[int]]:
-    asked = [i for i, question in enumerate(questions) if answerable(question)]
-    return dict(zip(asked, subject.encoder.prompts([questions[i] for i in asked]), strict=True))
+def _with_nan(value: Any) -> Any:
+    """What was not finite, and is null in a memo, for no result holds None: a likelihood that is not known is not one
+    that nobody asked for."""
+    if isinstance(value, dict):
+        return {key: _with_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(inner) for inner in value]
+    return nan if value is None else value
 
 
-def _examples(subject: Subject, questions: Sequence[Conversation]) -> dict[int, Example]:
-    complete = {i: full for i, question in enumerate(questions) if (full := answered(question)) is not None}
-    examples = zip(complete, subject.encoder.examples(list(complete.values())), strict=True)
-    return {i: example for i, example in examples if any(example.supervised[1:])}
+def _prompts(subject: Subject, questions: Sequence[Conversation]) -> dict[int, array[int]]:
+    found: dict[int, array[int]] = {}
+    for part in _parts(questions):
+        asked = {i: question for i, question in part.items() if answerable(question)}
+        found |= zip(asked, (array("i", p) for p in subject.encoder.prompts(list(asked.values()))), strict=True)
+    return found
+
+
+def _texts(subject: Subject, questions: Sequence[Conversation]) -> dict[int, Text]:
+    found: dict[int, Text] = {}
+    for part in _parts(questions):
+        complete = {i: full for i, question in part.items() if (full := answered(question)) is not None}
+        examples = zip(complete, subject.encoder.examples(list(complete.values())), strict=True)
+        found |= {i: Text.of(example) for i, example in examples if any(example.supervised[1:])}
+    return found
+
+
+def _parts(questions: Sequence[Conversation]) -> Iterator[dict[int, Conversation]]:
+    """The questions by their numbers, as many at a time as are encoded together."""
+    numbered = enumerate(questions)
+    return iter(lambda: dict(islice(numbered, ENCODED)), {})
 
 
 Choices = tuple[list[int], list[list[int]], tuple[int, ...]]
@@ -303,17 +356,17 @@ def _riders(tasks: Sequence[Task]) -> dict[tuple[int, bool], list[Rider]]:
     for task in tasks:
         if task.choices:
             found[task.place].append((task, task.choices))
-        elif task.example and (rest := _rest(task.example, prompts.get(task.place) or [])):
+        elif task.text and (rest := _rest(task.text, prompts.get(task.place) or array("i"))):
             found[task.place].append((task, [rest]))
     return found
 
 
-def _rest(example: Example, prompt: list[int]) -> list[int]:
+def _rest(text: Text, prompt: array[int]) -> list[int]:
     """The supervised tokens of a row, if they are what follows the prompt; else nothing."""
-    start, count = len(prompt), sum(example.supervised[1:])
+    start, count = len(prompt), sum(text.supervised[1:])
     # An earlier answer of the conversation may be supervised too: then the row is weighed whole.
-    follows = start and example.ids[:start] == prompt and sum(example.supervised[start : start + count]) == count
-    return example.ids[start : start + count] if follows else []
+    follows = start and text.ids[:start] == prompt and sum(text.supervised[start : start + count]) == count
+    return text.ids[start : start + count].tolist() if follows else []
 
 
 def _read(
@@ -333,7 +386,7 @@ def _read(
     for chunk in chunks(tasks, sampling.max_new_tokens, subject.model.device.type):
         riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
-        prompts, done = [task.prompt or [] for task in chunk], partial(_one_more, advance, chunk[0].label)
+        prompts, done = [task.prompt.tolist() if task.prompt else [] for task in chunk], partial(_one_more, advance, chunk[0].label)
         made = generate(
             subject.model,
             prompts,
@@ -376,36 +429,36 @@ def _one_more(advance: Advance, label: str, done: int, total: int) -> None:
 def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance) -> None:
     for pack in micro_batches([task.length for task in tasks], PACK):
         chunk = [tasks[i] for i in pack]
-        results = _losses(subject, [task.example for task in chunk if task.example])
+        results = _losses(subject, [task.text for task in chunk if task.text])
         memo.add(dict(zip((task.key for task in chunk), results, strict=True)))
         advance(chunk[0].label, len(chunk))
 
 
-def _losses(subject: Subject, examples: Sequence[Example]) -> list[Result]:
+def _losses(subject: Subject, texts: Sequence[Text]) -> list[Result]:
     """Of each row the summed negative log-likelihood (nats) of its supervised tokens, the rows packed in one pass."""
     import torch
 
     from luthier.kernels.loss import token_losses
 
-    micro, counts = _packed(examples, subject.model.device), [sum(e.supervised[1:]) for e in examples]
+    micro, counts = _packed(texts, subject.model.device), [sum(text.supervised[1:]) for text in texts]
     losses = token_losses(subject.model.hidden(micro), subject.model.head, micro.targets)
     return [{"nll": float(row.sum()), "targets": len(row)} for row in torch.split(losses, counts)]
 
 
-def _packed(examples: Sequence[Example], device: torch.device) -> Micro:
+def _packed(texts: Sequence[Text], device: torch.device) -> Micro:
     import torch
 
     from luthier.data.stream import Micro
 
-    lengths = [len(example.ids) for example in examples]
-    ids = torch.tensor([i for example in examples for i in example.ids])
-    learned = torch.tensor([bit for example in examples for bit in (0, *example.supervised[1:])]).nonzero()[:, 0]
+    lengths = [len(text.ids) for text in texts]
+    ids = torch.tensor([i for text in texts for i in text.ids])
+    learned = torch.tensor([bit for text in texts for bit in (0, *text.supervised[1:])]).nonzero()[:, 0]
     return Micro(
         ids=ids.to(device),
         positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         bounds=tuple(accumulate(lengths, initial=0)),
         rows=(learned - 1).to(device),
         targets=ids[learned].to(device),
-        samples=torch.arange(len(examples), device=device),
+        samples=torch.arange(len(texts), device=device),
         step=0,
     )

@@ -24,7 +24,7 @@ def training(run: Run) -> Json | None:
     """The loss curves and what the steps took, from metrics.jsonl; None before the first step."""
     records = run.steps()
     steps = [record for record in records if "loss" in record]
-    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if _finite(r.get("eval_loss"))]
+    heldout = [(float(r["step"]), float(r["eval_loss"])) for r in records if known(r.get("eval_loss"))]
     if not steps:
         return None
     losses = [(float(r["step"]), float(r["loss"])) for r in steps]
@@ -42,9 +42,9 @@ def training(run: Run) -> Json | None:
     }
 
 
-def _finite(loss: float | None) -> bool:
-    """A loss that was not is null, in older runs NaN."""
-    return loss is not None and isfinite(loss)
+def known(figure: float | None) -> bool:
+    """Whether it is finite: one that was not is null, in older files NaN."""
+    return figure is not None and isfinite(figure)
 
 
 def _spoken(losses: list[tuple[float, float]], heldout: list[tuple[float, float]]) -> str:

@@ -47,8 +47,13 @@ class Axis:
         return [round(step * k, 10) for k in range(first, floor(self.high / step + 1e-9) + 1)]
 
 
-def interval(low: float, middle: float, high: float, axis: Axis, label: str, *, zero: float | None = 0.0) -> Markup:
-    """A 95 % interval as a bar with a dot at the estimate and a tick at `zero`; `label` is read out instead."""
+def interval(
+    low: float, middle: float | None, high: float, axis: Axis, label: str, *, zero: float | None = 0.0
+) -> Markup:
+    """A 95 % interval as a bar with a dot at the estimate and a tick at `zero`; `label` is read out instead. Empty
+    where the estimate is not finite."""
+    if middle is None:
+        return Markup("")
     left, dot, right = (axis.at(v) for v in (low, middle, high))
     body = Markup(
         '<line class="bar" x1="{0}" x2="{1}" y1="50" y2="50"/><line class="dot" x1="{2}" x2="{2}" y1="50" y2="50"/>'

@@ -14,7 +14,9 @@ from typing import Any
 from markupsafe import Markup
 
 from luthier.evaluate.metrics import Metric, shown
+from luthier.evaluate.page.facts import known
 from luthier.evaluate.statistics.paired import figure
+from luthier.strict import dumps
 
 Json = dict[str, Any]
 SIDES = ("base", "tuned")
@@ -46,7 +48,11 @@ def _row(row: Json, others: Sequence[str]) -> Json:
         "answers": [row[side] for side in SIDES] + more,
         "words": [row["words"][side] for side in SIDES] + [len((text or "").split()) for text in more],
         "stopped": [row["stopped"][side] for side in SIDES] + [None] * len(more),  # not known of the others
-        "scores": {name: [score[side] for side in SIDES] for name, score in row["scores"].items()},
+        "scores": {
+            name: [score[side] for side in SIDES]
+            for name, score in row["scores"].items()
+            if all(known(score[side]) for side in SIDES)
+        },
         "slices": row.get("slices", {}),
         "choices": _choices(row),
     }
@@ -61,7 +67,7 @@ def _prompt(messages: list[Json]) -> str:
 def _choices(row: Json) -> list[tuple[str, list[int]]]:
     """Each choice with its share of the choices' likelihood on every side, in percent; empty where none was taken."""
     likelihoods = [row.get("choices_nll", {}).get(side) for side in SIDES]
-    if not all(likelihoods):
+    if not all(side and all(map(known, side)) for side in likelihoods):
         return []
     shares = [[exp(min(side) - nll) for nll in side] for side in likelihoods]
     percent = [[round(100 * share / sum(side)) for share in side] for side in shares]
@@ -82,7 +88,7 @@ def payload(rows: list[Json], metrics: dict[str, Json], names: Sequence[str]) ->
         "tokens": TOKENS.pattern,
         "rows": rows,
     }
-    return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+    return Markup(dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def fitting(rows: list[Json], room: int | None = None) -> list[Json]:

@@ -105,7 +105,8 @@ def _axis(found: Iterable[Json]) -> Axis:
 def _score(metric: Metric, found: Json, axis: Axis, note: str = "") -> Json:
     low, high = (axis_end if v is None else v for v, axis_end in ((found["low"], axis.low), (found["high"], axis.high)))
     known = found["low"] is not None
-    text = f"{signed(found['low'])} to {signed(found['high'])}" if known else "one question has no interval"
+    lacking = "one question has no interval" if found["n"] == 1 else "not known"
+    text = f"{signed(found['low'])} to {signed(found['high'])}" if known else lacking
     return {
         "title": metric.title,
         "note": note or ("" if metric.higher else "lower is better"),

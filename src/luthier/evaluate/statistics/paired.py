@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from luthier.evaluate.metrics import Metric, Statistics
@@ -94,8 +94,9 @@ def paired(metric: Metric, base: Sequence[Statistics], tuned: Sequence[Statistic
     if len(base) != len(tuned) or not len(base):
         raise ValueError("a paired comparison needs the same questions on both sides, and at least one")
     sides = np.array([base, tuned], dtype=np.float64)
-    scored = right_or_wrong(metric, sides)
-    judged = agreed(_of_shares(sides) if scored else _of_sums(metric, sides, seed), len(base))
+    scored, known = right_or_wrong(metric, sides), bool(np.isfinite(sides).all())
+    found = _of_shares(sides) if scored else _of_sums(metric, sides, seed) if known else UNKNOWN
+    judged = agreed(found, len(base))
     there, differing = metric.finish(sides.sum(axis=1)), int((sides[0] != sides[1]).any(axis=1).sum())
     return Paired(
         base=float(there[0]),
@@ -122,6 +123,10 @@ class Judged(NamedTuple):
     detectable: float | None
 
 
+UNKNOWN = Judged(-inf, inf, 1.0, None)
+"""Of one question, and of questions of which one has no finite figure."""
+
+
 def right_or_wrong(metric: Metric, sides: Floats) -> bool:
     """Whether every question counts once and scores 0 or 100 on both sides [2, n, k]: then shares are compared."""
     if metric.finish is not ratio:
@@ -139,7 +144,7 @@ def _of_shares(sides: Floats) -> Judged:
 
 def _of_sums(metric: Metric, sides: Floats, seed: int) -> Judged:
     if sides.shape[1] < 2:
-        return Judged(-inf, inf, 1.0, None)
+        return UNKNOWN
     found = bootstrap(metric, sides, seed)
     least = detectable(found.spread, found.freedom) if found.spread > 0.0 else None
     return Judged(found.low, found.high, sign_flip(metric, sides, seed), least)
@@ -155,14 +160,16 @@ def agreed(judged: Judged, n: int) -> Judged:
 
 
 def verdict_of(low: float, high: float, *, higher: bool) -> Verdict:
-    """`better` or `worse` only where the whole interval of tuned - base lies on that side of zero."""
-    if low <= 0.0 <= high:
+    """`better` or `worse` only where the whole interval of tuned - base lies on that side of zero; NaN does not."""
+    if not (low > 0.0 or high < 0.0):
         return "no evidence"
     return "better" if (low > 0.0) == higher else "worse"
 
 
-def figure(value: float) -> str:
-    """A figure for people: 13.4, 9.8, 0.4, 0.012."""
+def figure(value: float | None) -> str:
+    """A figure for people: 13.4, 9.8, 0.4, 0.012. None is what was not finite."""
+    if value is None or isnan(value):
+        return "not finite"
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.1f}" if abs(value) >= 1.0 else f"{value:.2g}"
@@ -198,7 +205,9 @@ def limits(metric: Metric, found: Paired) -> str | None:
     return f"{found.n} rows cannot tell differences under {least}"
 
 
-def signed(value: float) -> str:
+def signed(value: float | None) -> str:
     """A figure with its sign: +9.8, −0.4."""
+    if value is None:
+        return figure(value)
     sign = "+" if value > 0 else "−" if value < 0 else ""
     return sign + figure(abs(value))
