@@ -155,6 +155,29 @@ def test_a_bad_line_is_handed_over_where_it_is_counted_and_the_rest_is_read(tmp_
     assert message in str(error)
 
 
+@pytest.mark.parametrize(
+    "content", ['[{{"i": 0}},\n {0},\n {{"i": 2}}]', '{{"i": 0}}\n {0}\n{{"i": 2}}', '{0}\n{{"i": 2}}']
+)
+@pytest.mark.parametrize("size", [1, 3 << 20])
+def test_a_key_that_stands_twice_in_one_of_many_rows_of_json_is_a_fault_of_that_row(tmp_path, content, size):
+    """Also where the row ends beyond what has been read when the key is found."""
+    row = '{"a": {"b": 1, "b": 2}, "c": "%s"}' % ("x" * size)
+    text, found = content.format(row), []
+    rows = rows_of(tmp_path, "r.json", text.encode(), bad=lambda origin, error: found.append((origin, str(error))))
+    line, column = text[: text.index(row)].count("\n") + 1, 1 + text[: text.index(row)].endswith(" ")
+    assert [r.values["i"] for r in rows] == [0, 2][-len(rows) :]
+    assert rows[-1].origin.line == line + 1
+    (fault,) = found
+    assert fault[0] == Origin("r.json", line)
+    assert fault[1].startswith(f"r.json:{line}:{column}: the key 'b' stands twice in one object")
+
+
+def test_a_key_that_stands_twice_in_the_one_object_that_holds_all_rows_is_never_one_bad_row(tmp_path):
+    content = b'{"rows": [{"i": 0}, {"i": 1, "i": 2}, {"i": 3}]}'
+    with pytest.raises(DataError, match=r"r\.json:1:1: the key 'i' stands twice"):
+        rows_of(tmp_path, "r.json", content, bad=lambda origin, error: None)
+
+
 def test_a_surrogate_pair_written_as_escapes_is_one_character(tmp_path):
     (row,) = rows_of(tmp_path, "r.jsonl", rb'{"text": "\ud83d\ude00 \\ud83d"}')
     assert row.values["text"] == "😀 \\ud83d"

@@ -319,6 +319,9 @@ def _broken_json(where: str, error: Exception) -> DataError:
 
 def _record(value: Any, text: str, origin: Origin, bad: Bad) -> Row | None:
     """The row that JSON `text` stands for, if it is an object of clean text."""
+    if isinstance(value, DataError):
+        bad(origin, value)
+        return None
     if not isinstance(value, dict):
         bad(
             origin,
@@ -383,6 +386,8 @@ def _objects(cursor: _Cursor, bad: Bad) -> Iterator[Row]:
     origin = Origin(cursor.file.name, cursor.line)
     value, text = cursor.value()
     alone = not cursor.peek()
+    if alone and isinstance(value, DataError):  # it may have held all rows
+        raise value
     held = _held_rows(value, origin) if alone and isinstance(value, dict) else None
     numbered = enumerate(held, 1) if held is not None else [(origin.line, value)]
     for line, each in numbered:
@@ -412,7 +417,7 @@ class _Cursor:
         self.file, self.line = file, 1
         self._text, self._at, self._column, self._end = "", 0, 1, False
         self._bytes = 0
-        self._decode, self._scan = codecs.getincrementaldecoder("utf-8")(), _DECODER.raw_decode
+        self._decode = codecs.getincrementaldecoder("utf-8")()
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -429,21 +434,24 @@ class _Cursor:
         self._advance(self._at + 1)
 
     def value(self) -> tuple[Any, str]:
-        """The next value and the text it was read from."""
+        """The next value, or the DataError that it has a key twice, and the text it was read from."""
         self.peek()
-        size = _CHUNK
+        size, decoder, twice = _CHUNK, _DECODER, None
         while True:
             try:
-                value, end = self._scan(self._text, self._at)
+                value, end = decoder.raw_decode(self._text, self._at)
+            except _TwiceError as error:
+                twice, decoder = _broken_json(self.place(), error), json.JSONDecoder()  # which finds its end
+                continue
             except (ValueError, RecursionError) as error:
                 # Perhaps only cut off: double the look-ahead, so that this stays linear.
-                if not isinstance(error, _TwiceError) and self._more(size):
+                if self._more(size):
                     size *= 2
                     continue
                 raise self._broken(error) from error
             text = self._text[self._at : end]
             self._advance(end)
-            return value, text
+            return twice or value, text
 
     def place(self) -> str:
         return f"{self.file.name}:{self.line}:{self._column}"
