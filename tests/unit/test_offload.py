@@ -13,7 +13,7 @@ import tiny
 from luthier.adapters.method import attach
 from luthier.data.stream import Micro
 from luthier.model import offload
-from luthier.model.away import CHUNK, Parcel, Shelf
+from luthier.model.away import CHUNK, Away, Parcel, Shelf
 from luthier.model.causal import CausalModel
 from luthier.model.decode import is_fast
 from luthier.model.fast import FastDecoder
@@ -251,6 +251,41 @@ def test_two_losses_may_be_on_their_way_at_a_time() -> None:
             loss.backward()  # type: ignore[no-untyped-call]
         found.append([p.grad for p in one.adapter.parameters() if p.grad is not None])
     assert same(*found)
+
+
+def test_what_has_not_left_when_it_is_wanted_stays() -> None:
+    """Where all blocks send theirs away, two parcels are on their way when the backward pass begins."""
+    away, kept, at_most = Away(BLOCKS, BLOCKS, torch.device("cpu")), list(torch.arange(8.0 * BLOCKS).split(8)), 0
+    kept = [x.clone() for x in kept]
+    away.begin()
+    parcels: list[Any] = []
+    for number, x in enumerate(kept):
+        away.enter(number)
+        parcels.append(away.send(number, [x]))
+    found = []
+    for number in reversed(range(BLOCKS)):
+        away.call(number, parcels[number])
+        at_most = max(at_most, sum(bool(parcel._pieces) for parcel in parcels))
+        found += parcels[number].take()
+    assert all(map(torch.equal, found, kept[::-1]))
+    assert [x.data_ptr() == y.data_ptr() for x, y in zip(found, kept[::-1], strict=True)] == [True, True, False, False]
+    assert at_most == 2
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_any_pass_begins_without_what_another_one_left(gradients: bool) -> None:
+    """Of a backward pass that failed, or never came, copies may be on their way to memory that is there again."""
+    model, ids = ours(away=BLOCKS), torch.arange(1, 21)
+    micro = Micro(ids, torch.arange(20), (0, 20), torch.arange(19), ids[1:], torch.zeros(1, dtype=torch.int64), step=0)
+    assert model.decoder is not None
+    assert model.decoder.away is not None
+    model.loss(micro)
+    left = model.decoder.away.newest
+    assert left is not None
+    with torch.set_grad_enabled(gradients):
+        model.loss(micro)
+    assert not left._pieces
+    assert model.decoder.away.newest is not left
 
 
 def test_parts_of_one_piece_of_memory_come_back_as_parts_of_one() -> None:

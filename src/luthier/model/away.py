@@ -140,13 +140,17 @@ class Away:
 
     def call(self, index: int, newest: Parcel | None) -> None:
         """To be called before the backward pass of block `index`, with the newest parcel that was there when it ran:
-        begins to fetch that, and those before it, as far as there is room."""
-        self._let_go(0)
+        begins to fetch that, and those before it, as far as there is room. What of them has not left stays."""
         done = self.count + self.staying - 1 - index
         parcel, more = newest, max(done, int(index == self.count)) if index >= self.count else max(2, self.staying)
-        while parcel is not None and more:
+        wanted: list[Parcel] = []
+        while parcel is not None and len(wanted) < more:
+            wanted.append(parcel)
+            parcel = parcel.before
+        self._going = deque(parcel for parcel in self._going if parcel not in wanted)
+        self._let_go(0)
+        for parcel in wanted:
             parcel.fetch()
-            parcel, more = parcel.before, more - 1
 
     def _let_go(self, most: int) -> None:
         """Leaves so many on their way; what is computed from now on waits until the others are gone."""

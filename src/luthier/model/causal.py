@@ -104,6 +104,8 @@ class CausalModel:
             return self._nothing()
         if self.decoder is not None:
             micro = self.ready(micro)  # before it is moved: a GPU would have to be waited for
+            if self.decoder.away is not None:  # before anything is made: what a pass that failed had may be written yet
+                self.decoder.away.begin()
             if self.decoder.too_long(micro):
                 return self._beyond_the_window(micro)
             if on_gpu(self.decoder.norm.weight):

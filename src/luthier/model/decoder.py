@@ -113,8 +113,6 @@ class Decoder:
         With a `prefix`, that many tokens are the first segment, which all others see as if they began with it.
         """
         away = self.away if torch.is_grad_enabled() else None
-        if away is not None:
-            away.begin()  # before anything is made: what was on its way in a pass that failed may still be written
         self.updates.refresh(self._products)
         x: Tensor = self.embed(micro.ids)
         before: Tensor | None = None
