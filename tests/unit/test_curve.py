@@ -183,6 +183,23 @@ def test_away_from_bounds_questions_that_all_agree_say_nothing_of_others(score: 
     assert np.isfinite(found.base_band().low)
 
 
+def better(one: Any, points: float) -> Any:
+    """The same answers, each worth so many points more."""
+    return one + np.array([points, 0.0])
+
+
+@pytest.mark.parametrize("more", [0.0, 1.0])
+def test_a_difference_that_is_the_same_for_every_question_says_nothing_of_others(more: float) -> None:
+    one = statistics(np.random.default_rng(0), 0.5, 1, np.zeros(50))
+    found = Curve({"100": one, "200": better(one, more)}, ratio, bounds=(0.0, 100.0))
+    difference, p = found.combined({"100": -1.0, "200": 1.0})
+    assert (difference.value, difference.low, difference.high, p) == (pytest.approx(more), -np.inf, np.inf, 1.0)
+    assert np.isfinite(found.band("100").high)
+    seeds = {"100": np.concatenate([one, better(one, 2.0)]), "200": np.concatenate([one, better(one, 3.0)])}
+    difference, _ = Curve(seeds, ratio).combined({"100": -1.0, "200": 1.0})
+    assert -np.inf < difference.low < 0 < difference.high < np.inf, "what seeds do is known"
+
+
 # --- verdicts over sizes
 
 
@@ -301,6 +318,13 @@ def test_a_study_whose_chance_is_not_known_says_so_everywhere_and_is_json() -> N
             shown.print(Shown(known))
         assert capture.get().count("not known") >= 4
         assert "not known" in render(known)
+
+
+def test_sizes_whose_answers_are_the_same_do_not_say_that_a_doubling_gives_nothing_for_sure() -> None:
+    one = statistics(np.random.default_rng(0), 0.5, 1, np.zeros(50))
+    found = study({100: one, 200: one}, constant(0.0, seeds=1))
+    assert "a doubling gave 0 points (chance is not known)" in found.sentence
+    assert found.as_dict()["trend"]["low"] is None
 
 
 # --- over a setting

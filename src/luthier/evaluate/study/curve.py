@@ -159,6 +159,8 @@ class Curve:
                 spread = weights[name] * self.noise.deviation / np.sqrt(len(self.scores[name]))
                 chance = np.random.default_rng([1, self._places[name]])  # each setting's own
                 draws = draws + spread * chance.standard_t(self.noise.freedom, len(draws))
+        if _agree(draws):  # the same for each question, as between points of equal answers
+            return Interval(value, -inf, inf), 1.0
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Interval(value, min(float(low), value), max(float(high), value)), _p(draws)
 
