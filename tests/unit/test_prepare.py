@@ -131,6 +131,12 @@ def test_a_column_to_keep_that_no_test_row_has_is_refused_with_the_nearest_name(
     assert [c.meta["columns"] for c in test_conversations(kept.folder)] == [{"topic": "rain"}] * 8 + [{"hour": 3}]
 
 
+def test_a_bad_test_row_that_alone_has_a_column_to_keep_is_what_is_told(made):
+    asked = [*[chat(q) for q in questions(9)], chat("", topic="rain")]
+    with pytest.raises(DataError, match=r"test\.jsonl:10: (.|\n)*data\.bad_rows=drop"):
+        made([chat("Is it so?")], asked, keep=["topic"])
+
+
 def test_without_test_rows_the_columns_to_keep_are_those_of_the_rows(made):
     rows = [chat(q, topic="rain") for q in questions(9)]
     with pytest.raises(DataError, match="no row has a value of 'topics'; did you mean 'topic'"):

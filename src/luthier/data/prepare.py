@@ -190,6 +190,7 @@ class _Journey(ExitStack):
 
     def run(self) -> dict[str, Any]:
         tests = list(self._read(self.data.test, self.test, answers=False))
+        self.test.check()
         if tests:
             self._check_columns(self.test, "test row")
         _write_conversations(self.folder / "test.jsonl", tests)
@@ -202,7 +203,6 @@ class _Journey(ExitStack):
                 for example in examples:
                     store.add(example)
         held, near = self._set_apart()
-        self.test.check()
         self.train.check()
         if not tests:
             self._check_columns(self.train, "row")
