@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import trainers
-from peers.desk import Desk
+from peers.desk import LOOK, Desk
 from peers.stacks import Stacks
 from peers.workloads import MEMORY, WORKLOADS, Workload, counts, dry, steps
 
@@ -260,8 +260,7 @@ class Bench:
                 if cell.process not in {later.process for _, later in left}:
                     self.close(cell.process)
         finally:
-            for name in list(self.desks):
-                self.close(name)
+            self.close_all()
 
     def kept(self) -> list[dict[str, Any]]:
         """Rows of this run that are there."""
@@ -272,7 +271,7 @@ class Bench:
     def lacks(self, number: int, cell: Cell) -> bool:
         return self.options.again or not any(
             (row["round"], name(row)) == (number, cell.name)
-            and (not cell.ours or row["commit"] == self.commit)
+            and (not cell.ours or (row["commit"] == self.commit and tells(self.commit)))
             and not row.get("failed", "").endswith(LACKING)
             for row in self.before
         )
@@ -297,7 +296,15 @@ class Bench:
             self.told(cell, "ready") for cell in {cell.process: cell for cell in wanted if self.shares(cell)}.values()
         ]
         with ThreadPoolExecutor(max(1, len(shapes))) as pool:
-            list(pool.map(self.write, shapes.values()))
+            written = [pool.submit(self.write, group) for group in shapes.values()]
+            try:
+                for each in written:
+                    each.result()
+            except BaseException:  # the pool waits for its threads, and a thread for its process, or the next one
+                while not all(each.done() for each in written):
+                    self.close_all()
+                    time.sleep(LOOK)
+                raise
         for task in imports:
             self.heard(task)
         for group in list(shapes.values())[:1]:
@@ -327,15 +334,19 @@ class Bench:
 
     def told(self, cell: Cell, what: str) -> Task:
         """A task that its process was given. One that has just been started for it tells how long the start took."""
-        desk = self.desks.get(cell.process)
-        fresh = desk is None or not desk.open
         profile = self.options.profile and str(self.options.profile.absolute() / f"{cell.name.replace('/', '-')}.txt")
         answer, started = str(self.answers / f"{next(self.asked)}.json"), 0.0 if self.shares(cell) else time.time()
         task = Task(cell, str(self.models), self.options.dry, answer, what, profile, started)
-        if desk is None or fresh:
-            desk = self.desks[cell.process] = self.started(cell)
-        desk.tell(json.dumps(asdict(task)))
+        self.desk(cell).tell(json.dumps(asdict(task)))
         return task
+
+    def desk(self, cell: Cell) -> Desk:
+        """Its process: the one that is there, or in the place of one that ended another."""
+        found = self.desks.get(cell.process)
+        if found is None or not found.open:
+            self.close(cell.process)  # what the one that ended had started may hold memory yet
+            found = self.desks[cell.process] = self.started(cell)
+        return found
 
     def heard(self, task: Task) -> dict[str, Any]:
         return self.desks[task.cell.process].hear(Path(task.answer), self.options.limit)
@@ -348,6 +359,10 @@ class Bench:
     def close(self, process: str) -> None:
         if process in self.desks:
             self.desks.pop(process).close()
+
+    def close_all(self) -> None:
+        for process in list(self.desks):
+            self.close(process)
 
     def keep(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -367,13 +382,17 @@ def cells(variants: dict[str, tuple[str, ...]]) -> Iterator[list[Cell]]:
 
 
 def chosen(groups: Iterable[list[Cell]], only: str) -> list[list[Cell]]:
-    """What `only` names, in its order; `$` stands for the end of a name."""
-    parts = only.split(",")
+    """What `only` names, in its order; `$` stands for the end of a name. Raises SystemExit for a part that names
+    nothing."""
+    parts, offered = only.split(","), list(groups)
 
     def first(group: list[Cell]) -> int:
         return next(i for i, part in enumerate(parts) if any(part in f"{cell.name}$" for cell in group))
 
-    found = [[cell for cell in group if any(part in f"{cell.name}$" for part in parts)] for group in groups]
+    if unknown := [part for part in parts if not any(part in f"{c.name}$" for group in offered for c in group)]:
+        rows = [f"{group[0].workload}/{group[0].memory}/ {' '.join(cell.peer for cell in group)}" for group in offered]
+        raise SystemExit("\n".join([f"no row is called {', '.join(unknown)}; there are", *rows]))
+    found = [[cell for cell in group if any(part in f"{cell.name}$" for part in parts)] for group in offered]
     return sorted(filter(None, found), key=first)
 
 
@@ -460,6 +479,11 @@ def commit() -> str:
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
+
+
+def tells(commit: str) -> bool:
+    """Whether it says which code ran: without git, or beside changes, it may have been any."""
+    return commit != "unknown" and not commit.endswith("+")
 
 
 def versions() -> dict[str, str]:

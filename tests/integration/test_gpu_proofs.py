@@ -59,6 +59,9 @@ def test_a_sitting_goes_on_where_the_one_before_it_ended(tmp_path: Path) -> None
         with pytest.raises(gpu_proofs.Later, match="is left for another sitting"):
             sitting(deadline=0).part(*other, list)
     assert sitting(commit="b").part("curves", "seed 0", lambda: [2.0]) == [2.0]
+    for other in ("c+", "unknown"):  # says nothing of the code
+        for made in ([3.0], [4.0]):
+            assert sitting(commit=other).part("curves", "seed 0", made.copy) == made
     left = gpu_proofs.main(["--dry", "--models", str(tmp_path), "--only", "curves,budgets", "--deadline", "-1"])
     assert left == 1
 

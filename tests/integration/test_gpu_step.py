@@ -1,12 +1,17 @@
 """benchmarks/gpu_step.py, tiny and on a CPU: peers take the same steps, and only what ran together is compared."""
 
 import json
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from select import select
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_proofs  # type: ignore[import-not-found]
 import gpu_step  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
 from peers import clock, workloads  # type: ignore[import-not-found]
@@ -88,20 +94,142 @@ def test_a_process_that_measures_several_rows_tells_of_no_first_step(tmp_path: P
         assert row["left_gib"] == 0.0
 
 
-def test_a_process_that_ends_or_is_too_slow_says_what_it_printed_last(tmp_path: Path) -> None:
-    def heard(code: str, limit: float) -> Any:
-        desk = Desk([sys.executable, "-c", f"import sys, time\n{code}"], tmp_path / "log", {}, tmp_path / "at")
-        desk.tell(str(tmp_path / "answer"))
-        found = desk.hear(tmp_path / "answer", limit)
-        desk.close()
-        assert not desk.open
-        return found
+def test_a_process_that_ends_says_what_it_printed_last(tmp_path: Path) -> None:
+    desk = desk_of("input(); print('at work'); sys.exit('no such kernel')", tmp_path)
+    desk.tell("task")
+    failed = desk.hear(tmp_path / "answer", 60)["failed"]
+    assert failed.startswith("exit code 1: ")
+    assert "no such kernel" in failed
+    desk.close()
 
-    assert heard("open(sys.stdin.readline().strip(), 'w').write('{\"tok_s\": 1}'); time.sleep(60)", 60) == {"tok_s": 1}
-    (tmp_path / "answer").unlink()
-    assert heard("sys.exit('no such kernel')", 60)["failed"].startswith("exit code 1: ")
-    assert heard("print(7, flush=True); time.sleep(60)", 2)["failed"].startswith("took longer than 2 s: ")
-    assert (tmp_path / "log").read_text().splitlines() == ["no such kernel", "7"]
+
+LASTING = """
+pipe = open("pipe", "w")
+subprocess.Popen(["sleep", "150"], stdout=pipe)
+print("up", file=pipe, flush=True)
+"""
+ANSWERING = """
+signal.alarm(150)
+part = Path(f"{input()}.part")
+part.write_text('{"tok_s": 1}')
+print(7, flush=True)
+part.rename(part.with_suffix(""))
+time.sleep(150)
+"""
+
+
+def test_a_process_that_is_too_slow_says_what_it_printed_last_and_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    with pipe(tmp_path) as ended:
+        desk = desk_of(LASTING + ANSWERING, tmp_path)
+        desk.tell(str(tmp_path / "answer"))
+        assert desk.hear(tmp_path / "answer", 60) == {"tok_s": 1}
+        assert not ended()
+        assert desk.hear(tmp_path / "other", 0) == {"failed": "took longer than 0 s: 7\n"}
+        assert not desk.open
+        assert ended(60)
+    desk.close()
+
+
+def desk_of(code: str, folder: Path) -> Any:
+    imports = "import signal, subprocess, sys, time\nfrom pathlib import Path\n"
+    return Desk([sys.executable, "-c", imports + code], folder / "log", os.environ, folder)
+
+
+@contextmanager
+def pipe(folder: Path) -> Iterator[Callable[..., bool]]:
+    """Makes `pipe` in a folder; gives what says whether all have ended that held it open, once one of them was up."""
+    os.mkfifo(folder / "pipe")
+    end, up = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK), list[bytes]()
+
+    def ended(seconds: float = 0.0) -> bool:
+        if not up:
+            assert select([end], [], [], 60)[0], "nothing was started"
+            up.append(os.read(end, 100))
+        return bool(select([end], [], [], seconds)[0])
+
+    yield ended
+    os.close(end)
+
+
+def bench_of(folder: Path, *given: str, kind: Any = gpu_step.Bench) -> Any:
+    options = gpu_step.arguments(["--dry", "--models", str(folder), "--out", str(folder / "rows.jsonl"), *given])
+    return kind(options, folder, folder)
+
+
+def test_what_a_process_that_ended_had_started_is_ended_before_another_takes_its_place(tmp_path: Path) -> None:
+    bench, cell = bench_of(tmp_path), gpu_step.Cell("S1", "free", "luthier")
+    with pipe(tmp_path) as ended:
+        bench.desks[cell.process] = dead = desk_of(LASTING, tmp_path)
+        dead.process.wait()
+        assert not ended()
+        bench.told(cell, "ready")
+        assert ended(60)
+        assert bench.desks[cell.process].open
+        bench.close_all()
+
+
+def test_a_benchmark_that_is_ended_while_models_are_made_ends_what_makes_them(tmp_path: Path) -> None:
+    """The process waits for ever, at a pipe in the place of a file that would be there."""
+    (tmp_path / "smollm2-135m").mkdir()
+    kept = tmp_path / "smollm2-135m" / "reference-S1-8.json"
+    os.mkfifo(kept)
+    given = ["--dry", "--models", str(tmp_path), "--only", "S1-8/free/luthier$,S1/free/luthier$"]
+    running, end = subprocess.Popen([sys.executable, gpu_step.__file__, *given]), None
+    while end is None and running.poll() is None:
+        time.sleep(0.02)
+        with suppress(OSError):  # nobody reads it yet
+            end = os.open(kept, os.O_WRONLY | os.O_NONBLOCK)
+    running.terminate()
+    assert running.wait(60) == 143
+    assert end is not None
+    with pytest.raises(BrokenPipeError):
+        os.write(end, b"1")
+    os.close(end)
+
+
+def test_rows_of_luthier_are_taken_up_where_their_commit_tells_of_the_same_code(tmp_path: Path) -> None:
+    def lacks(commit: str, peer: str = "luthier", number: int = 0, again: str = "") -> bool:
+        bench = bench_of(tmp_path, "--commit", commit, "--run", "monday", *filter(None, [again]))
+        lacking: bool = bench.lacks(number, gpu_step.Cell("W2", "free", peer))
+        return lacking
+
+    there = [row("monday", peer, 1, commit=commit) for commit in ("a", "b+", "unknown") for peer in ("luthier", "trl")]
+    there += [row("tuesday", "luthier", 1, commit="c"), row("monday", "unsloth", 1, failed="unsloth not installed")]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f"{json.dumps({'benchmark': 'gpu_step', **each})}\n" for each in there)
+    )
+    assert not lacks("a")
+    assert lacks("a", number=1)
+    assert lacks("a", again="--again")
+    assert lacks("b")
+    assert lacks("c")
+    assert lacks("b+")
+    assert lacks("unknown")
+    assert not lacks("b+", "trl")
+    assert lacks("a", "unsloth")
+
+
+def test_a_part_of_only_that_names_no_row_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no row is called W1/free/lutier, W9; there are\nW1/free/ luthier luthier:x "):
+        gpu_step.chosen(gpu_step.cells({"x": ()}), "W1/free/lutier,W1/free/luthier$,W9")
+    every = [cell.name for group in gpu_step.chosen(gpu_step.cells({}), "") for cell in group]
+    assert len(every) == len(set(every)) > 50
+
+
+def test_what_gpu_sh_asks_for_exists(tmp_path: Path) -> None:
+    """Its commands, as `echo` writes them."""
+    parts, given = ["table-8b", "table-others", "proofs", "proofs-full"], {"PYTHON": "echo", "COMMIT": "abc"}
+    command = ["bash", str(Path(gpu_step.__file__).with_name("gpu.sh")), *parts]
+    subprocess.run(command, env=os.environ | given | {"OUT": str(tmp_path)}, check=True)
+    for part in parts:
+        program, *asked = (tmp_path / f"{part}.log").read_text().split()
+        module = gpu_step if program.endswith("gpu_step.py") else gpu_proofs
+        options = module.arguments(asked)
+        assert options.commit == "abc"
+        if module is gpu_step:
+            assert gpu_step.chosen(gpu_step.cells({}), options.only)
+        else:
+            assert options.full == (part == "proofs-full")
 
 
 def test_rows_are_made_in_the_order_that_is_asked_for_and_backwards_in_the_next_round() -> None:
