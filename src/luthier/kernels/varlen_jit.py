@@ -48,6 +48,13 @@ def _block(blocks):  # type: ignore
     return tl.load(own).to(tl.int64), tl.load(own + 1), tl.load(own + 2)
 
 
+@triton.jit
+def _last_first(blocks, ROWS: tl.constexpr):  # type: ignore
+    """`_block`, from the segment's end on, since the last queries see most keys; below 0 where there is no such."""
+    start, count, before = _block(blocks)
+    return start, count, (tl.cdiv(count, ROWS) - 1) * ROWS - before
+
+
 @triton.jit(do_not_specialize=["sum_head"])
 def attended(  # type: ignore
     q, k, v, blocks, o, sums, scale, sum_head, sum_step, q_step, k_step, v_step, o_step,
@@ -56,8 +63,7 @@ def attended(  # type: ignore
     """What a block of queries sees, and the logarithms of their sums of exponentials: by a sum that begins anew,
     smaller, whenever a score is higher than all before it (Milakov and Gimelshein, 2018, arXiv:1805.02867)."""
     head = tl.program_id(0)
-    start, count, first = _block(blocks)
-    first = (tl.cdiv(count, ROWS) - 1) * ROWS - first  # from the end on: the last queries see most keys
+    start, count, first = _last_first(blocks, ROWS)
     if first >= 0:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         k += start * k_step + head // GROUP * SIZE
@@ -89,8 +95,7 @@ def queries(  # type: ignore
 ):  # fmt: skip
     """The gradient of a block of queries, and `inner`, the products of rows of `do` and `o`."""
     head = tl.program_id(0)
-    start, count, first = _block(blocks)
-    first = (tl.cdiv(count, ROWS) - 1) * ROWS - first  # from the end on: the last queries see most keys
+    start, count, first = _last_first(blocks, ROWS)
     if first >= 0:
         rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         k += start * k_step + head // GROUP * SIZE
