@@ -5,9 +5,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hopper import compiled
 
 SCRIPT = Path(__file__).with_name("adapted_script.py")
 
@@ -23,30 +23,16 @@ def test_what_is_computed_of_one_reading_is_what_two_products_are() -> None:
     assert all(error < 2e-6 for error in errors.values()), errors  # a NaN is below nothing
 
 
-def test_its_kernels_compile_for_hopper_and_read_ahead_16_bytes_at_a_time() -> None:
-    """Which the interpreter says nothing of; and no GPU is needed for it."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_its_kernels_read_ahead_16_bytes_at_a_time_on_hopper() -> None:
+    pytest.importorskip("triton")
     from luthier.kernels import adapted, jit
 
-    pointers = {"inner_parts": "*fp32", "B_parts": "*fp32", "blocks": "*i32", "sums": "*i32"}
-    pointers |= dict.fromkeys(("dy", "B", "inner", "dinner", "dB"), "*bf16")
-
-    def compiled(kernel: Any, warps: int, **fixed: int) -> str:
-        kinds = {p.name: "constexpr" if p.is_constexpr else pointers.get(p.name, "i32") for p in kernel.params}
-        known = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        even = {(p.num,): [["tt.divisibility", 16]] for p in known}
-        places = {(p.num,): fixed[p.name] for p in kernel.params if p.is_constexpr}
-        source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=even)
-        options = {"num_warps": warps}
-        return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-
+    kinds = {"inner_parts": "*fp32", "B_parts": "*fp32", "blocks": "*i32", "sums": "*i32"}
+    kinds |= dict.fromkeys(("dy", "B", "inner", "dinner", "dB"), "*bf16")
     blocks = adapted.BLOCKS
     sizes = {"ROWS": adapted.ROWS, "COLUMNS": blocks.columns, "RANKS": adapted.RANKS, "STAGES": blocks.stages}
-    code = compiled(jit.adapted, blocks.warps, **sizes)
+    code = compiled(jit.adapted, kinds, sizes, blocks.warps)
     assert "wgmma.mma_async" in code
     assert "cp.async.cg" in code
     assert not re.search(r"ld\.global\S*\.b16", code)  # single values, which nothing reads ahead
-    compiled(jit.adapted_sums, 4, RANKS=adapted.RANKS, BLOCK=512, PARTS=8)
+    compiled(jit.adapted_sums, kinds, {"RANKS": adapted.RANKS, "BLOCK": 512, "PARTS": 8}, 4)

@@ -1,7 +1,8 @@
 """The Triton kernels of `varlen_forward.py` and `varlen_backward.py`, which allocate what they write.
 
 Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where, those that take longest first.
-Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two.
+Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two. What queries must
+not see is hidden in blocks of keys that reach their own tokens alone: all of the others are before them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def attended(  # type: ignore
             key = _read(k, low, k_step, count, keys, SIZE, WIDE)
             value = _read(v, low, v_step, count, keys, SIZE, WIDE)
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * 1.4426950408889634)
-            score = tl.where((low + keys)[None, :] <= (first + rows)[:, None], score, float("-inf"))
+            if first < low + KEYS:
+                score = tl.where((low + keys)[None, :] <= (first + rows)[:, None], score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, 1))
             share, left = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
             mass = mass * left + tl.sum(share, 1)
@@ -113,7 +115,8 @@ def queries(  # type: ignore
             value = _read(v, low, v_step, count, keys, SIZE, WIDE)
             score = tl.dot(query, tl.trans(key), input_precision="ieee")
             share = tl.exp2(score * (scale * 1.4426950408889634) - total[:, None])
-            share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
+            if first < low + KEYS:
+                share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
             slope = share * (tl.dot(above, tl.trans(value), input_precision="ieee") - level[:, None])
             found = tl.dot(slope.to(key.dtype), key, found, input_precision="ieee")
         dq += start * dq_step + head * SIZE
@@ -132,7 +135,7 @@ def keys_and_values(  # type: ignore
     part = tl.program_id(0)
     start, count, low = _block(blocks)
     if low < count:
-        rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
+        rows, keys, which = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, 2)
         group = part * HEADS // GROUP
         key = _read(k + start * k_step + group * SIZE, low, k_step, count, keys, SIZE, WIDE)
         value = _read(v + start * v_step + group * SIZE, low, v_step, count, keys, SIZE, WIDE)
@@ -140,14 +143,17 @@ def keys_and_values(  # type: ignore
         blocks_of_rows = tl.cdiv(count - low, ROWS)
         for turn in tl.range(0, HEADS * blocks_of_rows):
             head, first = part * HEADS + turn // blocks_of_rows, low + turn % blocks_of_rows * ROWS
-            at, inside = head * sum_head + (start + first + rows) * sum_step, first + rows < count
             query = _read(q + start * q_step + head * SIZE, first, q_step, count, rows, SIZE, WIDE)
             above = _read(do + start * do_step + head * SIZE, first, do_step, count, rows, SIZE, WIDE)
-            total = tl.load(sums + at, inside, 0.0) * 1.4426950408889634
-            level = tl.load(inner + at, inside, 0.0)
+            at = (head * sum_head + (start + first + rows) * sum_step)[:, None]
+            # Both by one load of as many values as there are threads: of fewer, each thread would read what it needs.
+            both = tl.load(tl.where(which[None, :] == 0, sums + at, inner + at), (first + rows < count)[:, None], 0.0)
+            total, level = tl.split(both)
+            total *= 1.4426950408889634
             score = tl.dot(key, tl.trans(query), input_precision="ieee")
             share = tl.exp2(score * (scale * 1.4426950408889634) - total[None, :])
-            share = tl.where((low + keys)[:, None] <= (first + rows)[None, :], share, 0.0)
+            if first < low + KEYS:
+                share = tl.where((low + keys)[:, None] <= (first + rows)[None, :], share, 0.0)
             value_slope = tl.dot(share.to(value.dtype), above, value_slope, input_precision="ieee")
             slope = share * (tl.dot(value, tl.trans(above), input_precision="ieee") - level[None, :])
             key_slope = tl.dot(slope.to(query.dtype), query, key_slope, input_precision="ieee")
