@@ -20,9 +20,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from luthier.errors import MemoryPlanError, RecipeError
+from luthier.kernels.sizes import power_of_2
 from luthier.machine import GIB, Gpu, Machine
 from luthier.model.families import is_llama
-from luthier.model.shape import blocks_of, padded_tokens, power_of_2, shape
+from luthier.model.shape import blocks_of, padded_tokens, shape
 from luthier.recipe import Full, Lora, Recipe, Run
 from luthier.registry import counted
 
@@ -68,7 +69,7 @@ _CPU_BANDWIDTH = 10e9  # bytes/s of operations that are no products, per core: a
 class _Sustained(NamedTuple):
     """What a GPU sustains of its data sheet, and what the host costs, as measured on one H200: guesses for others."""
 
-    products: float = 0.7  # of the dense rate, LoRA's small products included
+    products: float = 0.73  # of the dense rate
     bandwidth: float = 0.7
     edge: float = 2e-6  # seconds that an operation loses at its begin and end
     launch: float = 50e-6  # seconds of Python, autograd and driver for an operation: steps of little work wait for them
