@@ -475,7 +475,8 @@ class Run(Section):
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Threads per process."""
     memory: str = "auto"
-    """Memory the run may use, such as `6GiB`, or a number of bytes; `auto`: what the machine has free."""
+    """Memory the run may use, such as `6GiB`, or a number of bytes: on a GPU it trains in no more. `auto`: what the
+    machine has free."""
     micro_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
     """Tokens of one forward and backward pass; `auto`: as planned from `memory`."""
     recompute: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
@@ -625,10 +626,18 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
     except (YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"is not valid YAML ({getattr(error, 'problem', None) or error})", where=where) from error
+        what = f"is not valid YAML ({getattr(error, 'problem', None) or error})"
+        raise RecipeError(what, where=where, fix=_for_data(name)) from error
     if not isinstance(tree, dict):
-        raise RecipeError("is not a recipe: it should be a mapping with `model`, `data` …", where=name)
+        what = "is not a recipe: it should be a mapping with `model`, `data` …"
+        raise RecipeError(what, where=name, fix=_for_data(name))
     return tree
+
+
+def _for_data(name: str) -> str:
+    """What to do where a file of data is given in place of a recipe; empty for other names."""
+    is_data = Path(name).suffix in (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")
+    return f"it looks like data: luthier init BASE {shlex.quote(name)} writes a recipe for it" if is_data else ""
 
 
 def _apply(tree: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -687,7 +696,7 @@ def _of_another_kind(field: str, kind: str, about: list[dict[str, Any]]) -> str:
 def _message(path: tuple[Any, ...], field: str, about: list[dict[str, Any]]) -> str:
     problem = about[0]
     if problem["type"] == "extra_forbidden":
-        other = _ELSEWHERE.get(str(path[-1]))
+        other = _ELSEWHERE.get(str(path[-1])) or (_home(str(path[0])) if len(path) == 1 else None)
         hint = f"here it is `{other}`" if other else nearest(str(path[-1]), _siblings(problem["loc"]))
         return f"unknown key; {hint}"
     if problem["type"] == "missing":
@@ -697,6 +706,12 @@ def _message(path: tuple[Any, ...], field: str, about: list[dict[str, Any]]) -> 
     if problem["type"] in ("model_type", "model_attributes_type") and not isinstance(problem["input"], dict):
         return f"is a section that holds keys: {', '.join(_siblings([*path, '']))} (found {problem['input']!r})"
     return _said(about)
+
+
+def _home(key: str) -> str | None:
+    """The whole name of a key that is written without its section, where one section has it."""
+    homes = [name for name in Recipe.model_fields for section in _sections([name]) if key in section.model_fields]
+    return f"{homes[0]}.{key}" if len(set(homes)) == 1 else None
 
 
 def _kind_wanted(field: str, kinds: list[str], given: Any) -> str:
