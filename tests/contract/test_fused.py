@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.kernels import pointwise, spare
+from luthier.kernels import fused, pointwise, spare
 from luthier.model.heads import Attention, Heads, NormedHeads, RowAttention, Segments, TileAttention
 from luthier.model.norm import Norm
 
@@ -28,6 +28,24 @@ def test_every_part_equals_its_twin(dtype: str) -> None:
     errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
     assert len(errors) == 277
     assert all(error < TOLERANCE[dtype] for error in errors.values()), errors  # a NaN is below nothing
+
+
+def test_parts_that_take_nothing_to_lie_between_rows_refuse_others() -> None:
+    x, apart = torch.empty(4, 8, device="meta"), torch.empty(4, 16, device="meta")[:, :8]
+    weight, scale = x[0], x[:, :1]
+    for rows in ([apart, x], [x, apart]):
+        with pytest.raises(AssertionError):
+            fused.add_rms_norm(*rows, weight, 1e-6)
+        with pytest.raises(AssertionError):
+            fused.rms_norm_backward(*rows, scale, weight, None)
+        with pytest.raises(AssertionError):
+            fused.layer_norm_backward(*rows, x[:, :2], weight, weight, x)
+    with pytest.raises(AssertionError):
+        fused.rms_norm(apart, weight, 1e-6)
+    with pytest.raises(AssertionError):
+        fused.layer_norm(apart, weight, weight, 1e-6)
+    with pytest.raises(AssertionError):
+        fused.activate_backward(apart, x, "silu", gated=False)
 
 
 @pytest.mark.parametrize("chosen", [None, [2, 4, 10, 19, 36]])

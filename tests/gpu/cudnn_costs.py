@@ -18,6 +18,7 @@ from torch.autograd import DeviceType
 
 from luthier.kernels import cudnn, fused, varlen, varlen_backward, varlen_forward
 from luthier.kernels.ends import Ends
+from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen_backward import Blocks, How, launched, places
 from luthier.model.heads import Heads, RowAttention, Segments
 
@@ -84,8 +85,8 @@ def recorded(work: Callable[[], Any], times: int = 20) -> float:
 def padded(lengths: Sequence[int]) -> Ends:
     """As recorded steps have them: empty segments, and the longest is a power of two."""
     known = ends(lengths)
-    bounds = (*accumulate(lengths, initial=0), *[sum(lengths)] * (cudnn.capacity(len(lengths) + 9) - len(lengths)))
-    return Ends(torch.tensor(bounds, dtype=torch.int32, device="cuda"), cudnn.capacity(known.longest))
+    bounds = (*accumulate(lengths, initial=0), *[sum(lengths)] * (power_of_2(len(lengths) + 9) - len(lengths)))
+    return Ends(torch.tensor(bounds, dtype=torch.int32, device="cuda"), power_of_2(known.longest))
 
 
 def layer(shape: tuple[int, int, int], lengths: Sequence[int]) -> None:

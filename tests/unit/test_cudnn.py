@@ -12,6 +12,7 @@ from luthier.kernels import cudnn, fused, spare, varlen_backward
 from luthier.kernels.cudnn import Machine, way
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import noticing, planned_for
+from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen import varlen_attention
 from luthier.model.heads import Heads, RowAttention, Segments
 from luthier.model.trace import Meter
@@ -54,8 +55,8 @@ def test_rows_that_are_all_as_long_are_a_batch_that_needs_no_frontend(frontend: 
 
 
 def test_numbers_and_lengths_of_segments_share_few_plans() -> None:
-    assert [cudnn.capacity(n) for n in (1, 2, 3, 27, 32, 33, 2048, 2049)] == [1, 2, 4, 32, 32, 64, 2048, 4096]
-    assert len({cudnn.capacity(n) for n in range(1, 8193)}) == 14
+    assert [power_of_2(n) for n in (1, 2, 3, 27, 32, 33, 2048, 2049)] == [1, 2, 4, 32, 32, 64, 2048, 4096]
+    assert len({power_of_2(n) for n in range(1, 8193)}) == 14
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_computed() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.ends import Ends
+from luthier.kernels.sizes import power_of_2
 from luthier.kernels.spare import empty
 
 OLDEST = 91500  # of cuDNN: what comes with the oldest torch we take
@@ -118,7 +119,7 @@ class _Part(IntEnum):
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: int) -> tuple[Tensor, Tensor] | None:
     tokens, heads, size = q.shape
-    segments, longest = max(capacity(len(ends)), 2), max(capacity(ends.longest), ROUND)
+    segments, longest = max(power_of_2(len(ends)), 2), max(power_of_2(ends.longest), ROUND)
     strides = (q.stride(0), k.stride(0), v.stride(0), heads * size + spare)
     shape = _Shape(q.device, q.dtype, segments, longest, heads, k.shape[1], size, strides, scale)
     found = plan(shape)
@@ -137,11 +138,6 @@ def _places(edges: Tensor, shape: _Shape) -> list[Tensor]:
     # Those beyond ours are empty. One edge more than there is, as cuDNN reads numbers that begin at 16 bytes.
     edges = torch.cat([edges, edges[-1:].expand(shape.segments + 2 - len(edges))])
     return [edges.diff(), *(edges * _strides((*shape.strides, shape.heads), shape.place))]
-
-
-def capacity(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
 
 
 @cache

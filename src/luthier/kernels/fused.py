@@ -7,6 +7,7 @@ tensors without data they allocate what they allocate with data, and compute not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from luthier.kernels import adapted
 from luthier.kernels.place import launch
 from luthier.kernels.pointwise import Activation, Pointwise
 from luthier.kernels.rectangles import at_once
+from luthier.kernels.sizes import power_of_2
 from luthier.kernels.spare import empty
 
 
@@ -40,7 +42,7 @@ def parts() -> Pointwise:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """x / rms(x) · weight for rows of x [T, H], and 1 / rms(x) as fp32 [T, 1]."""
     out, scales = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
-    _rows("rms_norm", x, x, x, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=False)
+    _rows("rms_norm", [x], x, x, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=False)
     return out, scales
 
 
@@ -49,7 +51,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum x + update, its norm and its 1 / rms. `update` is overwritten by the sum."""
     out, scales = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 1, dtype=torch.float32)
-    _rows("rms_norm", x, x, update, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=True)
+    _rows("rms_norm", [x, update], x, update, weight, out, scales, x.shape[1], out.stride(0), eps, ADD=True)
     return update, out, scales
 
 
@@ -60,14 +62,14 @@ def rms_norm_backward(
     dx, out, add = empty(x, len(x), x.shape[1], spare), torch.empty_like(x), residual is not None
     more = x if residual is None else residual
     strides = x.shape[1], more.stride(0), dx.stride(0)
-    _rows("rms_norm_backward", x, dy, x, scale, weight, more, dx, out, *strides, ADD=add)
+    _rows("rms_norm_backward", [x, dy], dy, x, scale, weight, more, dx, out, *strides, ADD=add)
     return dx, out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """(x - mean(x)) / std(x) · weight + bias for rows of x [T, H], and 1 / std(x) beside mean(x), fp32 [T, 2]."""
     out, moments = empty(x, len(x), x.shape[1], spare), x.new_empty(len(x), 2, dtype=torch.float32)
-    _rows("layer_norm", x, x, weight, bias, out, moments, x.shape[1], out.stride(0), eps)
+    _rows("layer_norm", [x], x, weight, bias, out, moments, x.shape[1], out.stride(0), eps)
     return out, moments
 
 
@@ -77,7 +79,7 @@ def layer_norm_backward(
     """The gradient of x [T, H], plus `residual`; and the norm's output again, for the adapters that read it."""
     dx, out = empty(x, len(x), x.shape[1], spare), torch.empty_like(x)
     strides = x.shape[1], residual.stride(0), dx.stride(0)
-    _rows("layer_norm_backward", x, dy, x, moments, weight, bias, residual, dx, out, *strides)
+    _rows("layer_norm_backward", [x, dy], dy, x, moments, weight, bias, residual, dx, out, *strides)
     return dx, out
 
 
@@ -90,6 +92,7 @@ def activate(x: Tensor, act: Activation, gated: bool, spare: int = 0) -> Tensor:
 
 def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tuple[Tensor, Tensor]:
     """The gradient of x, and `activate(x)` again. They take the places of `x` and of `dh`."""
+    assert dh.is_contiguous()
     _tiles("activate_backward", dh, dh, x, x.stride(0), ACT=act, GATED=gated)
     return x, dh
 
@@ -99,7 +102,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) -> N
     of a head are turned. `back` is the other way round, the gradient; `neighbours`: which features are pairs."""
     (tokens, heads, _), half = x.shape, cos.shape[1]
     assert x.stride(2) == 1, "the features of a head must lie side by side"
-    blocks = {"HEADS": _power_of_2(heads), "BLOCK": _power_of_2(half)}  # one program turns all heads of a token
+    blocks = {"HEADS": power_of_2(heads), "BLOCK": power_of_2(half)}  # one program turns all heads of a token
     warps = min(16, max(1, blocks["HEADS"] * blocks["BLOCK"] // 512))
     options = {"HALF": half, "BACK": back, "NEIGHBOURS": neighbours, **blocks, "num_warps": warps}
     launch("turn", (tokens,), x, cos, sin, heads, x.stride(0), x.stride(1), **options)
@@ -114,24 +117,20 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def gather(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of `table` [V, H], which may lie in pinned host memory: [*ids.shape, H] where the int64 `ids` are."""
-    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
     width = table.shape[1]
+    out = torch.empty(*ids.shape, width, dtype=table.dtype, device=ids.device)
     launch("gather", (ids.numel(), -(-width // 1024)), ids.contiguous(), table, out, width, BLOCK=1024, num_warps=4)
     return out
 
 
-def _rows(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:
-    """One program a row of `like` [T, H]."""
-    block = _power_of_2(like.shape[1])
-    launch(kernel, (len(like),), *arguments, **options, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+def _rows(kernel: str, rows: Sequence[Tensor], *arguments: Any, **options: Any) -> None:
+    """One program for each of the `rows` [T, H], of one tensor or more: kernels take nothing to lie between them."""
+    assert all(x.is_contiguous() for x in rows)
+    block = power_of_2(rows[0].shape[1])
+    launch(kernel, (len(rows[0]),), *arguments, **options, BLOCK=block, num_warps=min(16, max(1, block // 512)))
 
 
 def _tiles(kernel: str, like: Tensor, *arguments: Any, **options: Any) -> None:
     """One program for each 1,024 columns of each row of `like` [T, F]."""
     width = like.shape[1]
     launch(kernel, (len(like), -(-width // 1024)), *arguments, width, **options, BLOCK=1024, num_warps=4)
-
-
-def _power_of_2(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()

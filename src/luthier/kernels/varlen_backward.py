@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability
+from luthier.kernels.sizes import power_of_2
 
 LARGEST = 128  # head size: two gradients of a block of keys are kept in registers
 SHARED = 8  # query heads that share keys, at most: a program goes through them one after the other
@@ -163,13 +164,8 @@ def launched(
         sizes = {"HALF": half, "WIDTH": groups * size, "PARTS": group, "SIZE": size}
         between = (dv.data_ptr() - dk.data_ptr()) // dk.itemsize
         varlen_jit.summed[tokens, 2](
-            parts, cos, sin, dk, between, dk.stride(0), **sizes, BLOCK=_power_of_2(groups * size), num_warps=2
+            parts, cos, sin, dk, between, dk.stride(0), **sizes, BLOCK=power_of_2(groups * size), num_warps=2
         )
-
-
-def _power_of_2(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -180,7 +176,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 def fixed(q: Tensor, k: Tensor) -> dict[str, int]:
     """What is compiled into a kernel of the heads."""
     size = q.shape[2]
-    return {"GROUP": q.shape[1] // k.shape[1], "SIZE": size, "WIDE": max(16, _power_of_2(size))}
+    return {"GROUP": q.shape[1] // k.shape[1], "SIZE": size, "WIDE": max(16, power_of_2(size))}
 
 
 def options(blocks: Blocks) -> dict[str, Any]:

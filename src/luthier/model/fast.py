@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from luthier.adapters.lora import LoraLinear
 from luthier.kernels.ends import Ends
 from luthier.kernels.loss import token_losses
+from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
 from luthier.model.place import free_memory
@@ -146,7 +147,7 @@ class FastDecoder:
 
     def _rows(self, count: int) -> int:
         """How many rows a step for `count` rows computes."""
-        return 1 << (count - 1).bit_length() if self.bucketed and count <= RECORD_ROWS else count
+        return power_of_2(count) if self.bucketed and count <= RECORD_ROWS else count
 
     def _columns(self, end: int) -> int:
         """How many columns a step attends to that writes the last of `end`."""

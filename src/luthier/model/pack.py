@@ -13,7 +13,8 @@ from torch import Tensor
 
 from luthier.data.stream import Micro
 from luthier.kernels.loss import IGNORED
-from luthier.model.shape import padded_tokens, power_of_2
+from luthier.kernels.sizes import power_of_2
+from luthier.model.shape import padded_tokens
 
 ROUND = 128  # tokens, and rows, that the shapes of a run are multiples of: products are computed in tiles of so many
 WORTH = 0.05  # share of the tokens that sharing must save to be worth the copies of keys and values it costs

@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.adapters.targets import check_patterns, select, value
 from luthier.errors import ModelError
+from luthier.kernels.sizes import power_of_2
 from luthier.recipe import Lora
 
 _TILE, _KEPT = 128, 512  # as BLOCK and KEEP of kernels/attention.py, which needs torch
@@ -96,11 +97,6 @@ def padded_tokens(count: int) -> int:
     """Tokens that a micro-batch of `count` is padded to where its step is recorded: see `pack.shape`."""
     step = 512 if count <= 512 else max(1024, power_of_2(count) // 16)
     return -(-count // step) * step
-
-
-def power_of_2(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def kept_keys(longest: int) -> float:

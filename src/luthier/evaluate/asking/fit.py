@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from luthier.model.shape import power_of_2
+from luthier.kernels.sizes import power_of_2
 from luthier.plan import budget, context_bytes
 from luthier.recipe import Recipe
 
