@@ -41,12 +41,17 @@ class _Parser(argparse.ArgumentParser):
         import difflib
         import re
 
-        found = re.search(r"argument (.*): invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if found:
+        if found := re.search(r"argument (.*): invalid choice: '([^']*)' \(choose from (.*)\)", message):
             known = [name.strip("' ") for name in found[3].split(",")]
             close = difflib.get_close_matches(found[2], known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
             message = f"unknown {found[1].lower()} '{found[2]}'; {hint}"
+        elif found := re.search(r"arguments are required: (.*?)(, section.key=value)?$", message):
+            message = f"`{self.prog}` needs {found[1].replace(', ', ' and ')}; see {self.prog} --help"
+        elif found := re.search(r"argument (.*): expected one argument", message):
+            message = f"{found[1]} needs a value behind it; see {self.prog} --help"
+        elif found := re.search(r"argument (.*): invalid int value: (.*)", message):
+            message = f"{found[1]} takes a whole number, not {found[2]}"
         print(f"luthier: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -254,7 +259,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser().error(_not_taken(args.verb, rest, sys.argv[1:] if argv is None else argv))
     if words is not None:
         words += rest
+    if "recipe" in args:
+        ordered = sorted([args.recipe, *args.overrides], key=_is_change)
+        args.recipe, args.overrides = ordered[0], ordered[1:]
     return args
+
+
+def _is_change(word: str) -> bool:
+    """Whether a word is `section.key=value` and no path."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "." in key and "/" not in key and not os.path.exists(word)
 
 
 def _not_taken(verb: str | None, rest: Sequence[str], argv: Sequence[str]) -> str:
@@ -264,6 +278,9 @@ def _not_taken(verb: str | None, rest: Sequence[str], argv: Sequence[str]) -> st
         return f"{what}; see luthier --help"
     if rest[0].startswith("-") and argv.index(rest[0]) < argv.index(verb):
         return f"{what} before a verb; write it behind: luthier {verb} … {' '.join(rest)}"
+    key = rest[0].lstrip("-")
+    if rest[0].startswith("--") and _is_change(key):
+        return f"`{verb}` {what}; write a change of the recipe without dashes: {key}"
     if verb in ("chat", "predict") and rest[0].startswith("evaluate."):
         return f"`{verb}` {what}: it answers as recipe.yaml of the run says; change it there"
     return f"`{verb}` {what}; see luthier {verb} --help"
@@ -305,6 +322,8 @@ def _open(args: argparse.Namespace) -> Run:
 def _init(args: argparse.Namespace) -> int:
     from luthier.scaffold import scaffold
 
+    if Path(args.base).is_file() and Path(args.data).is_dir():
+        raise UsageError("BASE is a file and DATA a folder", fix=f"luthier init {args.data} {args.base} may be meant")
     test = Path(args.test) if args.test else None
     path = scaffold(args.base, Path(args.data), test=test, out=args.out)
     print(f"wrote {path}; next: luthier data {shlex.quote(str(path))}")
@@ -345,8 +364,11 @@ def _train(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from luthier.api import show_comparison
 
-    changes = [word for word in args.runs if word.startswith("evaluate.") and "=" in word]
+    changes = [word for word in args.runs if _is_change(word)]
     runs = [word for word in args.runs if word not in changes]
+    if others := [word for word in changes if not word.startswith("evaluate.")]:
+        fix = "what a run has learned stays: train another, with the change and a run.dir of its own"
+        raise UsageError(f"`compare` changes evaluate.key=value alone, not {' '.join(others)}", fix=fix)
     if not runs:
         fix = "name it before its changes: luthier compare RUN evaluate.key=value"
         raise UsageError("`compare` takes a run folder, or several sides", fix=fix)
@@ -418,7 +440,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _runs(args: argparse.Namespace) -> int:
     wanted = {"list": 0, "show": 1, "diff": 2, "repro": 1}[args.action]
     if len(args.folders) != wanted:
-        raise UsageError(f"`runs {args.action}` takes {counted(wanted, 'run folder')}", fix="see luthier runs --help")
+        takes = counted(wanted, "run folder") if wanted else "no run folder"
+        raise UsageError(f"`runs {args.action}` takes {takes}", fix="see luthier runs --help")
     if args.action == "repro":
         return _repro(args)
     if args.out:

@@ -29,17 +29,22 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def nearest_path(path: Path, *others: str, root: Path | None = None) -> str:
-    """A sentence part for a file that is not there: the one beside it that has nearly its name, or where no folder is
+    """A sentence part for a file that cannot be read: the one beside it that has nearly its name, or where no folder is
     named one of `others`; empty where there is none. `path` counts from `root`, and so does what is offered."""
     there = (root or Path()) / path
     if there.is_dir():
         return "it is a folder: name a file in it"
-    files = [each.name for each in there.parent.glob("*") if each.name.endswith(path.suffix) and each.is_file()]
-    offered = {name.removesuffix(path.suffix): str(path.parent / name) for name in files}
+    if there.exists():
+        return "it is there: give access to it"
+    files = [each.name for each in there.parent.glob("*") if each.is_file()]
+    offered = {name.removesuffix(path.suffix): str(path.parent / name) for name in files if name.endswith(path.suffix)}
     offered |= {name: name for name in others if path.parent == Path()}
     close = difflib.get_close_matches(path.stem, offered, n=1, cutoff=0.7)
     close = close or [name for name in offered if name in others and name.startswith(path.stem)]
-    return f"did you mean '{offered[close[0]]}'?" if close else ""
+    if close:
+        return f"did you mean '{offered[close[0]]}'?"
+    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.85)  # the end of the name is mistaken
+    return f"did you mean '{path.parent / close[0]}'?" if close else ""
 
 
 class Registry:

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.view import shape
 from luthier.errors import DataError, RecipeError
 from luthier.recipe import Data, Model, Recipe, Source
 
@@ -62,7 +63,7 @@ def scaffold(
     detection, conversations = _look(data)
     if test:
         detection = _with_test(detection, test)
-    say(f"{data}: {detection.format}" + (f", columns {detection.columns}" if detection.columns else ""))
+    say(f"{data}: {shape(detection.format, detection.columns)}")
     lengths = _lengths(base, conversations, detection, say)
     fields = _fields(base, data, test, path, detection, conversations, lengths)
     text = _TEMPLATE.format(**fields)

@@ -244,6 +244,19 @@ def test_flags_sides_and_changes_of_a_comparison_stand_in_any_order(journey: dic
     assert list(luthier(*words).json["metrics"]) == ["rouge2"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.micro_tokens=64", RECIPE, "--json", "run.memory=4GiB"],
+        ["--json", "run.micro_tokens=64", "run.memory=4GiB", RECIPE],
+        ["run.memory=4GiB", "--json", RECIPE, "run.micro_tokens=64"],
+    ],
+    ids=" ".join,
+)
+def test_changes_may_stand_before_the_recipe(journey: dict[str, Done], words: list[str]) -> None:
+    assert luthier("plan", *words).json["micro_tokens"] == 64
+
+
 def test_a_run_may_stand_behind_a_flag(journey: dict[str, Done]) -> None:
     assert luthier("runs", "show", "--json", RUN).json["run"] == RUN
     assert luthier("runs", "diff", RUN, "--json", RUN).json["changed"] == {}
@@ -262,7 +275,18 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
         (["tran", RECIPE], 2, "unknown verb 'tran'; did you mean 'train'?"),
         (["runs", "lst"], 2, "unknown action 'lst'; did you mean 'list'?"),
         (["runs", "forget"], 2, "unknown action 'forget'; known: list, show, diff"),
-        (["train"], 2, "RECIPE"),
+        (["train"], 2, "`luthier train` needs RECIPE; see luthier train --help"),
+        (["init"], 2, "`luthier init` needs BASE and DATA; see"),
+        (["init", TEST, BASE], 2, f"luthier init {BASE} {TEST} may be meant"),
+        (["plan", RECIPE, "--vram"], 2, "--vram needs a value behind it"),
+        (["data", RECIPE, "--rows", "many"], 2, "--rows takes a whole number, not 'many'"),
+        (["runs", "list", RUN], 2, "takes no run folder"),
+        (["train", RECIPE, "--train.lr=1"], 2, "without dashes: train.lr=1"),
+        (["train", "train.lr=1"], 1, "train.lr=1: cannot be read"),
+        (["train", RECIPE, "lr=1"], 1, "lr: unknown key; here it is `train.lr`"),
+        (["train", DATA], 1, "it looks like data: luthier init BASE 'my [rows].jsonl'"),
+        (["compare", RECIPE], 1, "is not a run folder; runs here"),
+        (["compare", RUN, "train.lr=1"], 2, "`compare` changes evaluate.key=value alone, not train.lr=1"),
         (["train", RECIPE, "--jsn"], 2, "--jsn"),
         (["--json", "train", RECIPE], 2, "luthier train … --json"),
         (["predict", RUN, TEST, "--json", "evaluate.generate.top_p=1"], 2, "recipe.yaml of the run"),

@@ -50,6 +50,18 @@ def test_nothing_is_offered_for_an_unlike_name_however_long_its_folder_is(tmp_pa
     assert nearest_path(folder / asked) == ""
 
 
+@pytest.mark.parametrize(("asked", "there"), [("rows.yml", "rows.yaml"), ("rows.json", "rows.jsonl")])
+def test_an_ending_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Path, asked: str, there: str) -> None:
+    for name in ("rows.yaml", "rows.jsonl"):
+        (tmp_path / name).touch()
+    assert nearest_path(Path(asked), root=tmp_path) == f"did you mean '{there}'?"
+
+
+def test_a_file_that_is_there_is_not_offered_in_its_own_place(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").touch()
+    assert nearest_path(Path("rows.yaml"), root=tmp_path) == "it is there: give access to it"
+
+
 def test_of_other_names_those_that_begin_so_are_offered_where_no_folder_is_named() -> None:
     assert nearest_path(Path("tick"), "tickets") == "did you mean 'tickets'?"
     assert nearest_path(Path("runs/tickets"), "tickets") == ""

@@ -7,7 +7,7 @@ made harmless on the way: escaped in HTML, and stripped of what a terminal or a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,14 +137,17 @@ def _share(report: dict[str, Any]) -> float:
     return float(tokens["supervised"]) / tokens["total"] if tokens["total"] else 0.0
 
 
+def shape(format: str | None, columns: Mapping[str, str | list[str]] | None) -> str:
+    """A file's format and columns: `prompt-completion (prompt: question, completion: answer)`."""
+    parts = (columns or {}).items()
+    named = ", ".join(f"{part}: {of if isinstance(of, str) else ' + '.join(of)}" for part, of in parts)
+    return (format or "") + (f" ({named})" if named else "")
+
+
 def _file(file: dict[str, Any]) -> str:
-    columns = ", ".join(
-        f"{part}: {column if isinstance(column, str) else ' + '.join(column)}"
-        for part, column in (file.get("columns") or {}).items()
-    )
+    how = shape(file.get("format"), file.get("columns"))
     seen = f", each seen {file['weight']:g}×" if file.get("weight", 1) != 1 else ""
-    shape = f", {file['format']}" if file.get("format") else ""
-    return f"{file.get('part', '')}: {file['rows']:,} rows{shape}" + (f" ({columns})" if columns else "") + seen
+    return f"{file.get('part', '')}: {file['rows']:,} rows" + (f", {how}" if how else "") + seen
 
 
 def sentence(report: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def _entry_kind(folder: Path) -> Kind:
         return "checkpoint" if folder.parent.name == "checkpoints" else "run"
     if (folder / "adapter_config.json").is_file():
         return "adapter"
-    if not folder.exists():
+    if not folder.is_dir():
         Run.open(folder)  # raises, and says which runs there are
     fix = "give a run folder, a checkpoint in one (RUN/checkpoints/step-00000050), or a PEFT adapter's folder"
     if inside := sorted(str(recipe.parent) for recipe in folder.glob("*/recipe.yaml")):
