@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Ended(KeyboardInterrupt):
-    """Python itself ends by SIGINT, whatever the exit code, after some that are KeyboardInterrupt and no other kind."""
+    """Of its own kind: after some plain KeyboardInterrupts Python ends itself by SIGINT, whatever the exit code."""
 
 
 @contextmanager
@@ -219,19 +219,21 @@ def _signals(verb: str, *, is_all: bool) -> Iterator[list[int]]:
     `is_all`: the process ends after the verb, and so it does at once by a signal from then on.
     """
     came: list[int] = []
+    is_over = False
 
     def receive(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
+        if came or is_over:
             os._exit(128 + number)
+        came.append(number)
         raise _Ended
 
-    taken = verb != "chat" and threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, receive) for n in heeded() if taken}
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [n for n in heeded() if is_main and (verb != "chat" or n != signal.SIGINT)]
+    before = {n: signal.signal(n, receive) for n in taken}
     try:
         yield came
     finally:
-        came.append(0)
+        is_over = True
         for number, handler in before.items() if not is_all else ():
             signal.signal(number, handler)
 

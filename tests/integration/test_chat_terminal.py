@@ -98,3 +98,19 @@ def test_ctrl_c_ends_the_answer_and_the_next_one_follows(talkative: Run) -> None
             terminal.type("\x03")
             terminal.glance()
         assert terminal.leave(process) == 0
+
+
+@pytest.mark.parametrize("answering", [False, True])
+def test_sigterm_ends_the_chat_with_a_line_at_the_prompt_and_in_an_answer(talkative: Run, answering: bool) -> None:
+    with chatting(talkative) as (terminal, process):
+        terminal.until("> ", count=1)
+        if answering:
+            terminal.type("what is one plus two\n")
+            terminal.until("plus two", count=1)
+            asked = len(terminal.shown)
+            while len(terminal.shown) < asked + 40:
+                terminal.read()
+        process.terminate()
+        terminal.type("\n")  # a signal that Python had only noted at the prompt takes the next line with it
+        terminal.until("\nluthier: interrupted; the same command begins anew", count=1)
+        assert process.wait() == 143

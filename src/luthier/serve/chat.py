@@ -15,7 +15,7 @@ from luthier.evaluate.asking.answers import sampling_of
 from luthier.evaluate.asking.subject import Side, Subject
 from luthier.evaluate.terminal import printable
 from luthier.runs import Run
-from luthier.train.interrupt import Interrupt, stopped
+from luthier.train.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from luthier.model.generate import Sampling
@@ -132,10 +132,10 @@ def _show(talk: Talk, said: str, label: str, out: TextIO) -> None:
             out.write(f"[{error}]")
         finally:
             pieces.close()
-    if interrupt.signal == signal.SIGTERM:
-        raise stopped(interrupt.signal)
     out.write("\n")
     out.flush()
+    if interrupt.signal == signal.SIGTERM:
+        signal.raise_signal(interrupt.signal)  # again, for who takes it where no answer is made
 
 
 def _command(said: str, talks: list[Talk]) -> str:
@@ -159,7 +159,10 @@ def _typed(out: TextIO, read: Callable[[str], str] = input) -> Iterator[str]:
         except EOFError:
             print(file=out)
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if type(error) is not KeyboardInterrupt:  # another signal than Ctrl-C
+                print(file=out)
+                raise
             told = f"\n{HELP}\n"
         else:
             yield line
