@@ -4,6 +4,7 @@ and that 4 bits are bitsandbytes' to the bit."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -331,7 +332,7 @@ import torch
 from luthier.kernels import nf4, quantize
 torch.manual_seed(0)
 for kind in ("nf4", "fp4"):
-    for shape in [(1, 1), (7, 9), (5, 65), (64, 64), (33, 1040), (130, 127)]:
+    for shape in [(1, 1), (7, 9), (5, 65), (64, 64), (39, 448), (33, 1040), (130, 127)]:
         packed, absmax = quantize.quantize_4bit(torch.randn(shape), kind)
         for scales in (absmax, quantize.quantize_scales(absmax)):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -352,6 +353,19 @@ def test_the_triton_kernel_gives_what_its_twin_gives() -> None:
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
     subprocess.run([sys.executable, "-c", TRITON], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=300)
+
+
+def test_on_hopper_a_thread_reads_indices_side_by_side_and_looks_values_up_nearby() -> None:
+    pytest.importorskip("triton")
+    from hopper import compiled
+
+    from luthier.kernels import jit, nf4
+
+    kinds = {"packed": "*u8", "absmax": "*u8", "out": "*bf16"}
+    kinds |= dict.fromkeys(("nested", "offset", "code", "values"), "*fp32")
+    sizes = {"DOUBLE": 1, "BLOCKS": nf4._BLOCKS, "BLOCK": plain.BLOCK, "NESTED": plain.NESTED, "WHOLE": 1}
+    code = compiled(jit.dequantize, kinds, sizes, warps=8)
+    assert len(re.findall(r"ld\.global", code)) < 20  # of 32 values, their scales and the levels; 52 otherwise
 
 
 # Checkpoints that bitsandbytes wrote.

@@ -1,5 +1,5 @@
-"""The Triton kernels of `fused.py`, `adapted.py`, `drop.py` and `nf4.py`, which say what they compute and allocate what
-they write.
+"""The Triton kernels of `fused.py`, `adapted.py`, `rectangles.py`, `drop.py` and `nf4.py`, which say what they compute
+and allocate what they write.
 
 They stand apart so that a plan can follow those allocations where Triton is not installed. Sums are taken in fp32, and
 a value is rounded to the tensors' dtype where the twin stores it.
@@ -285,21 +285,24 @@ def dequantize(  # type: ignore
     packed, absmax, nested, offset, code, values, out, count, width, apart,
     DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    scale = tl.load(absmax + block, block * BLOCK < count, 0)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    first, pair = block.to(tl.int64) * BLOCK, tl.arange(0, BLOCK // 2)[None, :]
+    scale = tl.load(absmax + block, first < count, 0)
     if DOUBLE:
         # As int32: an 8-bit offset would be taken for a signed one.
-        scale = tl.load(code + scale.to(tl.int32)) * tl.load(nested + block // NESTED, block * BLOCK < count, 0.0)
+        scale = tl.load(code + scale.to(tl.int32)) * tl.load(nested + block // NESTED, first < count, 0.0)
         scale += tl.load(offset)
-    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    byte = tl.load(packed + pair, pair * 2 < count, 0).to(tl.int32)
-    both = tl.join(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
-    row, start = block * BLOCK // width, block * BLOCK % width
-    if WHOLE:
-        start = tl.multiple_of(start, BLOCK)
-    column = start.to(tl.int32)[:, None] + tl.arange(0, BLOCK)[None, :]
-    place = row[:, None] * apart + column
-    if not WHOLE:  # a block goes on in the next row, or in some more
-        place += column // width * (apart - width)
-    inside = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] < count
-    tl.store(out + place, (tl.reshape(both, (BLOCKS, BLOCK)) * scale[:, None]).to(out.dtype.element_ty), inside)
+    if WHOLE:  # so are the blocks, which lie in one row each: what is read, or written, lies side by side
+        inside, there = (first < count)[:, None], (first < count)[:, None]
+        row, start = (block // (width // BLOCK)).to(tl.int64), block % (width // BLOCK) * BLOCK
+        place = row[:, None] * apart + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    else:  # a block goes on in the next row, or in some more
+        inside = first[:, None] + pair * 2 < count
+        there = first[:, None] + tl.arange(0, BLOCK)[None, :] < count
+        row, column = first // width, (first % width).to(tl.int32)[:, None] + tl.arange(0, BLOCK)[None, :]
+        place = row[:, None] * apart + column + column // width * (apart - width)
+    byte = tl.load(packed + (first // 2)[:, None] + pair, inside, 0).to(tl.int32)
+    index = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCKS * BLOCK,))
+    # Out of shared memory: as pointers, each index would take an address of 64 bits.
+    found = tl.reshape(tl.gather(tl.load(values + tl.arange(0, 16)), index, 0), (BLOCKS, BLOCK))
+    tl.store(out + place, (found * scale[:, None]).to(out.dtype.element_ty), there)

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.kernels.place import launch
 from luthier.kernels.quantize import BLOCK, NESTED, NestedScales, levels
 
-_BLOCKS = 64  # blocks of 64 values a program: 16 values a thread
+_BLOCKS = 128  # blocks of 64 values a program: 32 values a thread
 
 
 def dequantize_4bit(
