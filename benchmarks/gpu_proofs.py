@@ -304,7 +304,12 @@ def gradients(bench: Bench) -> Found:
         learned_by_theirs(theirs(folder, dtype, bench.place), step, start, dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    figures = {
+    return near(mine, other, true)
+
+
+def near(mine: Learned, other: Learned, true: Learned) -> Found:
+    """Whether ours is as near to what is true as the other is."""
+    figures: dict[str, Any] = {
         name: {
             "gradient": error(found.gradient, true.gradient),
             "token_losses": error(found.losses, true.losses),
@@ -564,24 +569,36 @@ def memory(bench: Bench, *, full: bool = False) -> Found:
     run = partial(run_under, room, side, start)
     whole, least = run(workload.packed, {}), run(most, {})
     limits = squeezes(whole.tensors, max(least.taken.values()), squeezed)
-    cut, steps_cut = run(workload.packed, limits), {step for step, _, _ in limits}
+    return lived_through(limits, run(workload.packed, limits), whole, least)
+
+
+def lived_through(limits: Mapping[Pass, float], cut: Run, whole: Run, least: Run) -> Found:
+    """Whether a run that was cut to `limits` ran out of memory there and nowhere else, and learned what the whole one
+    did, as the one with the smallest passes did."""
     off = {"change": (error(cut.change, whole.change), error(least.change, whole.change))}
     off["norm"] = (apart(cut.norms, whole.norms), apart(least.norms, whole.norms))
     places = [place for step in cut.short for place in step]
     where, later = {place: places.count(place) for place in ("forward", "backward")}, sum(n > 0 for _, n, _ in limits)
     amounts = {f"{step + 1}.{n + 1}{' back' * back}": amount / GIB for (step, n, back), amount in limits.items()}
     said = (
-        f"{len(limits)} of {count} steps squeezed, {later} of them after their first pass, to "
+        f"{len(limits)} of {len(cut.cuts)} steps squeezed, {later} of them after their first pass, to "
         f"{min(amounts.values()):.2f} to {max(amounts.values()):.2f} GiB of {max(whole.tensors.values()) / GIB:.2f}: "
         f"out of memory {len(places)} times ({where['backward']} going back), made again in up to {max(cut.cuts)} "
         "passes; "
     )
     said += "; ".join(f"{name} off by {a:.1e}, with smaller passes {b:.1e}" for name, (a, b) in off.items())
     undisturbed = not any(whole.short) and not any(least.short)
-    as_squeezed = {step for step, found in enumerate(cut.short) if found} == steps_cut
+    as_squeezed = {step for step, found in enumerate(cut.short) if found} == {step for step, _, _ in limits}
     passed = undisturbed and as_squeezed and min(where.values()) > 0
     passed = passed and all(a <= CHANCE * max(b, ROUNDING) for a, b in off.values())
-    figures = {"off": off, "bound": CHANCE, "steps": count, "limits_gib": amounts, "ran_out": len(places), **where}
+    figures = {
+        "off": off,
+        "bound": CHANCE,
+        "steps": len(cut.cuts),
+        "limits_gib": amounts,
+        "ran_out": len(places),
+        **where,
+    }
     figures |= {"later": later, "cuts": cut.cuts, "as_squeezed": as_squeezed}
     peaks = {"whole_gib": max(whole.tensors.values()) / GIB, "least_gib": max(least.taken.values()) / GIB}
     return Found(passed, said, figures | peaks)

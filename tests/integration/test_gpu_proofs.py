@@ -78,6 +78,55 @@ def test_curves_that_stray_or_learn_nothing_prove_nothing() -> None:
     assert not passed(0.01, 0.01, fallen=0.1)
 
 
+def test_gradients_and_losses_that_are_further_off_than_theirs_prove_nothing() -> None:
+    ones, signs = torch.ones(100, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(50)
+
+    def learned(gradient: float = 1e-2, kind: float = 1e-2, losses: float = 5e-3, loss: float = 0.0) -> Any:
+        """Off by so much: `losses` from token to token, `loss` in all of them."""
+        kinds = {"q_proj.lora_A": ones * 1.01, "q_proj.lora_B": ones * (1 + kind)}
+        return gpu_proofs.Learned(ones + signs * losses + loss, ones * (1 + gradient), kinds)
+
+    def near(**off: float) -> bool:
+        true = gpu_proofs.Learned(ones, ones, {"q_proj.lora_A": ones, "q_proj.lora_B": ones})
+        found: bool = gpu_proofs.near(learned(**off), learned(), true).passed
+        return found
+
+    assert near(gradient=1.09e-2, kind=1.49e-2, losses=1.09 * 5e-3)
+    assert not near(gradient=1.11e-2)
+    assert not near(kind=1.51e-2)
+    assert not near(losses=1.11 * 5e-3)
+    assert near(losses=0, loss=3.9e-3)
+    assert not near(losses=0, loss=4.1e-3)
+
+
+def test_a_run_that_ran_out_of_memory_elsewhere_or_learned_something_else_proves_nothing() -> None:
+    ones, limits = torch.ones(100, dtype=torch.float64), {(0, 0, False): 50.0, (2, 1, True): 60.0}
+
+    def run(change: float = 0.0, norm: float = 0.0, short: tuple[str, str, str] = ("", "", "")) -> Any:
+        """Off by so much, the norm in its last step; `short`: which ways memory ran out on in each step."""
+        ran_out = [[{"f": "forward", "b": "backward"}[way] for way in step] for step in short]
+        taken = dict.fromkeys(limits, 100)
+        return gpu_proofs.Run(ones * (1 + change), taken, taken, [1, 1, 2], [1.0, 1.0, 1 + norm], ran_out)
+
+    alone, smaller, squeezed = run(), run(1e-3, 1e-2), ("f", "", "fb")
+
+    def holds(cut: Any, whole: Any = alone, least: Any = smaller) -> bool:
+        found: bool = gpu_proofs.lived_through(limits, cut, whole, least).passed
+        return found
+
+    assert holds(run(1.49e-3, 1.49e-2, squeezed))
+    assert not holds(run(1.51e-3, 0, squeezed))
+    assert not holds(run(0, 1.51e-2, squeezed))
+    assert holds(run(1.4e-6, 1.4e-6, squeezed), least=alone)
+    assert not holds(run(1.6e-6, 0, squeezed), least=alone)
+    assert not holds(run(short=("fb", "", "")))
+    assert not holds(run(short=("f", "b", "b")))
+    assert not holds(run(short=("f", "", "f")))
+    assert not holds(run(short=("b", "", "b")))
+    assert not holds(run(short=squeezed), whole=run(short=("", "f", "")))
+    assert not holds(run(short=squeezed), least=run(short=("", "f", "")))
+
+
 def test_a_gradient_that_lacks_a_sample_is_not_taken_for_ours(bench: Any) -> None:
     side, other = _learned(bench, ()), _learned(bench, (0,))
     assert gpu_proofs.error(other.gradient, side.gradient) > 0.01

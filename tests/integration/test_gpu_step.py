@@ -109,12 +109,11 @@ subprocess.Popen(["sleep", "150"], stdout=pipe)
 print("up", file=pipe, flush=True)
 """
 ANSWERING = """
-signal.alarm(150)
 part = Path(f"{input()}.part")
 part.write_text('{"tok_s": 1}')
 print(7, flush=True)
 part.rename(part.with_suffix(""))
-time.sleep(150)
+time.sleep(60)
 """
 
 
