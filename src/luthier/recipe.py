@@ -510,7 +510,7 @@ class Run(Section):
     @field_validator("memory", mode="before")
     @classmethod
     def _bytes(cls, memory: Any) -> Any:
-        return str(memory) if type(memory) is int else memory
+        return str(memory) if isinstance(memory, int | float) and not isinstance(memory, bool) else memory
 
 
 class Recipe(Section):
@@ -571,7 +571,11 @@ class Recipe(Section):
     @classmethod
     def parse(cls, text: str, *overrides: str, name: str = "recipe") -> Recipe:
         tree = _read_yaml(text, name)
-        given = {_apply(tree, override): override for override in overrides}
+        given: dict[tuple[str, ...], str] = {}
+        for override in overrides:
+            key = _apply(tree, override)
+            given.pop(key, None)  # so that the last one stands last
+            given[key] = override
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

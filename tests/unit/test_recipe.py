@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.errors import RecipeError, UsageError
+from luthier.errors import MemoryPlanError, RecipeError, UsageError
+from luthier.plan import parse_bytes
 from luthier.recipe import Recipe, packaged
 
 MINIMAL = "model: {base: smollm2-135m}\ndata: {train: [{path: rows.jsonl}]}\n"
@@ -34,6 +35,22 @@ def test_a_key_of_another_tool_is_answered_with_ours() -> None:
 @pytest.mark.parametrize("override", ["train.lr=fast", "train.schedul=linear", "model.quantize.kind=nf5", "data=3"])
 def test_a_fault_of_an_override_is_told_at_the_override_and_not_at_a_place_of_the_file(override: str) -> None:
     assert problem(MINIMAL + "train: {lr: 1}\n", "train.seed=1", override).startswith(f"{override}: ")
+
+
+def test_a_key_that_is_given_again_is_told_by_its_last_override() -> None:
+    given = ("train.lr=1e-4", "train={lr: bad}", "train.lr=bad2")
+    assert problem(MINIMAL, *given).startswith("train.lr=bad2: train.lr: ")
+
+
+@pytest.mark.parametrize("amount", ["8000000000", "8e9", "8000000000.0", "8GB"])
+def test_an_amount_of_memory_may_be_any_number_of_bytes(amount: str) -> None:
+    for recipe in (Recipe.parse(MINIMAL, f"run.memory={amount}"), Recipe.parse(f"{MINIMAL}run: {{memory: {amount}}}\n")):
+        assert parse_bytes(recipe.run.memory) == 8_000_000_000
+
+
+def test_an_amount_of_memory_without_its_unit_is_answered_with_one() -> None:
+    with pytest.raises(MemoryPlanError, match=r"'1\.5' is less than a megabyte; write a unit, e\.g\. 6GiB"):
+        parse_bytes(Recipe.parse(MINIMAL, "run.memory=1.5").run.memory)
 
 
 def test_a_recipe_that_is_not_there_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
