@@ -1,8 +1,8 @@
 """The parts of a decoder block between its matrix products: norms, rotary embedding, activation.
 
 These are the eager forms, written for few passes over memory, in place where an input is no longer needed. `native`
-has the same parts in C++, one pass each. Norms accumulate in fp32. `spare`: so many columns are left free behind each
-row of what a product reads next (see `spare.py`).
+has the same parts in C++, and `fused` in Triton, one pass each. Norms accumulate in fp32. `spare`: so many columns are
+left free behind each row of what a product reads next (see `spare.py`).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """All of the above as one value: a block takes either these or their counterparts in `native`."""
+    """All of the above as one value: a block takes these, or their counterparts in `native` or `fused`."""
 
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_rms_norm

@@ -245,7 +245,8 @@ def dequantize_float8(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return torch.mul(packed.to(torch.bfloat16), scale[:, None], out=out)
 
 
-# References of the two simplest schemes, one scale for all values; the guide explains the others by them.
+# References of the two simplest schemes, one scale for all values: the guide explains the others by them. No layer is
+# packed so, and tests alone call them.
 
 
 def absmax_int8(values: Tensor) -> tuple[Tensor, Tensor]:

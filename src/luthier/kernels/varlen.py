@@ -1,5 +1,6 @@
 """Causal attention inside each segment of a packed row of tokens, for CUDA: torch's flash attention on packed rows, and
-where they are faster cuDNN's forward pass (`cudnn.py`) and a backward pass of our own (`varlen_backward.py`)."""
+where they are faster cuDNN's forward pass (`cudnn.py`), or one of our own (`varlen_forward.py`), and a backward pass of
+our own (`varlen_backward.py`)."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Block:
         else:
             if self.mlp_norm is None:
                 _add(da, dn, pack)
-            room = 0 if self.mlp_end else self.down.spare  # for the block before, which has the same adapters
+            room = 0 if self.mlp_end else self.down.spare  # for the block before, if its adapters are as wide
             dx, n = self.attention_norm.backward(da, x, kept.attention_scale, _spread(dm, x, pack), room)
         self.qkv.backward_adapters(qkv_inner, n, pack.noise)
         if self.mlp_norm is None:

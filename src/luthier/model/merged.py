@@ -138,9 +138,9 @@ class MergedLinear:
         for layer, columns, ranks in self.updates:
             found += [Rectangle(layer.A, below[ranks]), Rectangle(layer.B, beside[columns], ranks.start, layer.scale)]
             end = ranks.stop
-        nothing = self.adapted[0][0].A.detach()[:0].t()  # [K, 0]
+        A = self.adapted[0][0].A
         others = [beside[columns] for columns in self.columns if all(columns != u.columns for u in self.updates)]
-        return found + [Rectangle(nothing.new_empty(len(x), 0), x) for x in (below[end:], *others) if len(x)]
+        return found + [Rectangle(A.new_empty(len(x), 0), x) for x in (below[end:], *others) if len(x)]
 
     def forward(self, x: Tensor, noise: Noise | None, *, keep: bool, behind: int = 0) -> tuple[Tensor, Tensor | None]:
         """x [T, K] to y [T, N], with `behind` more columns free behind each row. With `keep`, the updates' inner values

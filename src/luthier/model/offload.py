@@ -144,7 +144,7 @@ class Streamed:
     """Blocks whose weights come and go. They run in their order, and their backward passes in the other.
 
     Attributes:
-        fetches: how often one was copied to the device.
+        fetches: how often one was copied to the device; only tests ask.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
