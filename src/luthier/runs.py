@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from luthier.errors import RunError
 from luthier.recipe import Recipe
@@ -47,19 +47,27 @@ _PREPARED_BY = ("data.", "evaluate.slices", "model.base", "model.revision", "ada
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replaces `path` by `content` in one step: written aside, fsynced, renamed, and the folder fsynced. An OSError
     names `path` and leaves nothing beside it."""
-    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, as `write_atomic` has it: for what is too long to
+    be held in one piece."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         error.filename = str(path)
         raise
+    finally:
+        with suppress(OSError):
+            aside.unlink()
     sync_folder(path.parent)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from math import exp
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier.cli import main
-from luthier.data.conversation import Conversation, Example, Message, Origin, to_json
+from luthier.data.conversation import Conversation, Message, Origin, to_json
 from luthier.errors import DataError, RecipeError, RunError, UsageError
-from luthier.evaluate.asking.answers import Memo, Task, _rest, chunks, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, Text, _rest, chunks, plan, sampling_of, work
 from luthier.evaluate.asking.sides import pair_of
 from luthier.evaluate.asking.subject import Subject
 from luthier.evaluate.asking.suite import suite
@@ -83,7 +84,7 @@ def test_a_likelihood_is_the_same_with_an_answer_and_alone(run: Run, tmp_path: P
         tasks = plan(subject, questions, sampling, needs=needs)
         memo = Memo(tmp_path / f"{len(results)}.jsonl")
         work(subject, tasks, sampling, memo, lambda label, count: calls.append((label, count)))
-        results.append({task.key: memo[task.key] for task in tasks if task.example})
+        results.append({task.key: memo[task.key] for task in tasks if task.text})
     together, alone = results
     assert together.keys() == alone.keys()
     assert len(alone) == 48
@@ -115,7 +116,7 @@ def test_packed_weights_are_unpacked_while_answers_are_made_but_take_no_memory_t
 
 def test_a_row_with_an_earlier_answer_is_weighed_whole() -> None:
     def rest(supervised: list[int]) -> list[int]:
-        return _rest(Example([1, 2, 3, 4, 5, 6], supervised, 4, Origin("", 1)), [1, 2, 3, 4])
+        return _rest(Text(array("i", range(1, 7)), bytes(supervised)), array("i", [1, 2, 3, 4]))
 
     assert rest([0, 0, 0, 0, 1, 1]) == [5, 6]
     assert rest([0, 0, 0, 0, 1, 0]) == [5]
@@ -252,7 +253,7 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(run: Run) -> None:
 
 def test_answers_to_long_prompts_are_kept_in_small_parts_on_a_cpu() -> None:
     lengths = [20_000, 5000, 5000, 5000, *[600] * 30, *[20] * 200]
-    tasks = [Task("base", i, str(i), prompt=[1] * length) for i, length in enumerate(lengths)]
+    tasks = [Task("base", i, str(i), prompt=array("i", [1] * length)) for i, length in enumerate(lengths)]
     parts = [[len(task.prompt or []) for task in chunk] for chunk in chunks(tasks, 10, "cpu")]
     assert parts == [[20_000], [5000] * 3, [600] * 26, [600] * 4 + [20] * 22, [20] * 128, [20] * 50]
     assert [len(part) for part in chunks(tasks, 10, "cuda")] == [234]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier.cli import main
+from luthier.evaluate.asking.answers import Memo
 from luthier.evaluate.asking.sides import pair_of
 from luthier.evaluate.asking.subject import Subject
 from luthier.evaluate.asking.workers import Job, fill
@@ -110,9 +111,9 @@ def test_several_processes_ask_the_general_questions_too(run: Run) -> None:
     alone = compare(run, name="alone").forgetting
     done = Job(str(run.folder), str(run.results / "together"), tuple(pair_of(run)), general=True)
     fill(done, 2, lambda label, count: None)  # without the parent, which does what its workers leave undone
-    kept = done.memo().keys()
+    kept = Memo(run.results / "together" / "answers.jsonl").keys()
     together = compare(run, name="together").forgetting
-    assert kept == Job(str(run.folder), str(run.results / "alone"), ()).memo().keys()
+    assert kept == Memo(run.results / "alone" / "answers.jsonl").keys()
     assert alone is not None
     assert together is not None
     assert together.found["perplexity"].tuned == pytest.approx(alone.found["perplexity"].tuned, rel=1e-5)

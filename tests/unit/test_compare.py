@@ -3,8 +3,9 @@
 import io
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError
+from luthier.evaluate.asking.answers import Memo
+from luthier.evaluate.asking.suite import Suite, digest
 from luthier.evaluate.comparison import Comparison, first_words, judge
 from luthier.evaluate.metrics import METRICS, Answer, points
 from luthier.evaluate.metrics.text import PERPLEXITY, ROUGEL
@@ -276,3 +279,22 @@ def test_what_a_model_says_cannot_steer_the_terminal() -> None:
 @pytest.mark.parametrize(("value", "text"), [(9.84, "+9.8"), (-0.4, "−0.4"), (0.0, "0"), (float("-inf"), "−∞")])
 def test_figures_are_signed_for_people(value: float, text: str) -> None:
     assert signed(value) == text
+
+
+def test_the_digest_of_questions_is_that_of_their_list_made_in_parts() -> None:
+    for texts in ([], ["a"], ["a", "é", '"b"']):
+        asked = [Conversation((Message("user", text),), Origin("q.jsonl", 1)) for text in texts]
+        assert Suite(asked, "test").digest == digest([asdict(question) for question in asked])
+
+
+def test_a_memo_holds_of_what_was_there_only_what_is_wanted_and_loses_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    Memo(path).add({"a": {"text": "one"}, "b": {"text": "two"}})
+    with path.open("ab") as file:
+        file.write(b'{"key": "c", "te')  # torn by a crash
+    memo = Memo(path, only={"b", "d"})
+    memo.add({"d": {"text": "three"}})
+    assert memo.keys() == {"b", "d"}
+    assert memo["b"]["text"] == "two"
+    whole = Memo(path)
+    assert {key: whole[key]["text"] for key in sorted(whole.keys())} == {"a": "one", "b": "two", "d": "three"}

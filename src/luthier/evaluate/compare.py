@@ -26,7 +26,7 @@ from luthier.evaluate.slices import cut, missing
 from luthier.evaluate.statistics.paired import LEVEL, RESAMPLES
 from luthier.evaluate.terminal import progress, render
 from luthier.recipe import Recipe
-from luthier.runs import Run, versions, write_atomic, write_json
+from luthier.runs import Run, replacing, versions, write_atomic, write_json
 from luthier.strict import dumps
 
 if TYPE_CHECKING:
@@ -85,10 +85,8 @@ def ask_otherwise(
     columns to slice by that no question has; the recipe is then as it was."""
     asker = Run.open(questions) if questions else asker_of(folders)
     recipe = Recipe.load(asker.folder / "recipe.yaml", f"run.dir={json.dumps(str(asker.folder))}", *changes)
-    changed, new = (
-        Run(asker.folder, recipe),
-        [c for c in recipe.evaluate.slices if c not in asker.recipe.evaluate.slices],
-    )
+    changed = Run(asker.folder, recipe)
+    new = [name for name in recipe.evaluate.slices if name not in asker.recipe.evaluate.slices]
     needed(changed)
     asked = suite(changed).questions
     check_decides(asked, recipe.evaluate.metrics[0])
@@ -152,6 +150,6 @@ def settings(run: Run, asked: Suite, subject: Subject, seconds: float) -> dict[s
 
 def keep(found: Comparison, folder: Path) -> None:
     """Writes rows.jsonl and comparison.json."""
-    lines = (dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-    write_atomic(folder / "rows.jsonl", "".join(lines))
+    with replacing(folder / "rows.jsonl") as file:
+        file.writelines((dumps(row, ensure_ascii=False) + "\n").encode() for row in found.rows)
     write_json(folder / "comparison.json", found.as_dict())

@@ -26,11 +26,11 @@ from luthier.evaluate.contamination import with_contamination
 from luthier.evaluate.harness import check_installed, tasks_of, with_tasks
 from luthier.evaluate.judge import with_opinions
 from luthier.evaluate.metrics import Answer, resolved
-from luthier.evaluate.page.report import render
+from luthier.evaluate.page.report import write_report
 from luthier.evaluate.ranking import Unit, decide, described, noise, pairs
 from luthier.evaluate.slices import cut
 from luthier.evaluate.terminal import progress
-from luthier.runs import Run, read_json, write_atomic
+from luthier.runs import Run, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +82,7 @@ def compare_several(
     result = replace(result, settings=made | {"report": str(folder / "report.html")})
     note_source(result, asked)
     keep(result, folder)
-    write_atomic(folder / "report.html", render(home, folder.name))
+    write_report(home, folder.name, folder / "report.html")
     return result
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
@@ -62,8 +62,8 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One side's answer to a question's `prompt`, the likelihood of its `text`, or those of the `choices` that may follow
-    its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
+    """One side's answer to a question's `prompt`, the likelihood of its `text`, or those of the `choices` that may
+    follow its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
     """
 
     side: Side
@@ -128,9 +128,7 @@ def plan(
 def likelihoods(subject: Subject, side: Side, texts: Mapping[int, Text]) -> list[Task]:
     """The tasks of weighing some texts, by question."""
     identity = subject.identity(side)
-    keys = {
-        i: digest(["likelihood", identity, text.ids.tolist(), list(text.supervised)]) for i, text in texts.items()
-    }
+    keys = {i: digest(["likelihood", identity, text.ids.tolist(), list(text.supervised)]) for i, text in texts.items()}
     return [Task(side, i, keys[i], text=text) for i, text in texts.items()]
 
 
@@ -219,17 +217,18 @@ def _decoding(sampling: Sampling) -> dict[str, Any]:
 
 class Memo:
     """Results by key, a JSON line each, appended as they come, by one process or several. Those in the files `others`
-    are read, never written. Held as the lines that they are: as values they would take several times the memory."""
+    are read, never written. Held as the lines that they are, as values they would take several times the memory; and
+    of what was there before, those of the keys in `only` alone."""
 
-    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
+    def __init__(self, path: Path, others: Iterable[Path] = (), *, only: Set[str] | None = None) -> None:
         self.path, self._lines = path, dict[str, bytes]()
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in others:
             if other.exists():
                 with other.open("rb") as file:
-                    self._keep(file)
+                    self._keep(file, only)
         with self._locked() as file:
-            whole = self._keep(file)
+            whole = self._keep(file, only)
             file.truncate(whole)  # a last line torn by a crash: what follows must not be glued to it
 
     def __contains__(self, key: str) -> bool:
@@ -249,12 +248,13 @@ class Memo:
             file.write(b"".join(lines.values()))
         self._lines |= lines
 
-    def _keep(self, file: BinaryIO) -> int:
+    def _keep(self, file: BinaryIO, only: Set[str] | None) -> int:
         """Takes the lines of a file, and returns how many bytes of it are whole lines."""
         whole = 0
         for line in file:
             whole += len(line) if line.endswith(b"\n") else 0
-            if record := _record(line):
+            record = _record(line)
+            if record is not None and (only is None or record["key"] in only):
                 self._lines[record["key"]] = line
         return whole
 
@@ -386,7 +386,8 @@ def _read(
     for chunk in chunks(tasks, sampling.max_new_tokens, subject.model.device.type):
         riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
-        prompts, done = [task.prompt.tolist() if task.prompt else [] for task in chunk], partial(_one_more, advance, chunk[0].label)
+        prompts = [task.prompt.tolist() if task.prompt else [] for task in chunk]
+        done = partial(_one_more, advance, chunk[0].label)
         made = generate(
             subject.model,
             prompts,

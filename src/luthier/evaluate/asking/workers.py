@@ -66,8 +66,10 @@ class Job:
         values = json.loads(text)
         return cls(**{**values, "entries": tuple(Entry(**entry) for entry in values["entries"])})
 
-    def memo(self) -> Memo:
-        return Memo(Path(self.folder) / "answers.jsonl", map(Path, self.others))
+    def memo(self, wanted: Sequence[Turn]) -> Memo:
+        """What is known of what these turns have to do."""
+        keys = {task.key for turn in wanted for task in turn.tasks}
+        return Memo(Path(self.folder) / "answers.jsonl", map(Path, self.others), only=keys)
 
 
 class Turn(NamedTuple):
@@ -86,12 +88,16 @@ def turns(
     general: bool = False,
 ) -> list[Turn]:
     """The sides' tasks, those of one base together; with `general`, the general ones after those of the questions."""
+    planned: dict[int, list[Task]] = {}  # by subject: the tokens of both its sides are the same, and are there once
+    for subject in {id(side.subject): side.subject for side in sides}.values():
+        both = [side.side for side in sides if side.subject is subject]
+        planned[id(subject)] = plan(subject, questions, sampling, sides=both, needs=needs)
 
-    def tasks(side: Opened) -> list[Task]:
-        asked = plan(side.subject, questions, sampling, sides=[side.side], needs=needs)
+    def mine(side: Opened) -> list[Task]:
+        asked = [task for task in planned[id(side.subject)] if task.side == side.side]
         return asked + (general_tasks(side.subject, side.side, len(questions)) if general else [])
 
-    return [Turn(side, tasks(side)) for side in by_base(sides)]
+    return [Turn(side, mine(side)) for side in by_base(sides)]
 
 
 def needed(run: Run) -> set[str]:
@@ -103,7 +109,7 @@ def needed(run: Run) -> set[str]:
 def done(job: Job, asker: Run, wanted: Sequence[Turn], bar: Bar) -> Memo:
     """The memo with every task in it. Raises MemoryPlanError where there is no memory for it, and RunError where what
     trains on this machine has pushed it aside."""
-    memo, sampling = job.memo(), sampling_of(asker)
+    memo, sampling = job.memo(wanted), sampling_of(asker)
     _start_bar(wanted, memo, bar)
     missing = [turn for turn in wanted if any(task.key not in memo for task in turn.tasks)]
     if not missing:
@@ -113,7 +119,7 @@ def done(job: Job, asker: Run, wanted: Sequence[Turn], bar: Bar) -> Memo:
     count, in_flight = _room(missing, count, sampling, near)
     if count > 1 or near:
         fill(replace(job, in_flight=in_flight), count, bar.advance, beside=bool(near))
-        memo = job.memo()
+        memo = job.memo(wanted)
     if near and any(task.key not in memo for turn in missing for task in turn.tasks):
         fix = "the same command goes on where it was; it is surest when nothing trains here"
         raise RunError("the processes that answer were ended, most likely for want of memory", fix=fix)
@@ -233,8 +239,10 @@ def main(text: str, rank: str, count: str, beside: str) -> None:
 
     job = Job.parse(text)
     asker = Run.open(job.asker)
-    sampling, memo, needs = sampling_of(asker), job.memo(), job.needs or needed(asker)
-    for turn in turns(open_sides(job.entries, Seat()), _questions(job, asker), sampling, needs, general=job.general):
+    sampling, needs, sides = sampling_of(asker), job.needs or needed(asker), open_sides(job.entries, Seat())
+    wanted = turns(sides, _questions(job, asker), sampling, needs, general=job.general)
+    memo = job.memo(wanted)
+    for turn in wanted:
         mine = share(turn.tasks, int(rank), int(count))
         _work(turn, mine, sampling, memo, advance, in_flight=job.in_flight, processes=int(count))
 

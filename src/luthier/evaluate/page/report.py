@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,29 @@ from luthier import __version__
 from luthier.evaluate.metrics import shown
 from luthier.evaluate.page import facts, rows, scores
 from luthier.evaluate.page.template import ours, template
-from luthier.runs import Run, read_json, write_atomic
+from luthier.runs import Run, read_json, replacing
 
 Json = dict[str, Any]
 
 
-def write_report(run: Run, name: str = "compare") -> Path:
-    """Writes report.html of `run` from its files, with the comparison in results/`name` if there is one."""
-    write_atomic(run.report, render(run, name))
-    return run.report
+def write_report(run: Run, name: str = "compare", path: Path | None = None) -> Path:
+    """Writes report.html of `run`, or `path`, from its files, with the comparison in results/`name` if there is one."""
+    with replacing(path or run.report) as file:
+        file.writelines(piece.encode() for piece in _pieces(run, name))
+    return path or run.report
 
 
 def render(run: Run, name: str = "compare") -> str:
-    """The page as text. All values are escaped by the template engine; data is never trusted to be harmless."""
+    """The page as text."""
+    return "".join(_pieces(run, name))
+
+
+def _pieces(run: Run, name: str) -> Iterator[str]:
+    """The page in pieces, since it may hold many rows. All values are escaped by the template engine; data is never
+    trusted to be harmless."""
     path = run.results / name / "comparison.json"
     found = read_json(path) if path.exists() else {}
-    return template("report.html.jinja").render(
+    return template("report.html.jinja").generate(
         style=ours("report.css"),
         script=ours("report.js"),
         script_hash=_hash(ours("report.js")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import exp
 from pathlib import Path
@@ -77,8 +77,8 @@ def _choices(row: Json) -> list[tuple[str, list[int]]]:
 # All rows, for the script.
 
 
-def payload(rows: list[Json], metrics: dict[str, Json], names: Sequence[str]) -> Markup:
-    """What the page's script reads, as JSON that no text in it can leave: `<` is written as its escape."""
+def payload(rows: list[Json], metrics: dict[str, Json], names: Sequence[str]) -> Iterator[Markup]:
+    """What the page's script reads, as JSON in pieces that no text in it can leave: `<` is written as its escape."""
     known = [shown(name, described) for name, described in metrics.items()]
     value = {
         "sides": names,
@@ -86,8 +86,14 @@ def payload(rows: list[Json], metrics: dict[str, Json], names: Sequence[str]) ->
         "long": LONG,
         "cells": CELLS,
         "tokens": TOKENS.pattern,
-        "rows": rows,
     }
+    yield _escaped(value)[:-1] + Markup(',"rows":[')
+    for place, row in enumerate(rows):
+        yield (Markup(",") if place else Markup("")) + _escaped(row)
+    yield Markup("]}")
+
+
+def _escaped(value: Json) -> Markup:
     return Markup(dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 

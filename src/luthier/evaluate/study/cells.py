@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from luthier import recipe
 from luthier.data.store import TokenStore
 from luthier.errors import NotFiniteError, RunError
-from luthier.evaluate.asking.answers import Memo, Task, collect, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, Text, collect, plan, sampling_of, work
 from luthier.evaluate.asking.seat import Seat
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
 from luthier.evaluate.asking.suite import digest, suite
@@ -132,7 +132,7 @@ def _heldout(subject: Subject, store: TokenStore, side: Side) -> list[Task]:
     for row in range(len(store)):
         example = store.as_example(row)
         key = digest(["likelihood", identity, example.ids, example.supervised])
-        tasks.append(Task(side, row, key, example=example))
+        tasks.append(Task(side, row, key, text=Text.of(example)))
     return tasks
 
 
