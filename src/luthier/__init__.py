@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # typing's own costs milliseconds in which a Ctrl-C is not yet ours to answer
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,8 @@ _HOMES = {
 __all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "fit", "prepare", "start", "study"]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from luthier.api import compare, fit, prepare, start, study
     from luthier.errors import LuthierError
     from luthier.recipe import Recipe

@@ -325,7 +325,8 @@ def _init(args: argparse.Namespace) -> int:
     from luthier.scaffold import scaffold
 
     if Path(args.base).is_file() and Path(args.data).is_dir():
-        raise UsageError("BASE is a file and DATA a folder", fix=f"luthier init {args.data} {args.base} may be meant")
+        fix = f"{shlex.join(['luthier', 'init', args.data, args.base])}?"
+        raise UsageError("BASE is a file and DATA a folder", fix=fix)
     test = Path(args.test) if args.test else None
     path = scaffold(args.base, Path(args.data), test=test, out=args.out)
     print(f"wrote {path}; next: luthier data {shlex.quote(str(path))}")

@@ -277,7 +277,7 @@ def test_doctor_keeps_the_brackets_of_extras(desk: Path) -> None:
         (["runs", "forget"], 2, "unknown action 'forget'; known: list, show, diff"),
         (["train"], 2, "`luthier train` needs RECIPE; see luthier train --help"),
         (["init"], 2, "`luthier init` needs BASE and DATA; see"),
-        (["init", TEST, BASE], 2, f"luthier init {BASE} {TEST} may be meant"),
+        (["init", TEST, BASE], 2, f"luthier init '{BASE}' '{TEST}'?"),
         (["plan", RECIPE, "--vram"], 2, "--vram needs a value behind it"),
         (["data", RECIPE, "--rows", "many"], 2, "--rows takes a whole number, not 'many'"),
         (["runs", "list", RUN], 2, "takes no run folder"),
@@ -382,7 +382,7 @@ sys.exit({2}())
 """
 
 
-@pytest.mark.parametrize("importing", ["luthier.cli", "luthier.registry", "difflib"])
+@pytest.mark.parametrize("importing", ["typing", "luthier.cli", "luthier.registry", "difflib"])
 def test_ctrl_c_while_the_command_is_still_imported_is_a_line(importing: str) -> None:
     command = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]["luthier"]
     module, _, name = command.partition(":")
