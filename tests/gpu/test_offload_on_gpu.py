@@ -151,6 +151,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "some streamed, recomputed": {"stream": 4, "recompute": True},
     "embedding": {"embedding": True},
     "away": {"away": LAYERS - 1},
+    "all away": {"away": LAYERS},
     "some away": {"away": 2},
     "away, gate|up made again": {"away": LAYERS - 1, "recompute_gate_up": LAYERS},
     "all of it": {"stream": LAYERS, "embedding": True, "away": LAYERS - 1, "recompute": 2, "recompute_gate_up": 2},
