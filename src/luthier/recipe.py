@@ -490,7 +490,7 @@ class Run(Section):
     """How many of the model's blocks stay in host memory and stream to the GPU as they are needed."""
     offload_embedding: Literal["auto"] | bool = "auto"
     """Leave the input embedding in host memory, where our own block runs and the output head has a weight of its own:
-    a step reads a few of its rows. `auto`: where the memory makes a step faster."""
+    a step reads a few of its rows. Not Gemma's, which scales them. `auto`: where the memory makes a step faster."""
     offload_activations: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Of how many blocks what is kept for the backward pass waits in host memory, where our own block runs on a GPU;
     `auto`: where that makes a step faster, and of so many that copying takes no longer than computing."""
