@@ -199,6 +199,19 @@ def test_several_sides_have_their_scores_and_a_matrix_of_verdicts_with_corrected
     assert data["rows"][1]["answers"] == ["x y", "a b", "what the base said"]
 
 
+def test_what_does_it_again_is_written_as_a_shell_takes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    page = render(run_with(folder, compared()))
+    assert f"luthier train &#39;{folder}/run&#39; &#39;run.dir={folder}/run-again&#39;\n" in page
+    assert f"luthier compare &#39;{folder}/run-again&#39;" in page
+    steps = [f"{folder}/run/checkpoints/step-{step:08}" for step in (10, 20)]
+    sides = [{"name": step[-2:], "kind": "checkpoint", "folder": step} for step in steps]
+    page = render(run_with(tmp_path / "two", compared(), sides=sides, pair=["10", "20"]))
+    assert f"luthier compare &#39;{steps[0]}&#39; &#39;{steps[1]}&#39;" in page
+    assert "luthier train" not in page
+
+
 def test_seeds_of_one_recipe_stand_together_in_the_matrix(tmp_path: Path) -> None:
     found = compared()
     more = found_sides("base", "rank 4", "rank 8")

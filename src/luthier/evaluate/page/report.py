@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _pieces(run: Run, name: str) -> Iterator[str]:
         version=__version__,
         warnings=found.get("warnings", []),
         compared=_compared(found, rows.read(path.with_name("rows.jsonl"), scores.names(found))) if found else None,
-        **_about(run, found.get("settings", {})),
+        **_about(run, found.get("settings", {}), found.get("sides", [])),
     )
 
 
@@ -54,7 +55,19 @@ def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _about(run: Run, settings: Json) -> Json:
+def _commands(run: Run, sides: list[Json]) -> list[str]:
+    """What does it again, as a shell takes it: of one run all, of several sides the comparison."""
+    named = [side["folder"] for side in sides if side.get("folder")]
+    if len(named) > 1 or any(side.get("kind") in ("checkpoint", "adapter") for side in sides):
+        return [shlex.join(["luthier", "compare", *named])]
+    again = f"{run.folder}-again"
+    return [
+        shlex.join(["luthier", "train", str(run.folder), f"run.dir={again}"]),
+        shlex.join(["luthier", "compare", again]),
+    ]
+
+
+def _about(run: Run, settings: Json, sides: list[Json]) -> Json:
     recipe, manifest = run.recipe, run.manifest
     return {
         "title": f"{run.folder.name} · luthier",
@@ -67,7 +80,7 @@ def _about(run: Run, settings: Json) -> Json:
         },
         "training": facts.training(run),
         "data": facts.data(run),
-        "commands": [f"luthier train {run.folder} run.dir={run.folder}-again", f"luthier compare {run.folder}-again"],
+        "commands": _commands(run, sides),
         "provenance": facts.provenance(run, settings),
         "decisions": facts.flat(manifest.get("decisions", {})),
         "recipe": recipe.dump(),
