@@ -429,7 +429,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.json:
         _emit(result)
     else:
-        print(f"{result['answered']} answers in {out}")
+        print(f"{counted(result['answered'], 'answer')} in {out}")
     return 0
 
 

@@ -205,6 +205,8 @@ def test_the_run_that_asks_is_asked_otherwise_whatever_stands_first(journey: dic
 def test_predict_answers_every_row(journey: dict[str, Done], desk: Path) -> None:
     assert journey["predict"].json["answered"] == 6
     assert len((desk / "answers [1].csv").read_text().splitlines()) == 7
+    (desk / "one.jsonl").write_text('{"prompt": "what is 1"}\n')
+    assert luthier("predict", RUN, "one.jsonl", "--out", "one.csv").out == "1 answer in one.csv\n"
 
 
 def test_runs_list_show_and_diff(journey: dict[str, Done], desk: Path) -> None:

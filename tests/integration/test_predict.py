@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def test_a_csv_holds_every_column_of_every_row_and_nested_values_as_json(run: Ru
     rows = lines(
         tmp_path / "rows.jsonl",
         {"prompt": "what is\none", "note": 'café, "☕"'},
-        {"prompt": "what is two", "tags": ["a", {"b": None}], "sure": True, "none": None},
+        {"prompt": "what is two", "tags": ["a", {"b": None}], "sure": True, "none": None, "unknown": nan},
     )
     predict(run, rows, tmp_path / "out.csv")
     first, second = read(tmp_path / "out.csv")
     assert (first["prompt"], first["row.note"], first["row.tags"]) == ("what is\none", 'café, "☕"', "")
     assert (second["row.tags"], second["row.sure"], second["row.none"]) == ('["a", {"b": null}]', "true", "")
+    assert second["row.unknown"] == ""
     assert list(first)[:4] == ["line", "prompt", "prediction", "stopped"]
 
 

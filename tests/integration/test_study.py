@@ -315,6 +315,14 @@ def test_what_cannot_be_studied_is_refused_with_what_to_write(sizes: Any, over: 
         wanted(sizes, over, seeds)
 
 
+@pytest.mark.parametrize("over", ["adapter.rank=4,x", "train.lrr=1,2"])
+def test_a_value_that_cannot_be_is_refused_before_anything_is_written(recipe: Path, tmp_path: Path, over: str) -> None:
+    code, _, err = luthier("study", str(recipe), "--over", over, f"run.dir={tmp_path / 'none'}")
+    assert (code, "Traceback" in err) == (1, False), err
+    assert over.partition("=")[0] in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_may_be_lists() -> None:
     found = wanted(None, "adapter.targets=all-linear,[q_proj,v_proj]", 2)
     assert found == Wanted("adapter.targets", ("all-linear", ["q_proj", "v_proj"]), 2)

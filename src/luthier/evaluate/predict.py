@@ -24,7 +24,7 @@ from luthier.evaluate.metrics import Answer, Metric, resolved
 from luthier.evaluate.metrics.choice import parse_choice
 from luthier.evaluate.terminal import Bar, progress
 from luthier.runs import Run, naming, read_json, sync_folder
-from luthier.strict import dumps
+from luthier.strict import dumps, finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -278,6 +278,7 @@ def _flat(record: Json) -> dict[str, str]:
 
 
 def _cell(value: Any) -> str:
+    value = finite(value)
     if value is None:
         return ""
     return value if isinstance(value, str) else dumps(value, ensure_ascii=False)

@@ -200,5 +200,7 @@ def progress(console: Console | None) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console or Console(quiet=True), transient=True) as shown:
+    console = console or Console(quiet=True)
+    # Into a file it would leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         yield Bar(shown)

@@ -120,6 +120,8 @@ def study(
     from luthier.evaluate.study.page import write_page
     from luthier.evaluate.study.view import watching
 
+    for value in asked.values if asked.over else ():
+        _with(recipe, asked.over, value)  # one that cannot be is told before anything is written
     whole = _opened(recipe, asked, folder, root)
     with whole.lock(), watching(console) as view, Interrupt(at_once=True):
         started = time.monotonic()
