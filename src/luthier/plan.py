@@ -137,10 +137,8 @@ class Plan:
     @property
     def lacking(self) -> str:
         """Of which memory the run needs more than it may use; nothing where it fits."""
-        gpu, host = (
-            ("", self.peak_bytes, self.budget_bytes),
-            (" of host memory", self.host_bytes, self.host_budget_bytes),
-        )
+        gpu = ("", self.peak_bytes, self.budget_bytes)
+        host = (" of host memory", self.host_bytes, self.host_budget_bytes)
         short = [(where, needed, most) for where, needed, most in (gpu, host) if most is not None and needed > most]
         return ", and ".join(f"{needed >> 20} MiB{where} and may use {most >> 20} MiB" for where, needed, most in short)
 
@@ -498,10 +496,11 @@ class _Search:
             return keeping._replace(away=min(asked, blocks))
         cost = estimate(tokens, keeping)
         passing = cost.seconds(min(tokens, self.step.tokens), 1, 0)
-        most = sum(sent <= self.host - self.pinned_weights for sent in accumulate(map(_parcel, cost.kept[: blocks - 1])))
+        host = self.host - self.pinned_weights
+        most = sum(sent <= host for sent in accumulate(map(_parcel, cost.kept[: blocks - 1])))
         longest = _WAITING * passing.work
-        late = bisect_left(range(1, most + 1), True, key=lambda away: self.late(cost, passing, away) > longest)
-        return keeping._replace(away=late)
+        away = bisect_left(range(1, most + 1), True, key=lambda count: self.late(cost, passing, count) > longest)
+        return keeping._replace(away=away)
 
     def late(self, cost: _Cost, passing: _Seconds, away: int) -> float:
         """Seconds for which a micro-batch waits for what the first `away` blocks keep to leave, with as many on their

@@ -16,7 +16,7 @@ import tiny
 from luthier.cli import main
 from luthier.errors import DataError, RunError
 from luthier.evaluate.compare import compare
-from luthier.evaluate.repro import Curves, curves, follows, judge, repro, weights
+from luthier.evaluate.repro import Curves, changes, curves, follows, judge, repro, weights
 from luthier.machine import machine
 from luthier.runs import Run
 from luthier.train.launch import train
@@ -118,6 +118,13 @@ def test_versions_that_differ_are_listed(run: Run) -> None:
     found = repro(run)
     assert found.changes == {"version of torch": ("1.0", torch.__version__)}
     assert found.verdict == "equal"
+
+
+def test_whatever_decides_how_steps_are_computed_is_listed(run: Run, tmp_path: Path) -> None:
+    again = Run.open(shutil.copytree(run.folder, tmp_path / "again"))
+    decided = run.manifest["decisions"]
+    again.update_manifest(decisions=decided | {"graphs": True, "graph_price": 512.0})
+    assert changes(run, again) == {"decision: graphs": (None, True), "decision: graph_price": (None, 512.0)}
 
 
 def test_a_run_that_was_not_compared_is_judged_by_adapter_and_curve(run: Run) -> None:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from luthier import recipe
-from luthier.api import show_plan, with_gpu
+from luthier.api import in_less_memory, show_plan, with_gpu
 from luthier.data.stream import Micro
 from luthier.errors import RecipeError
 from luthier.kernels.place import planned_for
@@ -186,6 +186,12 @@ def test_a_plan_for_a_gpu_tells_what_a_step_takes_in_less_memory(tmp_path: Path)
     assert half <= found.peak_bytes // 2 < some <= found.peak_bytes * 3 // 4
     assert found.seconds_per_step <= later <= last
     assert told.getvalue().count("with run.memory=") == 2
+
+
+def test_less_memory_is_never_told_to_be_faster() -> None:
+    found = replace(whole(), seconds_per_step=0.54, less=((6 * GIB, 0.53), (4 * GIB, 0.66)))
+    said = ["with run.memory=6.0GiB a step takes no longer", "with run.memory=4.0GiB about 0.66 s a step"]
+    assert list(in_less_memory(found)) == said
 
 
 def test_the_memory_of_this_machine_says_nothing_of_that_of_a_gpu_elsewhere() -> None:

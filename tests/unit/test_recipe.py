@@ -44,8 +44,9 @@ def test_a_key_that_is_given_again_is_told_by_its_last_override() -> None:
 
 @pytest.mark.parametrize("amount", ["8000000000", "8e9", "8000000000.0", "8GB"])
 def test_an_amount_of_memory_may_be_any_number_of_bytes(amount: str) -> None:
-    for recipe in (Recipe.parse(MINIMAL, f"run.memory={amount}"), Recipe.parse(f"{MINIMAL}run: {{memory: {amount}}}\n")):
-        assert parse_bytes(recipe.run.memory) == 8_000_000_000
+    overridden = Recipe.parse(MINIMAL, f"run.memory={amount}")
+    read = Recipe.parse(MINIMAL + f"run: {{memory: {amount}}}")
+    assert parse_bytes(overridden.run.memory) == parse_bytes(read.run.memory) == 8_000_000_000
 
 
 def test_an_amount_of_memory_without_its_unit_is_answered_with_one() -> None:

@@ -247,7 +247,7 @@ def _prepare(run: Run, again: Run) -> Prepared | None:
 def _circumstances(run: Run) -> dict[str, Any]:
     """What decides a run's result besides its recipe and data files, by name."""
     manifest, decided = run.manifest, run.manifest["decisions"]
-    how = ("place", "dtype", "engine", "processes", "threads", "kernels", "graphs")
+    how = ("place", "dtype", "engine", "processes", "threads", "kernels", "graphs", "graph_price")
     where = ("offload", "offload_embedding", "offload_activations")
     kept = (*how, *where, "micro_tokens", "recompute", "recompute_gate_up", "unpacked")
     facts = {name: manifest.get("machine", {}).get(name) for name in ("cores", "flags", "compiler")}
