@@ -54,9 +54,8 @@ def train(
         clock.begin()
         rehearse(trainer)
         clock.phase("rehearsal")
-        losses = [trainer.step().loss]
-        clock.tick()
-        for _ in range(1, clock.total):
+        losses = list[float]()
+        for _ in range(clock.total):
             losses.append(trainer.step().loss)
             clock.tick()
     chosen = {key: value for key, value in decisions.as_dict().items() if key != "why"}

@@ -15,7 +15,7 @@ from test_block import error, gradients, kernels, micro, model
 from torch import Tensor
 
 import tiny
-from luthier import recipe
+from luthier import plan, recipe
 from luthier.data.conversation import Example, Origin
 from luthier.data.packing import share
 from luthier.data.store import TokenStore
@@ -450,6 +450,10 @@ def test_a_pass_that_runs_out_of_memory_lets_the_graphs_go() -> None:
     with pytest.warns(UserWarning, match="launched one by one"), pytest.raises(torch.OutOfMemoryError):
         made.accumulate(micro((600,)))
     assert not made.graphs.recorded
+
+
+def test_the_plan_counts_with_as_many_graphs_as_are_recorded_at_most() -> None:
+    assert plan._GRAPHS == graphs.LIMIT
 
 
 def out_of_memory(micro: Placed) -> Tensor:

@@ -12,6 +12,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from select import select
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,8 +152,10 @@ def pipe(folder: Path) -> Iterator[Callable[..., bool]]:
 
 
 def bench_of(folder: Path, *given: str, kind: Any = gpu_step.Bench) -> Any:
-    options = gpu_step.arguments(["--dry", "--models", str(folder), "--out", str(folder / "rows.jsonl"), *given])
-    return kind(options, folder, folder)
+    options = gpu_step.arguments(
+        ["--dry", "--models", str(folder), "--out", str(folder / "rows.jsonl"), "--run", "monday", *given]
+    )
+    return kind(options, folder, Path(mkdtemp(dir=folder)))
 
 
 def test_what_a_process_that_ended_had_started_is_ended_before_another_takes_its_place(tmp_path: Path) -> None:
@@ -186,9 +189,104 @@ def test_a_benchmark_that_is_ended_while_models_are_made_ends_what_makes_them(tm
     os.close(end)
 
 
+def test_rows_of_two_workloads_are_made_by_one_process_and_not_made_again(tmp_path: Path) -> None:
+    """The whole command; its two processes start as they do on a GPU, which takes seconds."""
+    given = ["--dry", "--together", "--only", "S1-8/free/luthier$,S1/free/luthier$", "--models", str(tmp_path)]
+    given += [
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+        "--logs",
+        str(tmp_path / "logs"),
+        "--run",
+        "monday",
+        "--commit",
+        "a",
+    ]
+    for _ in range(2):
+        assert gpu_step.main(given) == 0
+        rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [gpu_step.name(row) for row in rows] == ["S1-8/free/luthier", "S1/free/luthier"]
+    assert all(row["parity"] and row["dry"] and "first_step_s" not in row for row in rows)
+    assert {log.stem for log in (tmp_path / "logs").iterdir()} == {
+        f"{p}-free-smollm2-135m" for p in ("luthier", "prepare")
+    }
+
+
+CLERK = """
+import json, os, sys
+from pathlib import Path
+rows = json.loads(Path("rows.json").read_text())
+for task in map(json.loads, sys.stdin):
+    row = rows.get(f"{task['cell']['workload']}/{task['cell']['peer']}", {})
+    if task["what"] == "measure" and "fails" in row:
+        sys.exit("out of memory")
+    row |= {"tok_s": 1.0, "spread": [1.0, 1.0], "losses": [1.0], "peak_gib": 1.0, "process": os.getpid()}
+    prepared = {"reference_loss": 1.0, "gflop_token": 1.0, "rate_tflops": 1.0}
+    part = Path(task["answer"] + ".part")
+    part.write_text(json.dumps(row if task["what"] == "measure" else prepared))
+    part.rename(task["answer"])
+"""
+
+
+class Quick(gpu_step.Bench):  # type: ignore[misc]
+    """The parent, of processes that answer at once. Rows tell which of them were there when they were kept."""
+
+    def started(self, cell: Any) -> Any:
+        return Desk([sys.executable, "-c", CLERK], self.models / "log", gpu_step.environment(cell), self.models)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        super().keep(row | {"open": len(self.desks)})
+
+
+def quick(folder: Path, *given: str, **answers: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a run of the parent makes. `answers`: more of those of a workload and a peer."""
+    (folder / "rows.json").write_text(json.dumps(answers))
+    only = "S1-8/free/luthier$,S1-8/free/transformers$,S1/free/luthier$"
+    bench = bench_of(folder, "--only", only, "--commit", "a", *given, kind=Quick)
+    bench.run()
+    assert not bench.desks
+    rows: list[dict[str, Any]] = bench.rows
+    return rows
+
+
+def named(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row['round']} {row['workload']}/{row['peer']}" for row in rows]
+
+
+def test_of_two_rounds_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    assert named(quick(tmp_path)) == ["0 S1-8/luthier", "0 S1-8/transformers", "0 S1/luthier"]
+    assert named(quick(tmp_path, "--rounds", "2")) == ["1 S1-8/transformers", "1 S1-8/luthier", "1 S1/luthier"]
+    assert named(quick(tmp_path, "--rounds", "2")) == []
+    assert named(quick(tmp_path, "--commit", "b")) == ["0 S1-8/luthier", "0 S1/luthier"]
+    assert len(quick(tmp_path, "--again", "--together", "--deadline", "1e-9")) == 0
+    assert len(quick(tmp_path, "--again")) == 3
+
+
+def test_a_peer_that_failed_is_spared_in_the_next_round_and_its_process_takes_no_other_down(tmp_path: Path) -> None:
+    rows = quick(tmp_path, "--together", "--rounds", "2", **{"S1-8/transformers": {"fails": True}})
+    first = ["0 S1-8/luthier", "0 S1-8/transformers", "0 S1/luthier"]
+    assert named(rows) == [*first, "1 S1-8/luthier", "1 S1/luthier"]
+    assert [row.get("failed", "").partition(":")[0] for row in rows] == ["", "exit code 1", "", "", ""]
+
+
+def test_a_process_is_asked_again_unless_it_left_much_behind_and_ended_when_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "smollm2-135m").mkdir()
+    with (tmp_path / "smollm2-135m" / "model.safetensors").open("wb") as file:
+        file.truncate(2**21)
+
+    def processes(left: float, *given: str) -> tuple[bool, list[int]]:
+        """Whether luthier's rows come of one, and how many there are after each row. `left`: of half the model."""
+        rows = quick(tmp_path, "--again", *given, **{"S1-8/luthier": {"left_gib": left * 2**-10}})
+        return rows[0]["process"] == rows[2]["process"], [row["open"] for row in rows]
+
+    assert processes(0.9, "--together") == (True, [2, 2, 1])
+    assert processes(1.1, "--together") == (False, [1, 1, 1])
+    assert processes(0.9) == (False, [0, 0, 0])
+
+
 def test_rows_of_luthier_are_taken_up_where_their_commit_tells_of_the_same_code(tmp_path: Path) -> None:
     def lacks(commit: str, peer: str = "luthier", number: int = 0, again: str = "") -> bool:
-        bench = bench_of(tmp_path, "--commit", commit, "--run", "monday", *filter(None, [again]))
+        bench = bench_of(tmp_path, "--commit", commit, *filter(None, [again]))
         lacking: bool = bench.lacks(number, gpu_step.Cell("W2", "free", peer))
         return lacking
 
