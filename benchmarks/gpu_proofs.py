@@ -13,7 +13,8 @@ gradients   LoRA gradients and token losses of a W1 step: ours, and those of tra
             in the A or the B of each kind of layer.
 curves      The loss over 200 steps from 3 seeds, the same three ways, as running means of 10 steps. The furthest that
             ours gets from fp32 is at most 1.5 times the furthest that theirs gets, which is little beside what is
-            learned. Seeds that `--out` has of this commit are not made again, so that sittings add up.
+            learned. Seeds that `--out` has of this commit, with no changes beside it, are not made again, so that
+            sittings add up.
             --full: 50 steps of the NF4 model from one seed, ours beside transformers + PEFT + bitsandbytes.
 memory      60 steps, in 20 of which memory is cut, before one of the passes or on its way back, to less than this
             needs, beside the same run left alone. It runs out in each of these and in no other, on both ways through
