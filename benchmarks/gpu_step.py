@@ -10,7 +10,8 @@ Models of true shapes with random weights are written first, side by side; all p
 same steps (`peers/workloads.py`), one after the other: nothing else runs while a row is measured. A peer whose packages
 are missing leaves a row that says so. Rows go to `--out` as they are made; what it holds of this run (a GPU and a day,
 or `--run`) is not done again without `--again`, so that the table may be made in several sittings; of luthier, what the
-same commit did, with no changes beside it. `report.py` makes the table. The command ends with 1 where a row of luthier failed, or its first loss is wrong.
+same commit did, with no changes beside it. `report.py` makes the table. The command ends with 1 where a row of luthier
+failed, or its first loss is wrong.
 
 What is compared comes in the order A B, and B A in the next round (`--rounds 2`), in which a peer that was left far
 behind another one is spared; so is half the rows at a time where all of them fit.
