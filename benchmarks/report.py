@@ -159,9 +159,9 @@ def markdown(found: list[Group], rows: list[dict[str, Any]]) -> str:
     tables = [
         [facts(rows)],
         summary([group for group in steps if group.compared]),
-        first_steps([group for group in starts if group.compared]),
+        first_steps(starts),
         lone([group for group in steps if group.alone]),
-        [*header(COLUMNS), *(line for group in steps for line in table(group))],
+        [*header(COLUMNS), *(line for group in found for line in table(group))],
     ]
     return "\n\n".join("\n".join(lines) for lines in tables if lines)
 
@@ -207,10 +207,20 @@ def aim(group: Group, ours: Entry, best: Entry) -> str:
     return f"{said}, reached" if reached >= wanted else f"{said}, lacks {1 - reached / wanted:.1%}"
 
 
-def first_steps(compared: list[Group]) -> list[str]:
+def first_steps(starts: list[Group]) -> list[str]:
     """From the beginning of a process to the end of its first step."""
-    found = [f"{entry.title} {entry.first_step:.1f} s" for group in compared for entry in group.entries if entry.passed]
-    return [f"Start to the first step: {', '.join(found)} (aim: {START_AIM:.0f} s)."] if found else []
+    compared = [first_step(entry) for group in starts if group.compared for entry in group.entries if entry.passed]
+    alone = [
+        f"Start to the first step, without a peer in the same run, so not compared: {first_step(entry)} "
+        f"({entry.rows[-1]['run_id']}, {entry.rows[-1]['commit']})."
+        for group in starts
+        if (entry := group.alone)
+    ]
+    return ([f"Start to the first step: {', '.join(compared)} (aim: {START_AIM:.0f} s)."] if compared else []) + alone
+
+
+def first_step(entry: Entry) -> str:
+    return f"{entry.title} {entry.first_step:.1f} s"
 
 
 def lone(found: list[Group]) -> list[str]:

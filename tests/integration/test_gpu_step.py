@@ -397,6 +397,29 @@ def test_the_report_tells_what_is_compared_what_is_alone_and_what_an_aim_lacks()
     assert "Start to the first step: luthier 9.5 s, TRL 17.0 s" in said(*compared, *starts)
 
 
+def test_a_start_without_a_peer_is_told_and_so_is_one_that_failed_or_had_a_wrong_loss() -> None:
+    def start(run: str, peer: str, **other: Any) -> dict[str, Any]:
+        return row(run, peer, 100, workload="start", **other)
+
+    def said(*rows: dict[str, Any]) -> str:
+        text: str = report.markdown(list(report.groups(list(rows))), list(rows))
+        return text
+
+    alone = "Start to the first step, without a peer in the same run, so not compared: luthier 8.5 s (tuesday, b)."
+    later, trl = start("tuesday", "luthier", first_step_s=8.5, commit="b"), start("monday", "trl", first_step_s=17)
+    both = said(start("monday", "luthier", first_step_s=9.5), trl, later)
+    assert "Start to the first step: luthier 9.5 s, TRL 17.0 s (aim: 10 s)." in both
+    assert alone in both
+    assert alone in said(later)
+    assert "compared" not in said(start("monday", "luthier"), trl)
+    assert "| start | free | **luthier** | out of memory |" in said(
+        {**start("monday", "luthier"), "failed": "out of memory"}
+    )
+    wrong = said(start("monday", "luthier", parity=False), trl)
+    assert "Start to" not in wrong
+    assert "12.6000 **wrong** |" in wrong
+
+
 def test_what_was_tried_on_a_cpu_is_not_reported(tmp_path: Path) -> None:
     rows = [{**row("monday", "trl", 1), "benchmark": "gpu_step", "dry": dry} for dry in (True, False)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
