@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -36,18 +38,25 @@ def test_without_an_amount_torch_takes_what_it_wants() -> None:
         assert len(torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")) == 512 * MIB
 
 
-def test_a_run_keeps_to_the_amount_that_its_recipe_says(tmp_path: Path) -> None:
-    """Its passes, and the answers that it samples, which take a part of what is free."""
-    run = tiny.run(tmp_path, "run.place=cuda", "run.memory=2GiB", "evaluate.samples=2")
-    release()
+def trained(folder: Path) -> tuple[int, list[int], float]:
+    """What a run may take, what it said and what torch says that it took, and torch's share afterwards."""
+    run = tiny.run(folder, "run.place=cuda", "run.memory=2GiB", "evaluate.samples=2")
     decisions = decisions_of(run, prepare_data(run))
     assert decisions.memory_bytes is not None
-    assert decisions.memory_bytes < 2048 * MIB
     found = train(run)
     assert found["steps"] > 0
-    assert found["peak_bytes"] <= decisions.memory_bytes
-    assert torch.cuda.max_memory_reserved() <= decisions.memory_bytes
-    assert torch.cuda.get_per_process_memory_fraction() == 1
+    taken = [found["peak_bytes"], torch.cuda.max_memory_reserved()]
+    return decisions.memory_bytes, taken, torch.cuda.get_per_process_memory_fraction()
+
+
+def test_a_run_keeps_to_the_amount_that_its_recipe_says(tmp_path: Path) -> None:
+    """Its passes, and the answers that it samples, which take a part of what is free. It has a process of its own, as
+    runs do: what other tests left reserved is no part of it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        limit, taken, share = pool.submit(trained, tmp_path).result(timeout=120)
+    assert limit < 2048 * MIB
+    assert 0 < max(taken) <= limit
+    assert share == 1
 
 
 def test_what_is_free_is_no_more_than_a_process_may_take() -> None:
