@@ -324,7 +324,8 @@ def test_a_shape_like_one_that_was_launched_is_recorded_at_once_or_else_launched
 
 
 def test_a_shape_of_other_programs_is_launched_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording cannot load them. Of fewer than 960 tokens here, each query head has programs of its own."""
+    """A recording cannot load them. Of fewer than 960 tokens here, each query head has programs of its own. While a
+    pass is launched no graph keeps memory; those that went are recorded again, without another launched pass."""
     monkeypatch.setattr(varlen_backward, "FEW", 30)
     batches, counts = [micro((300, 250, 40)), micro((100, 2)), micro((900, 800)), micro((600, 900))], []
     made = model("llama", "eager")
@@ -332,10 +333,12 @@ def test_a_shape_of_other_programs_is_launched_before_it_is_recorded(monkeypatch
     made.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
     assert made.adapter is not None
     flat_gradient(made.adapter.named_parameters())
-    for batch in batches:
+    assert made.graphs is not None
+    for batch in (*batches, *batches):
         made.accumulate(batch)
-        counts.append((recorder.ran, recorder.recorded))
-    assert counts == [(1, 1), (1, 2), (2, 3), (2, 4)]
+        counts.append((recorder.ran, recorder.recorded, len(made.graphs.recorded)))
+    assert counts[:4] == [(1, 1, 1), (1, 2, 2), (2, 3, 1), (2, 4, 2)]
+    assert counts[4:] == [(2, 5, 3), (2, 6, 4), (2, 6, 4), (2, 6, 4)]
 
 
 def test_shapes_follow_from_the_run_and_how_it_is_cut_alone(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class Graphs:
         self.recorded: dict[Shape, _Recorded] = {}
         self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
         self._came: set[Shape] = set()
-        self._at_once = True  # whether shapes like one that was launched are recorded without
+        self._at_once = True  # whether expected shapes like one that was launched are recorded without
         self._longest = 1
         self._made_for: tuple[float, ...] = ()
 
@@ -162,12 +162,14 @@ class Graphs:
         self._check((scale, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
-        if self._at_once and self._is_like_another(chosen):
+        if chosen not in self.recorded and self._is_like_another(chosen):
             self._record(chosen, micro, scale)
         recorded = self.recorded.get(chosen)
         if recorded is not None:
             recorded.numbers.copy_(told, non_blocking=True)
             return recorded.replay().clone()  # the next replay writes there
+        if self._at_once and chosen in self.shapes:
+            self._let_go()  # and recorded again at once: their memory beside a launched pass is more than is planned
         loss = self._now(told, micro, scale, chosen.longest)  # compiles and chooses what a recording cannot
         if self._comes_again(chosen):
             self._record(chosen, micro, scale)
@@ -181,10 +183,12 @@ class Graphs:
         return found
 
     def _is_like_another(self, chosen: Shape) -> bool:
-        """Whether a shape was expected, and another one was launched before that differs in tokens and rows alone, both
-        in tiles, and not in its programs: then nothing is left to be compiled or loaded, which no recording bears."""
+        """Whether a shape was expected, and one was launched before that differs in tokens and rows alone, both in
+        tiles, and not in its programs: then nothing is left to be compiled or loaded, which no recording bears."""
+        if not self._at_once or chosen not in self.shapes:
+            return False
         launched = (self.programs(shape.tokens) for shape in self._came if shape in self.shapes)
-        return chosen in self.shapes and self.programs(chosen.tokens) in launched
+        return self.programs(chosen.tokens) in launched
 
     def _comes_again(self, chosen: Shape) -> bool:
         """Whether to record a shape: it was chosen ahead of time, or has come before."""
@@ -206,8 +210,11 @@ class Graphs:
 
     def forget(self) -> None:
         """Lets all graphs go. Each shape is launched before it is recorded again, which finds what changed."""
-        self.recorded.clear()
         self._came.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.recorded.clear()
         if self.recorder is not None:
             self.recorder.forget()
 
