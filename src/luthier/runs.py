@@ -246,7 +246,7 @@ class Run:
         stale = (self.data / "report.json").exists() and any(key.startswith(_PREPARED_BY) for key in changed)
         is_lost = stale and any(source.path == "-" for source in there.data.train + there.data.test)
         if changed and (self.begun or is_lost):
-            lines = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+            lines = "; ".join(f"{key}: {dumps(old)} there, {dumps(new)} now" for key, (old, new) in changed.items())
             raise RunError(
                 f"holds a run of another recipe ({lines})",
                 where=str(self.folder),

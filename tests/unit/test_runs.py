@@ -41,8 +41,8 @@ def adapter(run: Run) -> None:
 @pytest.mark.parametrize("begin", [step, checkpoint, adapter])
 def test_another_experiment_in_the_same_folder_is_refused_by_key(recipe: Recipe, begin: Callable[[Run], None]) -> None:
     begin(Run.create(recipe))
-    with pytest.raises(RunError, match=r"train.lr: 0.0002 there, 0.1 now"):
-        Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1"))
+    with pytest.raises(RunError, match=r"train.lr: 0.0002 there, 0.1 now; train.max_steps: null there, 4 now"):
+        Run.create(Recipe.parse(recipe.dump(), "train.lr=0.1", "train.max_steps=4"))
     assert Run.open(str(recipe.run.dir)).recipe == recipe
 
 
