@@ -1,24 +1,14 @@
 """What a product's gradient means to its adapters, of one reading of it, on a CPU through Triton's interpreter."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hopper import compiled
-
-SCRIPT = Path(__file__).with_name("adapted_script.py")
+from interpreted import errors_of
 
 
 def test_what_is_computed_of_one_reading_is_what_two_products_are() -> None:
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels, is not installed")
-    # Triton asks whether to interpret when it is imported, so that the whole process has to.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
+    errors = errors_of("adapted_script.py")
     assert len(errors) == 108
     assert all(error < 2e-6 for error in errors.values()), errors  # a NaN is below nothing
 

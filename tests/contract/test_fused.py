@@ -1,31 +1,21 @@
 """The block's Triton parts against their eager twins, on a CPU through Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import errors_of
 
 from luthier.kernels import fused, pointwise, spare
 from luthier.model.heads import Attention, Heads, NormedHeads, RowAttention, Segments, TileAttention
 from luthier.model.norm import Norm
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
-SCRIPT = Path(__file__).with_name("fused_script.py")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_part_equals_its_twin(dtype: str) -> None:
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels, is not installed")
-    # Triton asks whether to interpret when it is imported, so that the whole process has to.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPT), dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    errors = {name: float(error) for name, error in (line.split() for line in done.stdout.splitlines())}
+    errors = errors_of("fused_script.py", dtype)
     assert len(errors) == 277
     assert all(error < TOLERANCE[dtype] for error in errors.values()), errors  # a NaN is below nothing
 

@@ -47,8 +47,9 @@ def test_one_reading_is_as_near_to_fp32_as_two_products_and_always_the_same(
 ) -> None:
     dy, B, inner = made(shape, tokens, dtype)
     told = parts(shape)
-    if not adapted.takes(dy, told):
+    if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("dy is read twice on this GPU")
+    assert adapted.takes(dy, told)
     found: list[list[Tensor]] = []
     for way in (adapted.at_once, adapted.at_once, adapted.one_by_one):
         dinner, dB = (x.new_full((len(x), SPARE), torch.nan) for x in (dy, B))
