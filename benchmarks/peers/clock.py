@@ -51,6 +51,7 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what reading the model left
             torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_accumulated_memory_stats()
 
     def tick(self) -> None:
         warm, last = self.workload.first, self.workload.first + self.workload.timed
@@ -131,7 +132,7 @@ def quantile(values: list[float], share: float) -> float:
 
 def memory() -> dict[str, float]:
     """GiB: the most reserved and allocated since `begin`, and what the device holds with context and libraries. Also
-    how often torch had to give memory back before it got some, which waits for the GPU."""
+    how often since then torch had to give memory back before it got some, which waits for the GPU."""
     if not torch.cuda.is_available():
         return {"peak_gib": 0.0, "peak_allocated_gib": 0.0, "device_gib": 0.0, "retries": 0}
     free, total = torch.cuda.mem_get_info()

@@ -264,6 +264,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if "recipe" in args:
         ordered = sorted([args.recipe, *args.overrides], key=_is_change)
         args.recipe, args.overrides = ordered[0], ordered[1:]
+        if _is_change(args.recipe):
+            parser().error(f"`luthier {args.verb}` needs RECIPE; see luthier {args.verb} --help")
     return args
 
 

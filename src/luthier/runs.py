@@ -63,7 +63,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        error.filename = str(path)
+        if error.filename in (None, str(aside)):  # not one of a file that the block reads
+            error.filename = str(path)
         raise
     finally:
         with suppress(OSError):

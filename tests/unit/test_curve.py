@@ -311,6 +311,8 @@ def test_a_study_whose_chance_is_not_known_says_so_everywhere_and_is_json() -> N
         assert "chance is not known" in found.sentence
         assert "without training, all 50 questions score alike: chance is not known" in found.warnings
         assert "at 800, all 50 questions score alike: chance is not known" in found.warnings
+        alike = [text for text in found.warnings if "all 50 questions score alike" in text]
+        assert alike[1:] == [f"at {size:,}, all 50 questions score alike: chance is not known" for size in SIZES]
         known = json.loads(json.dumps(found.as_dict() | {"settings": _SETTINGS}, allow_nan=False))
         assert [point["low"] for point in known["points"]] == [None] * len(known["points"])
         shown = Console(width=100)

@@ -131,6 +131,11 @@ def test_a_column_to_keep_that_no_test_row_has_is_refused_with_the_nearest_name(
     assert [c.meta["columns"] for c in test_conversations(kept.folder)] == [{"topic": "rain"}] * 8 + [{"hour": 3}]
 
 
+def test_a_column_to_keep_of_rows_that_have_none_is_to_be_left_out(made):
+    with pytest.raises(DataError, match="no test row has a value of 'topic'; leave it out: no row has such columns"):
+        made([chat("Is it so?")], [chat(q) for q in questions(9)], keep=["topic"])
+
+
 def test_a_bad_test_row_that_alone_has_a_column_to_keep_is_what_is_told(made):
     asked = [*[chat(q) for q in questions(9)], chat("", topic="rain")]
     with pytest.raises(DataError, match=r"test\.jsonl:10: (.|\n)*data\.bad_rows=drop"):

@@ -9,7 +9,7 @@ import pytest
 
 from luthier.errors import RunError
 from luthier.recipe import Recipe
-from luthier.runs import Run, refusal, vacant, write_atomic
+from luthier.runs import Run, refusal, replacing, vacant, write_atomic
 
 TEXT = "model: {{base: b}}\ndata: {{train: [{{path: a}}]}}\nrun: {{dir: '{}'}}\n"
 
@@ -237,3 +237,10 @@ def test_only_what_we_leave_ourselves_is_taken_for_nothing(tmp_path: Path) -> No
         (tmp_path / name).touch()
         assert not vacant(tmp_path)
         (tmp_path / name).unlink()
+
+
+def test_a_file_that_is_missing_while_another_is_written_is_told_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as told, replacing(tmp_path / "page.html"):
+        (tmp_path / "rows.jsonl").read_bytes()
+    assert told.value.filename == str(tmp_path / "rows.jsonl")
+    assert list(tmp_path.iterdir()) == []

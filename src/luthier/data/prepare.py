@@ -258,7 +258,8 @@ class _Journey(ExitStack):
         """Raises DataError with the nearest name for a column to keep that no row has a value of."""
         for name in self.keep:
             if name not in ledger.columns:
-                fix = nearest(name, sorted(ledger.columns))
+                names = sorted(ledger.columns)
+                fix = nearest(name, names) if names else "leave it out: no row has such columns"
                 raise DataError(f"no {what} has a value of '{name}'", where="evaluate.slices", fix=fix)
 
     def _bad(self, ledger: _Ledger, origin: Origin, error: LuthierError) -> None:

@@ -120,7 +120,7 @@ class Curve:
         self.questions = max(there.shape[1] for there in sides.values())
         self.bounds = bounds
         self._places = {name: place for place, name in enumerate(points)}
-        self._resampled, self.unknown = _resampled(sides, self.questions, finish, draws), set[str]()
+        self._resampled, self.unknown = _resampled(sides, self.questions, finish, draws), list[str]()
         for name in [name for name, drawn in self._resampled.items() if _agree(drawn)]:
             self._widen(name)
 
@@ -129,7 +129,7 @@ class Curve:
         drawn = self._resampled[name]
         others = _alike(float(drawn[0]), self.bounds, self.questions, len(drawn), self._places.get(name, -1) + 1)
         if others is None:
-            self.unknown.add(name)
+            self.unknown.append(name)
         else:
             self._resampled[name] = others
 
@@ -151,7 +151,7 @@ class Curve:
 
         means = {name: float(scores.mean()) for name, scores in self.scores.items() if len(scores)}
         value = sum(weight * (means[name] if name else self.base or 0.0) for name, weight in weights.items())
-        if not self.unknown.isdisjoint(weights):
+        if any(name in weights for name in self.unknown):
             return Interval(value, -inf, inf), 1.0
         draws = np.sum([weight * self._resampled[name] for name, weight in weights.items()], axis=0)
         for name in weights:

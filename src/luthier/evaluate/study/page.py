@@ -79,10 +79,10 @@ def _loss(found: Json) -> Markup:
 
 def _bands(points: list[Json], middle: str, low: str, high: str) -> list[Series]:
     known = [point for point in points if point[middle] is not None]
-    banded = [point for point in known if point[low] is not None]
+    within = [point for point in known if point[low] is not None]
     return [
-        Series("95 % band", [(float(p["size"]), float(p[high])) for p in banded], "raw"),
-        Series("", [(float(p["size"]), float(p[low])) for p in banded], "raw"),
+        Series("95 % band", [(float(p["size"]), float(p[high])) for p in within], "raw"),
+        Series("", [(float(p["size"]), float(p[low])) for p in within], "raw"),
         Series("measured", [(float(p["size"]), float(p[middle])) for p in known], "dots"),
     ]
 
