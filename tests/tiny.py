@@ -143,6 +143,19 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def deadly(folder: Path, module: str) -> Path:
+    """A folder that, on PYTHONPATH, has each `python -m MODULE` killed as it starts, after a line in its `starts`."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+if {module!r} in sys.orig_argv:
+    with open({str(folder / "starts")!r}, "a") as starts:
+        starts.write("started\\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    return folder
+
+
 def recipe(*overrides: str) -> Recipe:
     base = "model: {base: tiny}\ndata: {train: [{path: rows.jsonl}]}\nadapter: {rank: 4, dropout: 0.1}\n"
     return Recipe.parse(base + "train: {lr: 0.01, samples_per_step: 8}", *overrides)

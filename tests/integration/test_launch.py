@@ -223,6 +223,17 @@ def test_a_worker_that_someone_kills_is_started_again_with_as_many_tokens(
     assert losses(run) == pytest.approx(losses(local[0]), rel=1e-6)
 
 
+def test_what_is_killed_each_time_is_begun_again_four_times_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.run(tmp_path, "run.engine=ddp", "run.processes=1")
+    deadly = tiny.deadly(tmp_path / "deadly", "luthier.train.worker")
+    monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
+    with pytest.raises(RunError, match=r"a process was killed .*, 5 times now; .+"):
+        train(run)
+    assert len((deadly / "starts").read_text().splitlines()) == 5
+
+
 @pytest.mark.slow
 def test_a_signal_reaches_all_processes_and_the_run_goes_on_from_there(
     tmp_path: Path, local: tuple[Run, dict[str, Any]]

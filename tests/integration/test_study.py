@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -251,6 +252,18 @@ def test_a_study_killed_at_any_time_goes_on_where_it_was(study: Study, recipe: P
     assert there.adapters().keys() == study.adapters().keys()
     assert all(there.adapters()[name] == study.adapters()[name] for name in done)
     assert [point["seeds"] for point in there.found["points"]] == [[], [17, 18], [17, 18]]
+
+
+def test_a_study_whose_worker_is_killed_each_time_says_so_after_as_many_restarts_as_a_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = tiny.deadly(tmp_path / "deadly", "luthier.evaluate.study.cells")
+    monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
+    code, out, err = luthier("study", str(recipe), "--sizes", "8", "--seeds", "1", f"run.dir={tmp_path / 'killed'}")
+    assert code == 1
+    assert re.search(r"a process was killed .*, 5 times now; .+", err)
+    assert out.count("a process was killed") == 4
+    assert len((deadly / "starts").read_text().splitlines()) == 5
 
 
 def wait(true: Any) -> None:

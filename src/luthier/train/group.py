@@ -28,6 +28,8 @@ from luthier.train.interrupt import Interrupt, stopped
 Event = dict[str, Any]
 Progress = Callable[[Event], None]
 
+RESTARTS = 4
+"""How often what was killed is begun again where nothing else helps."""
 _GRACE = 10.0  # seconds that the other processes have to end when one has failed
 
 
@@ -37,6 +39,10 @@ class Killed(NamedTuple):
     what: str
     fix: str
     wants_memory: bool
+
+    def error(self, folder: Path) -> RunError:
+        """What the work in `folder` ends with when it was killed after all its restarts too."""
+        return RunError(f"{self.what}, {RESTARTS + 1} times now", where=str(folder), fix=self.fix)
 
 
 _FIX = "leave more memory free, or set run.memory"

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.prepare import Prepared, prepare
-from luthier.errors import RunError
 from luthier.machine import Machine, machine
 from luthier.model.load import check_new_tokens, load_tokenizer, model_config, model_folder
 from luthier.model.place import wake
@@ -28,13 +27,11 @@ from luthier.recipe import Recipe
 from luthier.recipe import Run as Settings
 from luthier.runs import Run, naming, read_json
 from luthier.train.decide import Decisions, Rows, decide, halved, planned
-from luthier.train.group import Killed, Progress, group, quiet_threads
+from luthier.train.group import RESTARTS, Killed, Progress, group, quiet_threads
 from luthier.train.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_RESTARTS = 4  # after a process was killed
 
 
 def train(run: Run, *, console: Console | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -156,8 +153,8 @@ def _in_processes(run: Run, decisions: Decisions, longest: int, emit: Progress) 
     counted no kill for want of memory meanwhile."""
     restarts = 0
     while isinstance(ended := _attempt(run, decisions, emit), Killed):
-        if restarts == _RESTARTS:
-            raise RunError(f"{ended.what}, {restarts + 1} times now", where=str(run.folder), fix=ended.fix)
+        if restarts == RESTARTS:
+            raise ended.error(run.folder)
         restarts += 1
         if ended.wants_memory:
             decisions = halved(decisions, longest)

@@ -39,7 +39,7 @@ from luthier.recipe import Recipe
 from luthier.registry import counted
 from luthier.runs import Run, read_json, vacant, versions, write_json
 from luthier.train.decide import Decisions, Rows, decide, halved
-from luthier.train.group import Progress, group
+from luthier.train.group import RESTARTS, Progress, group
 from luthier.train.interrupt import Interrupt
 from luthier.train.launch import asked_of, is_same, prepare_data
 
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-_RESTARTS = 4  # after a worker was killed, where fewer workers are no answer
 _SHARES = (8, 4, 2, 1)  # of the rows, where no sizes are asked for
 
 
@@ -394,8 +393,8 @@ def _work(whole: Run, plan: _Plan, cells: Sequence[Run], view: Progress) -> None
         if killed.wants_memory and workers > 1:
             workers //= 2
             how = f"with {counted(workers, 'process', 'processes')}"
-        elif restarts == _RESTARTS:
-            raise RunError(f"{killed.what}, {restarts + 1} times now", where=str(whole.folder), fix=killed.fix)
+        elif restarts == RESTARTS:
+            raise killed.error(whole.folder)
         else:
             restarts, how = restarts + 1, "as before"
             if killed.wants_memory:
