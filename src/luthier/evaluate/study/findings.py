@@ -12,6 +12,7 @@ from luthier.evaluate.metrics.metric import ratio
 from luthier.evaluate.statistics.paired import FEW, LEAST, figure, signed
 from luthier.evaluate.study import curve
 from luthier.evaluate.study.curve import Contrast, Curve, Fit, Interval
+from luthier.strict import finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +79,8 @@ class Findings:
             "base": self.base,
             "fit": self.fit,
             "loss_fit": self.loss_fit,
-            "trend": self.trend and _plain(self.trend),
-            "differences": [_plain(one) for one in self.differences],
+            "trend": self.trend and finite(asdict(self.trend)),
+            "differences": [finite(asdict(one)) for one in self.differences],
             "winner": self.winner,
             "chance": self.chance,
             "warnings": self.warnings,
@@ -180,16 +181,7 @@ def _stacked(seeds: Sequence[Any], base: Floats) -> Floats:
 
 
 def _named(interval: Interval, name: str) -> Json:
-    return {name: interval.value, "low": _known(interval.low), "high": _known(interval.high)}
-
-
-def _plain(interval: Interval) -> Json:
-    return asdict(interval) | {"low": _known(interval.low), "high": _known(interval.high)}
-
-
-def _known(bound: float) -> float | None:
-    """None for a bound that is not finite: JSON has no infinity."""
-    return bound if isfinite(bound) else None
+    return {name: interval.value, "low": finite(interval.low), "high": finite(interval.high)}
 
 
 def _losses(losses: Curve | None, name: str) -> Json:
@@ -197,7 +189,7 @@ def _losses(losses: Curve | None, name: str) -> Json:
         return {"validation_loss": None}
     band = losses.band(name) if name else losses.base_band()
     seeds = losses.scores[name].tolist() if name else [band.value]
-    bounds = {"validation_low": _known(band.low), "validation_high": _known(band.high)}
+    bounds = {"validation_low": finite(band.low), "validation_high": finite(band.high)}
     return {"validation_loss": band.value, **bounds, "seed_validation_losses": seeds}
 
 
@@ -397,9 +389,17 @@ def _of_values(table: _Table, over: str, points: list[Json], found: list[Contras
         (first, score), (second, lower) = ((point["value"], figure(point["score"])) for point in ordered[:2])
         than = f"better than with every other value, beyond chance (the next is {second} with {lower})"
         return f"winner: with {over}={first} {title} is {score}, {than}"
-    scores = ", ".join(f"{point['value']}: {figure(point['score'])}" for point in points if point["score"] is not None)
+    scores = ", ".join(f"{point['value']}: {figure(point['score'])}" for point in scored)
     why = "" if table.scores.noise.freedom else "; with one seed a setting cannot be told from its seed"
-    widest = max((max(abs(one.low), abs(one.high)) for one in found), default=0.0)
-    within = f"; differences up to {figure(widest)}{_unit(table.metric)} are within reach of chance"
-    within = (within if isfinite(widest) else "; chance is not known") if found else ""
-    return f"no winner: no value of {over} is better than every other beyond chance ({title} {scores}){why}{within}"
+    reach = _reach(table.metric, found)
+    return f"no winner: no value of {over} is better than every other beyond chance ({title} {scores}){why}{reach}"
+
+
+def _reach(metric: Metric, found: Sequence[Contrast]) -> str:
+    """How far chance reaches, where there is a difference at all."""
+    if not found:
+        return ""
+    widest = max(max(abs(one.low), abs(one.high)) for one in found)
+    if not isfinite(widest):
+        return "; chance is not known"
+    return f"; differences up to {figure(widest)}{_unit(metric)} are within reach of chance"
