@@ -49,7 +49,9 @@ class How(NamedTuple):
 
 QUERIES, KEYS = Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)  # measured: tests/gpu/cudnn_costs.py
 QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)  # for heads of 64 values and less
+KEYS_ALONE = Blocks(64, 64, 4, 3)  # which a multiprocessor's memory holds once, and not twice
 FEW = 264  # programs of whole groups: two for each multiprocessor; where there are fewer, each head has its own
+SOME = 350  # programs: with fewer there is little that a second one on a multiprocessor could do meanwhile
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
@@ -89,9 +91,11 @@ def starts(place: torch.device) -> bool:
 def how(tokens: int, heads: int, groups: int, size: int) -> How:
     """For so many tokens, query heads, key heads, and values of a head. It follows from nothing else, as the order of
     sums does."""
-    small = size <= 64
-    queries, keys = (QUERIES_64, KEYS_64) if small else (QUERIES, KEYS)
-    return How(queries, keys, apart=groups < heads and groups * tokens < FEW * keys.keys)
+    programs = groups * tokens / KEYS.keys
+    apart = groups < heads and programs < FEW
+    if size <= 64:
+        return How(QUERIES_64, KEYS_64, apart)
+    return How(QUERIES, KEYS_ALONE if programs < SOME and not apart else KEYS, apart)
 
 
 def gradients(

@@ -2,7 +2,8 @@
 
 Blocks are of `ROWS` queries and `KEYS` keys of one segment; `blocks` says where, those that take longest first.
 Products are of the tensors' dtype, sums in fp32. `WIDE` is the head size, or the next power of two. What queries must
-not see is hidden in blocks of keys that reach their own tokens alone: all of the others are before them.
+not see is hidden in blocks of keys that reach their own tokens alone, since all of the others are before them; but
+`queries` asks for each block, as that is faster there.
 """
 
 from __future__ import annotations
@@ -115,8 +116,7 @@ def queries(  # type: ignore
             value = _read(v, low, v_step, count, keys, SIZE, WIDE)
             score = tl.dot(query, tl.trans(key), input_precision="ieee")
             share = tl.exp2(score * (scale * 1.4426950408889634) - total[:, None])
-            if first < low + KEYS:
-                share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
+            share = tl.where((low + keys)[None, :] <= (first + rows)[:, None], share, 0.0)
             slope = share * (tl.dot(above, tl.trans(value), input_precision="ieee") - level[:, None])
             found = tl.dot(slope.to(key.dtype), key, found, input_precision="ieee")
         dq += start * dq_step + head * SIZE
