@@ -1,8 +1,10 @@
 """The chat at a real terminal: Ctrl-C ends an answer and not the chat."""
 
+import io
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
+from luthier.cli import main
 from luthier.runs import Run
 from luthier.train.launch import train
 
@@ -114,3 +117,29 @@ def test_sigterm_ends_the_chat_with_a_line_at_the_prompt_and_in_an_answer(talkat
         terminal.type("\n")  # a signal that Python had only noted at the prompt takes the next line with it
         terminal.until("\nluthier: interrupted; the same command begins anew", count=1)
         assert process.wait() == 143
+
+
+class Impatient(io.StringIO):
+    """Where an answer is shown to somebody who presses keys twice before they have read any of it."""
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        super().__init__()
+        self.signals = list(signals)
+
+    def flush(self) -> None:
+        while self.signals and self.getvalue():
+            signal.raise_signal(self.signals.pop(0))
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_in_an_answer_ends_the_chat_at_once_and_says_that_the_command_begins_anew(
+    talkative: Run, second: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = Impatient(signal.SIGINT, second)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is one plus two\nwhat is two\n"))
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["chat", str(talkative.folder)]) == 128 + second
+    told = f"luthier: stopped by {second.name}; a chat is not kept: the same command begins anew\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert shown.getvalue().endswith("\n")
+    assert shown.getvalue().count("\n") == 1

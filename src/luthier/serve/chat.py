@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
 from luthier.data.conversation import Conversation, Message, Origin
-from luthier.errors import LuthierError, Stopped, UsageError
+from luthier.errors import LuthierError, UsageError
 from luthier.evaluate.asking.answers import sampling_of
 from luthier.evaluate.asking.subject import Side, Subject
 from luthier.evaluate.terminal import printable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.model.generate import Sampling
 
 HELP = "/reset starts over, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer"
+_ANEW = "a chat is not kept: the same command begins anew"
 LEAST_NEW_TOKENS = 256
 """A recipe's limit is cut to its test answers; a chat may go on for longer."""
 
@@ -118,7 +119,7 @@ def _show(talk: Talk, said: str, label: str, out: TextIO) -> None:
     """
     out.write(label)
     pieces = talk.answer(said)
-    with Interrupt() as interrupt:
+    with Interrupt(fix=_ANEW) as interrupt:
         try:
             for piece in pieces:
                 out.write(printable(piece))
@@ -126,14 +127,12 @@ def _show(talk: Talk, said: str, label: str, out: TextIO) -> None:
                 if interrupt.signal:
                     out.write(" [stopped]")
                     break
-        except Stopped:
-            raise
         except LuthierError as error:
             out.write(f"[{error}]")
         finally:
             pieces.close()
-    out.write("\n")
-    out.flush()
+            out.write("\n")
+            out.flush()
     if interrupt.signal == signal.SIGTERM:
         signal.raise_signal(interrupt.signal)  # again, for who takes it where no answer is made
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from luthier.errors import Stopped
 
+GOES_ON = "the same command goes on from the last checkpoint"
+
 
 def heeded() -> list[signal.Signals]:
     """SIGTERM and SIGINT, without those that are ignored: a Ctrl-C is not meant for a script's background job."""
@@ -16,7 +18,7 @@ def heeded() -> list[signal.Signals]:
 
 
 class Interrupt:
-    """As a context manager: `signal` is the number of the signal received, or 0.
+    """As a context manager: `signal` is the number of the signal received, or 0. `fix`: what Stopped says to do.
 
     A second one, or the first where nothing runs yet that could be finished (`at_once`), ends the block by Stopped,
     which is safe at any instant: checkpoints are published by one rename. Inside it is a KeyboardInterrupt, which
@@ -24,8 +26,8 @@ class Interrupt:
     ignored. Outside the main thread, where Python takes no signal handlers, it does nothing.
     """
 
-    def __init__(self, *, at_once: bool = False) -> None:
-        self.signal, self._at_once = 0, at_once
+    def __init__(self, *, at_once: bool = False, fix: str = GOES_ON) -> None:
+        self.signal, self._at_once, self._fix = 0, at_once, fix
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -38,7 +40,7 @@ class Interrupt:
             signal.signal(number, handler)
         self._before = {}
         if at_once := _cause(error):
-            raise stopped(at_once.number) from error
+            raise stopped(at_once.number, fix=self._fix) from error
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal or self._at_once:
@@ -59,11 +61,6 @@ def _cause(error: BaseException | None) -> _AtOnce | None:
     return error if isinstance(error, _AtOnce) else None
 
 
-def stopped(number: int, when: str = "") -> Stopped:
+def stopped(number: int, when: str = "", *, fix: str = GOES_ON) -> Stopped:
     """What a signal ends a run with."""
-    name = signal.Signals(number).name
-    return Stopped(
-        f"stopped by {name}{when}",
-        fix="the same command goes on from the last checkpoint",
-        exit_code=128 + number,
-    )
+    return Stopped(f"stopped by {signal.Signals(number).name}{when}", fix=fix, exit_code=128 + number)
