@@ -261,8 +261,8 @@ def steps(model: Any, recipe: Any, rows: int, length: int, vocabulary: int) -> f
     import torch
 
     from luthier.data.stream import Micro
+    from luthier.model.memory import release
     from luthier.train import optim
-    from luthier.train.memory import release
 
     gradient = optim.flat_gradient(model.adapter.named_parameters())
     optimizer = optim.optimizer(model.adapter.named_parameters(), gradient, recipe.train)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import tiny
+from luthier.model.memory import release
 from luthier.model.place import free_memory
 from luthier.train.launch import decisions_of, prepare_data, train
-from luthier.train.memory import at_most, release
+from luthier.train.memory import at_most
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20

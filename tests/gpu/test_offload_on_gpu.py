@@ -17,8 +17,8 @@ from luthier.machine import GIB
 from luthier.model import attention, offload, quantize
 from luthier.model.causal import CausalModel
 from luthier.model.generate import Sampling, generate
+from luthier.model.memory import release
 from luthier.model.recompute import recomputing
-from luthier.train.memory import release
 from luthier.train.optim import flat_gradient
 from luthier.train.reproducible import reproducible
 

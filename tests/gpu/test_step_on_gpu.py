@@ -18,9 +18,9 @@ import tiny
 from luthier.adapters.lora import attach
 from luthier.model import attention
 from luthier.model.causal import CausalModel
+from luthier.model.memory import release
 from luthier.recipe import Train
 from luthier.train import optim
-from luthier.train.memory import release
 from luthier.train.rehearse import rehearse
 from luthier.train.reproducible import reproducible
 

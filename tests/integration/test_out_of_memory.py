@@ -1,4 +1,5 @@
-"""Promise 2, everywhere: whichever operation of a pass finds no memory, its step is made again and learns the same."""
+"""Promise 2, everywhere: whichever operation of a pass finds no memory, its step is made again and learns the same, a
+held-out loss is the same, and answers say the same."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from luthier.data.stream import Micro
+from luthier.errors import MemoryPlanError
 from luthier.model.causal import CausalModel, Kernels
 
 
@@ -42,6 +44,11 @@ class Watched:
         with self.memory:
             return self.model.accumulate(micro, scale)
 
+    def loss(self, micro: Micro) -> Tensor:
+        """Of held-out rows."""
+        with self.memory:
+            return self.model.loss(micro)
+
 
 def learned(folder: Path, kernels: Kernels, step: int, at: int, ahead: bool = False) -> tuple[Tensor, int]:
     """All of the adapter's values after two steps, and how many operations the passes of `step` had."""
@@ -70,3 +77,35 @@ def test_a_step_that_was_begun_ahead_and_found_no_memory_is_begun_anew(tmp_path:
         found, operations = learned(tmp_path / str(at), "eager", 1, at, ahead=True)
         assert operations > count  # it was tried again, and found memory
         assert (found - wanted).norm() < 1e-5 * wanted.norm(), at
+
+
+def held_out_loss(folder: Path, kernels: Kernels, at: int) -> tuple[float, int]:
+    """That of a model that learned nothing, and how many operations its passes had."""
+    recipe, memory, notes = tiny.recipe("train.samples_per_step=2"), Scarce(at), list[Any]()
+    causal = Watched(tiny.model(recipe, kernels=kernels), 0, memory)
+    trainer = tiny.trainer(folder, recipe, micro_tokens=64, causal=causal, held=12, emit=notes.append)  # 8, and 4
+    trainer.evaluate()
+    tokens, said = trainer.progress.micro_tokens, [note["text"] for note in notes if note["event"] == "note"]
+    assert said == ([f"out of memory; from here on {tokens} tokens at a time"] if at >= 0 else [])
+    assert tokens <= (32 if at >= 0 else 64)
+    assert trainer.progress.best_loss is not None
+    return trainer.progress.best_loss, memory.count
+
+
+@pytest.mark.parametrize("kernels", ["reference", "eager"])
+def test_wherever_memory_runs_out_the_held_out_loss_is_the_same(tmp_path: Path, kernels: Kernels) -> None:
+    wanted, count = held_out_loss(tmp_path / "whole", kernels, at=-1)
+    for at in sorted({*range(4), *range(0, count, count // 6), count - 1}):
+        found, _ = held_out_loss(tmp_path / str(at), kernels, at)
+        assert found == pytest.approx(wanted, rel=1e-6), at
+
+
+def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> None:
+    class Full(Scarce):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise torch.OutOfMemoryError("as a test")
+
+    causal = Watched(tiny.model(tiny.recipe()), 0, Full(0))
+    trainer = tiny.trainer(tmp_path, tiny.recipe(), causal=causal, held=9)
+    with pytest.raises(MemoryPlanError, match=r"rows\.jsonl:\d+: a row of \d+ tokens does not fit"):
+        trainer.evaluate()

@@ -13,7 +13,7 @@ import torch
 import tiny
 from luthier import recipe
 from luthier.model.causal import Kernels, build
-from luthier.train.memory import release
+from luthier.model.memory import release
 
 STEPS = """
 import json, resource, threading

@@ -34,7 +34,13 @@ class Batch:
 def batch(stream: Stream, engine: Engine, model: Model, number: int, micro_tokens: int) -> Batch:
     """The rows of step `number`, counted from 0. They follow from these arguments alone, so they can be packed ahead of
     time."""
-    store, samples = stream.store, stream.step(number)
+    return gathered(stream.store, engine, model, stream.step(number), number, micro_tokens)
+
+
+def gathered(
+    store: TokenStore, engine: Engine, model: Model, samples: list[Sample], number: int, micro_tokens: int
+) -> Batch:
+    """These rows of a store, packed and ready."""
     tokens = sum(int(store.lengths[sample.row]) for sample in samples)
     targets = max(1, sum(store.targets(sample.row) for sample in samples))
     micros = packed(store, engine, samples, number, micro_tokens)
@@ -65,6 +71,12 @@ def not_finite(
         where=guilty(model, store, samples, number),
         fix="look at these rows, or lower train.lr; the last checkpoint is sound",
     )
+
+
+@torch.no_grad()
+def judged(model: Model, micros: Sequence[Micro]) -> float:
+    """The summed loss of micro-batches that nothing is learned from."""
+    return sum(float(model.loss(micro)) for micro in micros)
 
 
 def guilty(model: Model, store: TokenStore, samples: Sequence[Sample], step: int) -> str:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from luthier.data.store import TokenStore
 from luthier.data.stream import Sample, Stream
+from luthier.model.memory import attempt, release
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
-from luthier.train.batch import Batch, batch, coming, guilty, halved, not_finite, packed
+from luthier.train.batch import Batch, batch, coming, gathered, guilty, halved, judged, not_finite
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
-from luthier.train.memory import left_open, out_of_memory, release, settled
+from luthier.train.memory import left_open, settled
 from luthier.train.step import Event, Model, Step
 from luthier.train.trackers import Journal
 
@@ -116,24 +117,18 @@ class Trainer:
     def evaluate(self) -> None:
         """The token-weighted loss of the held-out rows; the lowest is remembered. A signal ends it early, and the
         resumed run begins with it again."""
-        loss, targets = 0.0, 0.0
+        loss, rows = 0.0, [Sample(row, row, epoch=0) for row in range(len(self.heldout))]
         piece = 4 * self.recipe.train.samples_per_step
-        for start in range(0, len(self.heldout), piece):
-            rows = range(start, min(start + piece, len(self.heldout)))
-            samples = [Sample(row, row, epoch=0) for row in rows]
-            micros = packed(self.heldout, self.engine, samples, self.progress.step, self.progress.micro_tokens)
-            with torch.no_grad():
-                mine = sum(float(self.model.loss(micro)) for micro in micros)
-            loss += self.engine.total(mine)[0]
-            targets += sum(self.heldout.targets(row) for row in rows)
+        for start in range(0, len(rows), piece):
+            loss += self._loss_of(rows[start : start + piece])
             if self.engine.highest(self.interrupt.signal):
                 return
         answers = self.answer() if self.engine.rank == 0 else ()
-        loss /= max(1, targets)
+        loss /= max(1, sum(self.heldout.targets(sample.row) for sample in rows))
         # Once a run: while rank 0 looks for them row by row, the others wait.
         if not math.isfinite(loss) and self.engine.rank == 0 and not self._unjudged:
             self._unjudged = True
-            named = guilty(self.model, self.heldout, [Sample(i, i, 0) for i in range(len(self.heldout))], step=0)
+            named = guilty(self.model, self.heldout, rows, step=0)
             self._say(f"the held-out loss is {loss:.4g}, which judges no weights; look at {named}")
         self.progress.judge(loss)
         self._log("evaluation", {"step": self.progress.step, "eval_loss": loss})
@@ -180,36 +175,44 @@ class Trainer:
         if not self.ahead or not rows.micros or self._evaluates(number) or self._saves(number):
             return
         self.gradient.zero_()
-        try:
-            self._begun = rows, self.model.accumulate(rows.micros[0], self.progress.scale)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise  # else the step begins anew, and knows what to do
+        # None where memory ran out: then the step begins anew, and knows what to do.
+        loss = attempt(partial(self.model.accumulate, rows.micros[0], self.progress.scale))
+        self._begun = None if loss is None else (rows, loss)
 
     def _gradient_of(self, number: int) -> tuple[Batch, Tensor]:
         """Leaves the gradient of step `number` in `self.gradient`; returns its rows and their summed loss, fp64. If
         memory runs out on any process, all drop what they have and redo the same step with half the token budget."""
         while True:
             self._expect(self.progress.micro_tokens)
-            rows, short = self._batch(number, self.progress.micro_tokens), False
-            try:
-                loss = self._accumulate(rows)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                short = True
-            # Only here, outside the handler, has the traceback let go of the step's tensors.
-            if not self.engine.highest(short):
+            rows = self._batch(number, self.progress.micro_tokens)
+            loss = attempt(partial(self._accumulate, rows))
+            if not self.engine.highest(loss is None):
+                assert loss is not None
                 self._peak = settled(self._peak)
                 self.engine.reduce(self.gradient)
                 self.engine.reduce(loss)
                 self.gradient.div_(rows.targets * self.progress.scale)
                 return rows, loss
-            release()
-            # To keep fewer values of packed weights changes no bit.
-            if not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"}):
-                self.progress.micro_tokens = halved(self.stream.store, self.engine, rows)
-                self._say(f"out of memory; from here on {self.progress.micro_tokens} tokens at a time")
+            self._take_less(self.stream.store, rows)
+
+    def _loss_of(self, samples: list[Sample]) -> float:
+        """The summed loss of held-out rows, of all processes. A lack of memory is met as that of a step is."""
+        step, engine = self.progress.step, self.engine
+        while True:
+            rows = gathered(self.heldout, engine, self.model, samples, step, self.progress.micro_tokens)
+            mine = attempt(partial(judged, self.model, rows.micros))
+            if not engine.highest(mine is None):
+                assert mine is not None
+                return engine.total(mine)[0]
+            self._take_less(self.heldout, rows)
+
+    def _take_less(self, store: TokenStore, rows: Batch) -> None:
+        """For want of memory for these rows: what a pass takes from here on is less."""
+        release()
+        # To keep fewer values of packed weights changes no bit.
+        if not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"}):
+            self.progress.micro_tokens = halved(store, self.engine, rows)
+            self._say(f"out of memory; from here on {self.progress.micro_tokens} tokens at a time")
 
     def _accumulate(self, rows: Batch) -> Tensor:
         """The gradient of the micro-batches' summed losses, times the scale; returns that sum, fp64."""

@@ -1,8 +1,7 @@
-"""What memory a process took, and whether an error means that there was not enough."""
+"""What memory a process took, and how much it may take."""
 
 from __future__ import annotations
 
-import gc
 import math
 import resource
 import sys
@@ -13,13 +12,6 @@ import torch
 
 from luthier.allocator import give_back
 from luthier.recipe import Run
-
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Torch raises a plain RuntimeError where a CPU allocation fails."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 @contextmanager
@@ -66,15 +58,6 @@ def host_peak_bytes() -> int:
     """The most resident memory this process has held, files it reads in place included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def release() -> None:
-    """Gives back what nothing needs: tensors that only a circle holds, as an error and its frames do, and cached
-    blocks, so that smaller tensors are not kept out by larger holes."""
-    gc.collect()
-    give_back()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
 
 
 def settled(before: int) -> int:

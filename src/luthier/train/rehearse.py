@@ -9,7 +9,8 @@ import torch
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
-from luthier.train.memory import forget_peak, left_open, out_of_memory, peak_bytes, release
+from luthier.model.memory import out_of_memory, release
+from luthier.train.memory import forget_peak, left_open, peak_bytes
 
 if TYPE_CHECKING:
     from luthier.train.loop import Trainer

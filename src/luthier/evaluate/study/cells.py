@@ -180,7 +180,7 @@ class _Bench:
     def _fresh(self, run: Run) -> CausalModel:
         """The base with a new adapter."""
         from luthier.model.load import model_folder
-        from luthier.train.memory import release
+        from luthier.model.memory import release
         from luthier.train.worker import model_of
 
         gc.collect()  # the model before holds itself in cycles
