@@ -200,15 +200,76 @@ def test_a_recorded_pass_reads_new_rows_and_new_lengths(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("cudnns")
-def test_a_plan_needs_next_to_nothing_meanwhile() -> None:
-    if not cudnn.machine(torch.device("cuda", 0)).frontend:
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("kind", ["batch", "trimmed", "long batch"])
+def test_a_recorded_batch_writes_its_rows_and_nothing_behind_them(kind: str, size: int) -> None:
+    """By a plan of the frontend's where that is installed, and it must be that: torch leaves no room behind rows."""
+    lengths = LENGTHS[kind]
+    q, k, v, do = parts = made(lengths, 8, 2, size, torch.bfloat16)
+    told, room = ends(lengths), 32 if cudnn.machine(q.device).frontend else 0
+    assert cudnn.forward(q, k, v, told, 0.1, room) is not None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, sums = cudnn.forward(q, k, v, told, 0.1, room) or pytest.fail("nothing was computed")
+    whole = spare.whole(o.flatten(1), room)
+    assert sums.untyped_storage().nbytes() == 4 * 8 * len(q)  # and nothing else is left, as a plan of memory has it
+    for x in (whole, sums):
+        x.fill_(torch.nan)
+    graph.replay()
+    assert whole[:, 8 * size :].isnan().all()
+    wanted, wanted_sums = cudnn._batch(q, k, v, len(lengths), 0.1)
+    assert error(o, wanted.float()) < 5e-3  # each is rounded to 8 bits once
+    assert torch.allclose(sums, wanted_sums, atol=1e-3, rtol=1e-4)
+    into = [torch.empty_like(x) for x in (q, k, v)]
+    varlen.backward(do, o, sums, q, k, v, told, 0.1, into)
+    theirs, right = flash(*parts, lengths, 0.1)[1:4], exact(*parts, lengths, 0.1)[1:]
+    for mine, other, one in zip(into, theirs, right, strict=True):
+        assert error(mine, one) <= 1.5 * error(other, one)
+
+
+@pytest.mark.usefixtures("cudnns")
+def test_a_batch_that_the_frontend_has_no_plan_for_is_torchs(tmp_path: Path) -> None:
+    """It is said once, and flash attention is not asked."""
+    script = """
+import torch
+from test_cudnn_on_gpu import LENGTHS, ends, made
+from luthier.kernels import cudnn
+lengths = LENGTHS["batch"]
+q, k, v, _ = made(lengths, 8, 2, 128, torch.bfloat16)
+found = [cudnn.forward(q, k, v, ends(lengths), 0.1, 32) for _ in range(2)]
+wanted = cudnn._batch(q, k, v, len(lengths), 0.1)
+print(cudnn.machine(q.device).frontend, all(torch.equal(*pair) for one in found for pair in zip(one, wanted)))
+"""
+    (tmp_path / "cudnn.py").write_text("pygraph = None\n")
+    modules = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": modules}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True True\n"
+    assert done.stderr.count("cuDNN has no attention") == 1
+
+
+@pytest.mark.usefixtures("cudnns")
+@pytest.mark.parametrize(
+    ("packed", "segments", "longest"),
+    [
+        (True, 32, 1024),
+        (True, 4, 2048),
+        (True, 512, 128),
+        (True, 2, 32768),
+        (False, 4, 2047),
+        (False, 64, 128),
+        (False, 1, 32768),
+    ],
+)
+def test_a_plan_needs_next_to_nothing_meanwhile(packed: bool, segments: int, longest: int) -> None:
+    place = torch.device("cuda", 0)
+    if not cudnn.machine(place).frontend:
         pytest.skip("the frontend is not installed")
-    for segments, longest in ((32, 1024), (4, 2048), (512, 128), (2, 32768)):
-        shape = cudnn._Shape(
-            torch.device("cuda", 0), torch.bfloat16, segments, longest, 32, 8, 128, (48 * 128,) * 4, 0.1
-        )
-        _, workspace = cudnn.plan(shape) or pytest.fail("there is no plan")
-        assert workspace < 2**20
+    strides = (48 * 128,) * 4
+    shape = cudnn._Shape(place, torch.bfloat16, packed, segments, longest, 32, 8, 128, strides, 0.1)
+    _, workspace = cudnn.plan(shape) or pytest.fail("there is no plan")
+    assert workspace < 2**20
 
 
 @pytest.mark.usefixtures("cudnns")

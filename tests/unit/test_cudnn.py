@@ -7,9 +7,10 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch import Tensor
 
 from luthier.kernels import cudnn, fused, spare, varlen_backward
-from luthier.kernels.cudnn import Machine, way
+from luthier.kernels.cudnn import Machine, _laid_out, _Part, way
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import noticing, planned_for
 from luthier.kernels.sizes import power_of_2
@@ -57,6 +58,58 @@ def test_rows_that_are_all_as_long_are_a_batch_that_needs_no_frontend(frontend: 
 def test_numbers_and_lengths_of_segments_share_few_plans() -> None:
     assert [power_of_2(n) for n in (1, 2, 3, 27, 32, 33, 2048, 2049)] == [1, 2, 4, 32, 32, 64, 2048, 4096]
     assert len({power_of_2(n) for n in range(1, 8193)}) == 14
+
+
+def rows(segments: int, longest: int) -> tuple[Tensor, Tensor, Tensor, Ends]:
+    """q, k and v side by side, as a block's product leaves them, with room behind each token."""
+    y = spare.empty(torch.empty(0), segments * longest, 8 * 16, 24).normal_()
+    edges = torch.arange(segments + 1, dtype=torch.int32) * longest
+    return *torch.split(y.unflatten(1, (8, 16)), [4, 2, 2], 1), Ends(edges, longest)
+
+
+def test_a_batch_has_a_plan_of_its_own_and_packed_rows_share_theirs() -> None:
+    q, k, v, told = rows(3, 127)
+    batch, packed = (cudnn._shape(q, k, v, told, 0.1, 24, packed=packed) for packed in (False, True))
+    assert (batch.segments, batch.longest) == (3, 127)
+    assert (packed.segments, packed.longest) == (4, 128)
+    assert batch.strides == packed.strides == (8 * 16 + 24,) * 3 + (4 * 16 + 24,)
+
+
+def test_a_batchs_plan_finds_every_segment_where_it_lies() -> None:
+    segments, longest = 3, 5
+    *read, told = rows(segments, longest)
+    shape = cudnn._shape(*read, told, 0.1, 24, packed=False)
+    o = spare.empty(read[0], segments * longest, 4 * 16, 24).normal_().unflatten(1, (4, 16))
+    for part, x in zip(_Part, (*read, o), strict=False):
+        assert torch.equal(x.as_strided(*_laid_out(shape, part)), x.unflatten(0, (segments, longest)).transpose(1, 2))
+    wanted = torch.arange(4.0 * segments * longest).view(4, -1)  # of each head, and each token
+    sums = torch.empty(wanted.numel())
+    sums.as_strided(*_laid_out(shape, _Part.SUMS))[..., 0] = wanted.unflatten(1, (segments, longest)).transpose(0, 1)
+    assert torch.equal(cudnn._by_heads(sums.view(segments, 4, longest)), wanted)
+
+
+def test_packed_rows_are_found_from_where_their_segments_begin() -> None:
+    lengths, longest = (2, 5, 3), 5
+    *read, _ = rows(2, 5)
+    told = Ends(torch.tensor([0, 2, 7, 10], dtype=torch.int32), longest)
+    shape = cudnn._shape(*read, told, 0.1, 24, packed=True)
+    found, *starts = cudnn._places(told.edges, shape)
+    assert found[: shape.segments].tolist() == [*lengths, 0]
+    o = spare.empty(read[0], 10, 4 * 16, 24).normal_().unflatten(1, (4, 16))
+    tensors = (*read, o, torch.randn(10, 4, 1))
+    for part, x, begins in zip(_Part, tensors, starts, strict=False):
+        _, strides = _laid_out(shape, part)
+        for begin, length, rows_of in zip(begins.tolist(), lengths, x.split(lengths), strict=False):
+            dim = (x.shape[1], length, x.shape[2])
+            assert torch.equal(x.as_strided(dim, strides[1:], x.storage_offset() + begin), rows_of.transpose(0, 1))
+
+
+def test_what_cudnn_refuses_is_said_once() -> None:
+    """As it has nothing for a CPU."""
+    shape = cudnn._shape(*rows(2, 128), 0.1, 0, packed=False)
+    with pytest.warns(UserWarning, match="cuDNN has no attention for .*, torch computes it") as told:
+        assert [cudnn.plan(shape) for _ in range(2)] == [None, None]
+    assert len(told) == 1
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_computed() -> None:

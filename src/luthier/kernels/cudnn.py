@@ -3,9 +3,10 @@
 The backward pass is not cuDNN's, but takes its sums: on Hopper cuDNN's would add up in any order (before 9.25 there is
 no other way for packed rows), and a resumed run would not be the run that was stopped. The forward pass has one order.
 
-Segments that are all as long are a batch, which torch computes by cuDNN itself. Others go through NVIDIA's frontend
-(nvidia-cudnn-frontend), where it is installed. It makes a plan for each number and length of segments, which takes
-longer than a small model's step: both are rounded up to powers of two, so that few plans come again and again.
+Segments that are all as long are a batch, which torch can compute by cuDNN. Others go through NVIDIA's frontend
+(nvidia-cudnn-frontend), where it is installed; a batch does then too, since torch cannot be told where to write. A plan
+is made for each number and length of segments, which takes longer than a small model's step: where they are not a
+batch, both are rounded up to powers of two, so that few plans come again and again.
 """
 
 from __future__ import annotations
@@ -73,28 +74,38 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: in
 
     Args: those of `varlen.forward`, for which `varlen.takes` holds.
 
-    Returns [T, Hq, D], with `spare` more values behind each token where rows are packed; and the fp32 logarithms
-    [Hq, T] of the sums of exponentials, which lie as it wrote them. A plan traces flash attention instead: it leaves
-    the same, and what cuDNN takes meanwhile is less than 1 MiB.
+    Returns [T, Hq, D], with `spare` more values behind each token where the frontend computed it; and the fp32
+    logarithms [Hq, T] of the sums of exponentials. A plan of memory traces flash attention instead: it leaves the same,
+    and what cuDNN takes meanwhile is less than 1 MiB, besides a batch's logarithms once more.
     """
     if not q.is_cuda or any(x.stride()[1:] != (q.shape[-1], 1) for x in (q, k, v)):
         return None
-    chosen = way(machine(q.device), q.shape[-1], len(q), len(ends), ends.longest)
-    if chosen == "batch":
-        return _batch(q, k, v, len(ends), scale)
-    return _packed(q, k, v, ends, scale, spare) if chosen else None
+    at = machine(q.device)
+    chosen = way(at, q.shape[-1], len(q), len(ends), ends.longest)
+    if chosen is None:
+        return None
+    shape = _shape(q, k, v, ends, scale, spare, packed=chosen == "packed")
+    found = plan(shape) if at.frontend else None
+    if found is not None:
+        return _computed(q, k, v, ends, shape, *found)
+    return _batch(q, k, v, len(ends), scale) if chosen == "batch" else None
 
 
 def _batch(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = q.shape
+    """By torch."""
     q, k, v = (x.view(segments, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     o, sums = found[:2]
-    return o.transpose(1, 2).flatten(0, 1), sums.reshape(segments, heads, -1).transpose(0, 1).reshape(heads, tokens)
+    return o.transpose(1, 2).flatten(0, 1), _by_heads(sums.reshape(q.shape[:3]))
 
 
-# Packed rows, by the frontend. Dimensions are those of a batch [segments, heads, longest, D]; where each segment begins
-# is told in values from the beginning of the tensor.
+def _by_heads(sums: Tensor) -> Tensor:
+    """[segments, Hq, longest], as cuDNN writes those of a batch, as [Hq, T]."""
+    return sums.transpose(0, 1).flatten(1)
+
+
+# By the frontend. Dimensions are those of a batch [segments, heads, longest, D]; where each segment of packed rows
+# begins is told in values from the beginning of the tensor.
 
 
 class _Shape(NamedTuple):
@@ -102,6 +113,7 @@ class _Shape(NamedTuple):
 
     place: torch.device
     dtype: torch.dtype
+    packed: bool  # each segment has a place and a length of its own; else each is as long as the longest
     segments: int
     longest: int
     heads: int
@@ -112,25 +124,31 @@ class _Shape(NamedTuple):
 
 
 class _Part(IntEnum):
-    """The tensors of a plan."""
+    """The tensors of a plan; those from LENGTHS on where rows are packed."""
 
-    Q, K, V, OUT, SUMS, LENGTHS, Q_STARTS, K_STARTS, V_STARTS, OUT_STARTS, SUM_STARTS = range(1, 12)
+    Q, K, V, OUT, SUMS, LENGTHS, Q_STARTS, K_STARTS, V_STARTS, OUT_STARTS, SUMS_STARTS = range(1, 12)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: int) -> tuple[Tensor, Tensor] | None:
-    tokens, heads, size = q.shape
-    segments, longest = max(power_of_2(len(ends)), 2), max(power_of_2(ends.longest), ROUND)
+def _shape(q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, spare: int, *, packed: bool) -> _Shape:
+    segments, longest, (_, heads, size) = len(ends), ends.longest, q.shape
+    if packed:
+        segments, longest = max(power_of_2(segments), 2), max(power_of_2(longest), ROUND)
     strides = (q.stride(0), k.stride(0), v.stride(0), heads * size + spare)
-    shape = _Shape(q.device, q.dtype, segments, longest, heads, k.shape[1], size, strides, scale)
-    found = plan(shape)
-    if found is None:
-        return None
-    graph, workspace = found
-    o = empty(q, tokens, heads * size, spare).view(q.shape)
-    sums = q.new_empty(tokens, heads, dtype=torch.float32)
-    places = ends.made((segments, heads, *strides), lambda: _places(ends.edges, shape))
-    _run(graph, dict(zip(_Part, (q, k, v, o, sums, *places), strict=True)), q.new_empty(workspace, dtype=torch.uint8))
-    return o, sums.t()
+    return _Shape(q.device, q.dtype, packed, segments, longest, heads, k.shape[1], size, strides, scale)
+
+
+def _computed(
+    q: Tensor, k: Tensor, v: Tensor, ends: Ends, shape: _Shape, graph: Any, workspace: int
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, size = q.shape
+    width = heads * size
+    o = empty(q, tokens, width, shape.strides[-1] - width).view(q.shape)
+    sums = q.new_empty(tokens * heads, dtype=torch.float32)
+    parts = [q, k, v, o, sums]
+    if shape.packed:
+        parts += ends.made((shape.segments, heads, *shape.strides), lambda: _places(ends.edges, shape))
+    _run(graph, dict(zip(_Part, parts, strict=False)), q.new_empty(workspace, dtype=torch.uint8))
+    return o, sums.view(tokens, heads).t() if shape.packed else _by_heads(sums.view(len(ends), heads, -1))
 
 
 def _places(edges: Tensor, shape: _Shape) -> list[Tensor]:
@@ -154,7 +172,7 @@ def plan(shape: _Shape) -> tuple[Any, int] | None:
     except torch.OutOfMemoryError:  # it may have one later
         raise
     except Exception as error:  # its own kinds, and RuntimeError
-        warnings.warn(f"cuDNN has no attention for {shape}: {error}", stacklevel=2)
+        warnings.warn(f"cuDNN has no attention for {shape}, torch computes it: {error}", stacklevel=2)
         return None
 
 
@@ -162,43 +180,46 @@ def _planned(shape: _Shape) -> tuple[Any, int]:
     cudnn: Any = import_module("cudnn")
     types = cudnn.data_type
     kind = {torch.bfloat16: types.BFLOAT16, torch.float16: types.HALF}[shape.dtype]
-    options = {"intermediate_data_type": types.FLOAT, "compute_data_type": types.FLOAT}
-    graph = cudnn.pygraph(io_data_type=kind, handle=_handle(shape.place), **options)
+    inside = {"intermediate_data_type": types.FLOAT, "compute_data_type": types.FLOAT}
+    graph = cudnn.pygraph(io_data_type=kind, handle=_handle(shape.place), **inside)
+    lengths, starts = _told(graph, types, shape) if shape.packed else ({}, {})
 
-    def numbers(part: _Part, count: int, kind: Any) -> Any:
-        return graph.tensor(name=part.name, uid=int(part), dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
+    def read(part: _Part) -> Any:
+        options = {"data_type": kind, "ragged_offset": starts.get(part)}
+        dim, stride = _laid_out(shape, part)
+        return graph.tensor(name=part.name, uid=int(part), dim=dim, stride=stride, **options)
 
-    starts = {part: numbers(part, shape.segments + 1, types.INT64) for part in list(_Part)[_Part.LENGTHS :]}
-    lengths = numbers(_Part.LENGTHS, shape.segments, types.INT32)
-    read = {}
-    for part, heads, stride in zip(_Part, (shape.heads, shape.groups, shape.groups), shape.strides, strict=False):
-        dim, strides = _laid_out(shape, heads, stride)
-        read[part] = graph.tensor(name=part.name, uid=int(part), dim=dim, stride=strides, data_type=kind)
-        read[part].set_ragged_offset(starts[_Part[f"{part.name}_STARTS"]])
-    out, sums = graph.sdpa(
-        name="attention",
-        q=read[_Part.Q],
-        k=read[_Part.K],
-        v=read[_Part.V],
-        generate_stats=True,
-        attn_scale=shape.scale,
-        use_causal_mask=True,
-        use_padding_mask=True,
-        seq_len_q=lengths,
-        seq_len_kv=lengths,
-    )
-    dim, strides = _laid_out(shape, shape.heads, shape.strides[-1])
-    out.set_uid(int(_Part.OUT)).set_output(True).set_dim(dim).set_stride(strides)
-    out.set_ragged_offset(starts[_Part.OUT_STARTS])
-    sums.set_uid(int(_Part.SUMS)).set_output(True).set_dim((*dim[:3], 1)).set_data_type(types.FLOAT)
-    sums.set_stride((shape.longest * shape.heads, 1, shape.heads, 1)).set_ragged_offset(starts[_Part.SUM_STARTS])
+    options = {"generate_stats": True, "attn_scale": shape.scale, "use_causal_mask": True, **lengths}
+    out, sums = graph.sdpa(name="attention", q=read(_Part.Q), k=read(_Part.K), v=read(_Part.V), **options)
+    for part, tensor in ((_Part.OUT, out), (_Part.SUMS, sums)):
+        dim, stride = _laid_out(shape, part)
+        tensor.set_uid(int(part)).set_output(True).set_dim(dim).set_stride(stride).set_ragged_offset(starts.get(part))
+    sums.set_data_type(types.FLOAT)
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     return graph, graph.get_workspace_size()
 
 
-def _laid_out(shape: _Shape, heads: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Dimensions and strides of [segments, heads, longest, D], with `stride` from token to token."""
-    return (shape.segments, heads, shape.longest, shape.size), (shape.longest * stride, shape.size, stride, 1)
+def _told(graph: Any, types: Any, shape: _Shape) -> tuple[dict[str, Any], dict[_Part, Any]]:
+    """Of packed rows: how attention is told the lengths of segments, and where they begin in each tensor."""
+
+    def numbers(part: _Part, count: int, kind: Any) -> Any:
+        return graph.tensor(name=part.name, uid=int(part), dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
+
+    lengths = numbers(_Part.LENGTHS, shape.segments, types.INT32)
+    ours = (_Part.Q, _Part.K, _Part.V, _Part.OUT, _Part.SUMS)
+    starts = {part: numbers(_Part[f"{part.name}_STARTS"], shape.segments + 1, types.INT64) for part in ours}
+    return {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}, starts
+
+
+def _laid_out(shape: _Shape, part: _Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A tensor's dimensions, and for each of them how many values lie from one to the next."""
+    _, _, packed, segments, longest, heads, groups, size, *_ = shape
+    if part == _Part.SUMS:  # of a batch, cuDNN before 9.26 writes them in no other order
+        strides = (longest * heads, 1, heads, 1) if packed else (heads * longest, longest, 1, 1)
+        return (segments, heads, longest, 1), strides
+    stride = dict(zip(_Part, shape.strides, strict=False))[part]
+    count = groups if part in (_Part.K, _Part.V) else heads
+    return (segments, count, longest, size), (longest * stride, size, stride, 1)
 
 
 @cache
