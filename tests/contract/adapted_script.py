@@ -1,18 +1,14 @@
 """Run by test_adapted.py: prints, for each result, its relative distance from the twin's."""
 
-import builtins
 from itertools import product
 
 import torch
-from triton.runtime import interpreter
+from interpreted import allow_ends_of_one_value
 
 from luthier.kernels import adapted, spare
 from luthier.kernels.adapted import Blocks, Part
 
-# The interpreter of Triton 3.6 reads arrays of one value as numbers, which numpy 2.4 no longer allows.
-interpreter.range = lambda *ends: builtins.range(
-    *(int(x.handle.data.item()) if hasattr(x, "handle") else x for x in ends)
-)
+allow_ends_of_one_value()
 
 SPARE = 64
 ALONE = [Part((0, 48), (0, 5))]

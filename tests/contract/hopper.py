@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def compiled(kernel: Any, kinds: Mapping[str, str], fixed: Mapping[str, int], warps: int, stages: int = 3) -> str:
+def compiled(kernel: Any, kinds: Mapping[str, str], fixed: Mapping[str, int | str], warps: int, stages: int = 3) -> str:
     """Its PTX. `kinds`: of the arguments that are not int32; `fixed`: what is compiled into it. Pointers, and
     int32 that do not change from launch to launch, are taken to be multiples of 16."""
     import triton

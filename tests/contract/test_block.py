@@ -533,10 +533,11 @@ def launches(layers: int) -> tuple[Counter[str], Counter[str]]:
 
 def test_a_block_launches_as_few_products_and_sums_on_a_gpu_as_with_adapters_there_have_to_be() -> None:
     forward, backward = (more - less for more, less in zip(launches(4), launches(3), strict=True))
-    inner, large, gradients = 4, 4, 4  # those of the inner values, and of A
+    inner, large, gradients = 4, 4, 3  # those of the inner values, and of A
     assert forward["mm"] == inner + large
     assert backward["mm"] == large + gradients
     assert backward["adapted"] == backward["adapted_sums"] == 4  # gradients of inner values and of B
+    assert backward["activate_backward_dA"] == backward["dA_sums"] == 1  # of the A of `down`
     assert forward["clone"] == 3  # inner values behind what is not kept
     assert (forward["rms_norm"], backward["rms_norm_backward"]) == (2, 2)
     assert not {"add_", "add", "addmm_", "zeros_like", "zero_", "cat"} & {*forward, *backward}

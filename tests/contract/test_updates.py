@@ -12,6 +12,7 @@ from test_block import ALL, config, error, gradients, micro, model
 from torch import Tensor
 
 from luthier import recipe
+from luthier.adapters.method import Noise
 from luthier.data.stream import Micro
 from luthier.kernels.place import noticing, planned_for
 from luthier.kernels.rectangles import Copies, Rectangle, one_by_one
@@ -94,6 +95,38 @@ def test_on_hopper_adapters_take_what_they_need_of_a_gradient_in_one_reading(
     with planned_for(capability), noticing(lambda kernel, tensors: launched.update([kernel])):
         made.decoder.hidden(batch, None).sum().backward()  # type: ignore[no-untyped-call]
     assert launched["adapted"] == launched["adapted_sums"] == products * len(made.decoder.blocks)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "adapter", "taken"),
+    [
+        ("llama", {}, {}, True),
+        ("phi", {}, {"rank": 3}, True),
+        ("falcon", {}, {"targets": ["dense_4h_to_h"], "rank": 16}, True),
+        ("gemma", {}, {"dropout": 0.1}, False),  # which gives the adapter other hidden values
+        ("llama", {}, {"rank": 24}, False),  # more than a program holds
+        ("llama", {}, {"targets": ["up_proj"]}, False),
+        ("llama", {"intermediate_size": 88}, {}, False),
+        ("llama", {"dtype": torch.float32}, {}, False),
+        ("llama", {"capability": (8, 0)}, {}, False),
+        ("llama", {"capability": (10, 0)}, {}, False),
+    ],
+)
+def test_on_hopper_the_gradient_of_the_A_that_reads_the_activation_is_taken_with_the_activation_s(
+    family: str, changes: dict[str, Any], adapter: dict[str, Any], taken: bool
+) -> None:
+    given = {"dtype": torch.bfloat16, "capability": (9, 0)} | changes
+    options = {key: given.pop(key) for key in ("dtype", "capability")}
+    sizes, lora = config(family, **given).to_dict(), recipe.Lora(**{"rank": 8, "alpha": 8} | adapter)
+    made = outline(sizes, recipe.Model(base="b"), lora, kernels="compiled", recompute=False, **options)
+    tokens, launched = torch.zeros(70, dtype=torch.int64, device="meta"), Counter[str]()
+    batch = Micro(tokens, tokens, (0, 30, 70), tokens, tokens, tokens[:2], step=0)
+    assert made.decoder is not None
+    with planned_for(options["capability"]), noticing(lambda kernel, tensors: launched.update([kernel])):
+        made.decoder.hidden(batch, Noise(0, 0, tokens, tokens)).sum().backward()  # type: ignore[no-untyped-call]
+    blocks = len(made.decoder.blocks)
+    assert launched["activate_backward_dA"] == launched["dA_sums"] == (blocks if taken else 0)
+    assert launched["activate_backward"] == (0 if taken else blocks)
 
 
 def test_autograd_is_given_the_gradients_where_they_have_no_place() -> None:

@@ -1,20 +1,16 @@
 """Run by test_varlen_backward.py: prints, for each gradient, its relative distance from autograd's."""
 
-import builtins
 from itertools import accumulate, pairwise
 
 import torch
+from interpreted import allow_ends_of_one_value
 from torch import Tensor
-from triton.runtime import interpreter
 
 from luthier.kernels import pointwise, reference, varlen_forward
 from luthier.kernels.ends import Ends
 from luthier.kernels.varlen_backward import Blocks, How, launched, places
 
-# The interpreter of Triton 3.6 reads arrays of one value as numbers, which numpy 2.4 no longer allows.
-interpreter.range = lambda *ends: builtins.range(
-    *(int(x.handle.data.item()) if hasattr(x, "handle") else x for x in ends)
-)
+allow_ends_of_one_value()
 
 LENGTHS = (1, 7, 35, 0, 16, 3)
 SCALE = 0.3

@@ -8,7 +8,7 @@ test_adapted.py` holds this to it, through Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -65,13 +65,18 @@ def at_once(dy: Tensor, B: Tensor, inner: Tensor, parts: Sequence[Part], dinner:
 
 
 def takes(dy: Tensor, parts: Sequence[Part]) -> bool:
-    """Whether dy is read once for these: on Hopper, whose shared memory holds the blocks; 16-bit values, of which 16
-    bytes are read at a time."""
-    apart = {dy.stride(0), *(number for part in parts for number in part.columns)}
-    even = not any(number % 16 for number in apart) and not any(start % 8 for _, (start, _) in parts)
-    small = all(end - start <= RANKS for _, (start, end) in parts)
-    hopper = on_gpu(dy) and capability(dy)[0] == 9 and torch.version.hip is None  # AMD counts otherwise
-    return hopper and dy.dtype in (torch.bfloat16, torch.float16) and even and small and len(dy) > 0
+    """Whether dy is read once for these."""
+    columns = {number for part in parts for number in part.columns}
+    small = all(end - start <= RANKS and start % 8 == 0 for _, (start, end) in parts)
+    return small and ahead(dy, {dy.stride(0), *columns})
+
+
+def ahead(x: Tensor, places: Collection[int]) -> bool:
+    """Whether blocks of x [T, N] are read ahead: on Hopper, whose shared memory holds them; 16-bit values, of which 16
+    bytes are read at a time. `places`: where they begin, and how far apart."""
+    hopper = on_gpu(x) and capability(x)[0] == 9 and torch.version.hip is None  # AMD counts otherwise
+    even = not any(number % 16 for number in places)
+    return hopper and x.dtype in (torch.bfloat16, torch.float16) and even and len(x) > 0
 
 
 def launched(

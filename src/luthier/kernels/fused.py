@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.kernels import adapted
+from luthier.kernels import activated, adapted, pointwise
 from luthier.kernels.place import launch
 from luthier.kernels.pointwise import Activation, Pointwise
 from luthier.kernels.rectangles import at_once
@@ -32,6 +32,7 @@ def parts() -> Pointwise:
         turn=turn,
         activate=activate,
         activate_backward=activate_backward,
+        activate_backward_dA=activate_backward_dA,
         exponentials=exponentials,
         copies=at_once,
         adapted_backward=adapted.at_once,
@@ -95,6 +96,13 @@ def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tu
     assert dh.is_contiguous()
     _tiles("activate_backward", dh, dh, x, x.stride(0), ACT=act, GATED=gated)
     return x, dh
+
+
+def activate_backward_dA(dh: Tensor, x: Tensor, act: Activation, gated: bool, dinner: Tensor, dA: Tensor) -> Tensor:
+    """The gradient of x, in its place; dinnerᵀ · activate(x) goes to `dA`: in one pass if `activated` takes these."""
+    if activated.takes(dh, x, dinner, dA):
+        return activated.launched(dh, x, act, gated, dinner, dA, activated.BLOCKS)
+    return pointwise.activate_backward_dA(dh, x, act, gated, dinner, dA, activate_backward)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) -> None:

@@ -1,5 +1,5 @@
-"""The Triton kernels of `fused.py`, `adapted.py`, `rectangles.py`, `drop.py` and `nf4.py`, which say what they compute
-and allocate what they write.
+"""The Triton kernels of `fused.py`, `activated.py`, `adapted.py`, `rectangles.py`, `drop.py` and `nf4.py`, which say
+what they compute and allocate what they write.
 
 They stand apart so that a plan can follow those allocations where Triton is not installed. Sums are taken in fp32, and
 a value is rounded to the tensors' dtype where the twin stores it.
@@ -129,6 +129,39 @@ def activate_backward(  # type: ignore
         gradient, hidden = gradient * up, value * up
     tl.store(start + at, gradient * slope, inside)
     tl.store(dh + row * width + at, hidden, inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunk"])
+def activate_backward_dA(  # type: ignore
+    dh, x, dinner, parts, tokens, chunk, width, ranks, x_apart, dinner_apart, ACT: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, part = tl.program_id(0), tl.program_id(1)
+    column, rank, start = (block * COLUMNS + tl.arange(0, COLUMNS))[None, :], tl.arange(0, RANKS), part * chunk
+    found = tl.zeros([RANKS, COLUMNS], tl.float32)
+    for low in tl.range(0, tl.minimum(chunk, tokens - start), ROWS, num_stages=STAGES):
+        token = (start + low + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (token < tokens) & (column < width)
+        place = x + token * x_apart + column
+        value, slope = _act(tl.load(place, inside, 0.0).to(tl.float32), ACT)
+        gradient = tl.load(dh + token * width + column, inside, 0.0).to(tl.float32)
+        # Columns behind the ranks are read, too, and their sums not stored: 16 bytes are read at a time.
+        factor = tl.load(dinner + token * dinner_apart + rank[None, :], token < tokens, 0.0)
+        hidden = value
+        if GATED:
+            up = tl.load(place + width, inside, 0.0).to(tl.float32)
+            tl.store(place + width, gradient * value, inside)
+            gradient, hidden = gradient * up, value * up
+        tl.store(place, gradient * slope, inside)
+        found = tl.dot(tl.trans(factor), hidden.to(factor.dtype), found, input_precision="ieee")
+    own = (rank < ranks)[:, None] & (column < width)
+    tl.store(parts + (part * ranks + rank[:, None]) * width + column, found, own)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def dA_sums(parts, dA, chunks, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):  # type: ignore
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dA + at, _total(parts, at, at < size, 0, chunks, size, BLOCK, PARTS), at < size)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ModelError
-from luthier.kernels.pointwise import Activation, Pointwise
+from luthier.kernels.pointwise import Activation, Pointwise, activate_backward_dA
 from luthier.kernels.spare import empty
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -144,6 +144,7 @@ PARTS = Pointwise(
     unrotate=unrotate,
     activate=activate,
     activate_backward=activate_backward,
+    activate_backward_dA=partial(activate_backward_dA, backward=activate_backward),
     softmax=softmax,
     softmax_backward=softmax_backward,
     exponentials=exponentials,

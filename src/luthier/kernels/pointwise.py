@@ -22,6 +22,8 @@ from luthier.kernels.spare import empty
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """x · sigmoid(x); x · Φ(x); and Φ by its approximation through tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
 
+ActivateBackward = Callable[[Tensor, Tensor, Activation, bool], tuple[Tensor, Tensor]]
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """x / rms(x) · weight for rows of x [T, H], in the dtype of x, and 1 / rms(x) as fp32 [T, 1].
@@ -142,6 +144,26 @@ def activate_backward(dh: Tensor, x: Tensor, act: Activation, gated: bool) -> tu
     return x, hidden
 
 
+def activate_backward_dA(
+    dh: Tensor,
+    x: Tensor,
+    act: Activation,
+    gated: bool,
+    dinner: Tensor,
+    dA: Tensor,
+    backward: ActivateBackward = activate_backward,
+) -> Tensor:
+    """The gradient of x, as `backward` gives it; and that of the A [P, F] which reads the hidden values goes to `dA`,
+    dinnerᵀ · activate(x). `dh` is overwritten.
+
+    Args:
+        dinner: [T, S], the gradient of the inner values, of which the first P columns are A's.
+    """
+    dx, hidden = backward(dh, x, act, gated)
+    torch.mm(dinner[:, : len(dA)].t(), hidden, out=dA)
+    return dx
+
+
 def _act(x: Tensor, act: Activation) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
@@ -187,7 +209,8 @@ class Pointwise:
     unrotate: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], None] = unrotate
     turn: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = turn
     activate: Callable[..., Tensor] = activate
-    activate_backward: Callable[[Tensor, Tensor, Activation, bool], tuple[Tensor, Tensor]] = activate_backward
+    activate_backward: ActivateBackward = activate_backward
+    activate_backward_dA: Callable[..., Tensor] = activate_backward_dA
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax
     softmax_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_backward
     exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = exponentials

@@ -170,12 +170,20 @@ class Block:
         dy = _before_end(self.mlp_end, dy, kept.added, kept.added_scale, self.down.spare)
         dh, inner = self.down.backward(dy, inner, noise)
         assert dh is not None
-        dg, h = self.pointwise.activate_backward(dh, kept.gate_up, self.act, self.gated)
-        self.down.backward_adapters(inner, h, noise)
-        del dh, h
+        dg = self._backward_activation(dh, kept.gate_up, inner, noise)
+        del dh
         dn, inner = self.gate_up.backward(dg, kept.gate_up_inner, noise)
         assert dn is not None
         return dn, inner
+
+    def _backward_activation(self, dh: Tensor, gate_up: Tensor, inner: Tensor | None, noise: Noise | None) -> Tensor:
+        """The gradient of `gate_up`, in its place. That of the A of `down` goes to its own."""
+        if inner is not None and not self.down.drops(noise):
+            dA = self.down.gradients.A
+            return self.pointwise.activate_backward_dA(dh, gate_up, self.act, self.gated, inner, dA)
+        dg, h = self.pointwise.activate_backward(dh, gate_up, self.act, self.gated)
+        self.down.backward_adapters(inner, h, noise)
+        return dg
 
     def _backward_attention(
         self, dz: Tensor, kept: Kept, pack: Pack, wanted: bool

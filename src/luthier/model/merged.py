@@ -170,7 +170,7 @@ class MergedLinear:
     def backward(
         self, dy: Tensor, inner: Tensor | None, noise: Noise | None, *, wanted: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x [T, K], None unless `wanted`, and of the inner values [T, P]; that of B goes to its place.
+        """The gradients of x [T, K], None unless `wanted`, and of the inner values [T, S]; that of B goes to its place.
         The columns behind dy [T, N] are written to, where there are any."""
         matrix, (N, K) = self.matrix, (self.outputs, self.features)
         if not self.updates:
@@ -179,7 +179,7 @@ class MergedLinear:
         dy, drops = spare.made(dy, self.spare), self._drops(noise)
         whole = spare.whole(dy, self.spare)
         self.adapted_backward(dy, matrix[:N, K:], inner, self._parts(), whole[:, N:], self.gradients.B)
-        dinner = whole[:, N : N + self.updates[-1].inner.stop]
+        dinner = whole[:, N:]
         if not wanted:
             return None, dinner
         dx = torch.mm(dy, matrix[:N, :K]) if drops else torch.mm(whole, matrix[:, :K])
@@ -195,7 +195,11 @@ class MergedLinear:
         for ranks, drop in drops:
             torch.mm(dinner[:, ranks].t(), drop(x), out=dA[ranks])
         if not drops:
-            torch.mm(dinner.t(), x, out=dA)
+            torch.mm(dinner[:, : len(dA)].t(), x, out=dA)
+
+    def drops(self, noise: Noise | None) -> bool:
+        """Whether each layer reads x with other values dropped."""
+        return bool(self._drops(noise))
 
     def _parts(self) -> list[Part]:
         return [Part((u.columns.start, u.columns.stop), (u.inner.start, u.inner.stop)) for u in self.updates]
