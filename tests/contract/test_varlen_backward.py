@@ -31,7 +31,7 @@ def test_on_hopper_no_thread_reads_sums_that_another_one_has_read(size: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "stages", "apart"), [(2111, 2, True), (2112, 3, False), (2799, 3, False), (2800, 2, False)]
+    ("tokens", "stages", "apart"), [(1199, 2, True), (1200, 3, False), (2799, 3, False), (2800, 2, False)]
 )
 def test_how_blocks_of_large_heads_are_made_follows_from_how_many_programs_there_are(
     tokens: int, stages: int, apart: bool

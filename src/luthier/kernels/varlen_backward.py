@@ -47,11 +47,13 @@ class How(NamedTuple):
     apart: bool = False  # each query head has programs of its own for the keys it shares, and what they find is summed
 
 
-QUERIES, KEYS = Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)  # measured: tests/gpu/cudnn_costs.py
-QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)  # for heads of 64 values and less
+# Measured: tests/gpu/cudnn_costs.py.
+QUERIES, KEYS = Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)
 KEYS_ALONE = Blocks(64, 64, 4, 3)  # which a multiprocessor's memory holds once, and not twice
-FEW = 264  # programs of whole groups: two for each multiprocessor; where there are fewer, each head has its own
-SOME = 350  # programs: with fewer there is little that a second one on a multiprocessor could do meanwhile
+QUERIES_64, KEYS_64 = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)  # for heads of 64 values and less
+# Programs of whole groups, for 132 multiprocessors:
+FEW, FEW_64 = 150, 264  # where there are fewer, each query head has its own
+SOME = 350  # where there are fewer, a second one on a multiprocessor finds little to do meanwhile
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, longest: int) -> bool:
@@ -92,9 +94,9 @@ def how(tokens: int, heads: int, groups: int, size: int) -> How:
     """For so many tokens, query heads, key heads, and values of a head. It follows from nothing else, as the order of
     sums does."""
     programs = groups * tokens / KEYS.keys
-    apart = groups < heads and programs < FEW
     if size <= 64:
-        return How(QUERIES_64, KEYS_64, apart)
+        return How(QUERIES_64, KEYS_64, apart=groups < heads and programs < FEW_64)
+    apart = groups < heads and programs < FEW
     return How(QUERIES, KEYS_ALONE if programs < SOME and not apart else KEYS, apart)
 
 
