@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import tiny
 from luthier.cli import main
 from luthier.errors import UsageError
+from luthier.evaluate import predict as predicting
 from luthier.evaluate.predict import answers_file, predict
 from luthier.runs import Run
 from luthier.train.launch import train
@@ -183,3 +185,56 @@ def test_killed_in_the_middle_it_goes_on_and_makes_no_answer_twice(run: Run, tmp
     keys = [json.loads(line)["key"] for line in kept.read_text().splitlines()]
     assert len(keys) == len(set(keys))
     assert [row["prompt"] for row in read(out)] == [row["prompt"] for row in asked]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count what a process reads")
+def test_kept_answers_are_read_once_however_many_rows_are_asked(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predicting, "CHUNK", 4)
+    rows = lines(tmp_path / "rows.jsonl", *({"prompt": f"what is {n % 11} plus one"} for n in range(40)))
+    predict(run, rows, tmp_path / "first.jsonl")  # what is read besides: the second time, no weights any more
+    kept = run.results / "predict/answers.jsonl"
+    little = bytes_read(lambda: predict(run, rows, tmp_path / "again.jsonl"))
+    others = "".join(json.dumps({"key": f"{n:064x}", "text": "more " * 200}) + "\n" for n in range(4_000))
+    kept.write_text(others + kept.read_text())
+    much = bytes_read(lambda: predict(run, rows, tmp_path / "last.jsonl"))
+    assert len(others) < much - little < 1.5 * len(others)
+    assert read(tmp_path / "last.jsonl") == read(tmp_path / "first.jsonl")
+
+
+def bytes_read(work: Callable[[], object]) -> int:
+    """How many bytes this process asks the system for."""
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count()
+    work()
+    return count() - before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_question_that_comes_again_in_a_later_part_of_the_file_is_answered_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(predicting, "CHUNK", 40)
+    run.update_manifest(decisions=run.manifest["decisions"] | {"processes": processes})
+    asked = [{"prompt": f"what is {n % 11} {'more ' * (n // 11 % 7)}plus one"} for n in range(120)]
+    rows = lines(tmp_path / "rows.jsonl", *asked)
+    assert predict(run, rows, tmp_path / "out.jsonl")["answered"] == 120
+    keys = [json.loads(line)["key"] for line in (run.results / "predict/answers.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 77
+    said = {row["prompt"]: row["prediction"] for row in read(tmp_path / "out.jsonl")}
+    assert all(row["prediction"] == said[row["prompt"]] for row in read(tmp_path / "out.jsonl"))
+
+
+def test_an_answer_torn_by_a_kill_is_made_again_and_no_other(run: Run, tmp_path: Path) -> None:
+    rows = lines(tmp_path / "rows.jsonl", *({"prompt": f"what is {n} plus one"} for n in range(9)))
+    predict(run, rows, tmp_path / "first.jsonl")
+    kept = run.results / "predict/answers.jsonl"
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-20])
+    predict(run, rows, tmp_path / "again.jsonl")
+    assert sorted(kept.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "first.jsonl").read_bytes()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.errors import RecipeError
-from luthier.evaluate.asking.answers import Memo
+from luthier.evaluate.asking.answers import Memo, Places
 from luthier.evaluate.asking.suite import Suite, digest
 from luthier.evaluate.comparison import Comparison, first_words, judge
 from luthier.evaluate.metrics import METRICS, Answer, points
@@ -298,3 +298,24 @@ def test_a_memo_holds_of_what_was_there_only_what_is_wanted_and_loses_nothing_el
     assert memo["b"]["text"] == "two"
     whole = Memo(path)
     assert {key: whole[key]["text"] for key in sorted(whole.keys())} == {"a": "one", "b": "two", "d": "three"}
+
+
+def test_places_leave_a_line_that_is_not_whole_until_it_is_and_read_no_line_twice(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    places = Places(path)
+    assert (places.lines({"a"}), places.read) == ([], 0)
+    Memo(path).add({"a": {"text": "one"}, "b": {"text": "two"}})
+    first = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b'{"key": "c", "te')  # another process writes it, or was killed as it did
+    assert [json.loads(line)["text"] for line in places.lines({"b", "c"})] == ["two"]
+    assert places.read == first
+    there = Memo(path, only={"a", "c", "d"}, start=places.read)
+    assert (there.keys(), path.stat().st_size) == (set(), first)
+    there.add({"c": {"text": "three"}, "d": {"text": "four"}})
+    assert Memo(path, start=first).keys() == {"c", "d"}
+    assert [json.loads(line)["text"] for line in places.lines({"a", "c"})] == ["one", "three"]
+    assert Memo(path).keys() == {"a", "b", "c", "d"}
+    path.write_bytes(path.read_bytes()[:first])
+    assert Memo(path, start=places.read).keys() == set()
+    assert path.stat().st_size == first, "what somebody made shorter is not filled up"

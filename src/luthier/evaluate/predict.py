@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from luthier.data.conversation import Conversation, Origin, Row, to_json
 from luthier.errors import DataError, LuthierError, UsageError
-from luthier.evaluate.asking.answers import collect, sampling_of
+from luthier.evaluate.asking.answers import Places, collect, sampling_of
 from luthier.evaluate.asking.seat import Seat
 from luthier.evaluate.asking.sides import Opened, open_sides, pair_of
 from luthier.evaluate.asking.suite import answerable
@@ -76,11 +76,11 @@ def predict(
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     first = next(chunks, [])  # a file that is no data is told before the model is loaded
     side = open_sides([pair_of(run)[0 if base else 1]], Seat(), run)[0]
-    answered = 0
+    answered, places = 0, Places(run.results / "predict" / "answers.jsonl")
     with _whole(out) as target, writer(target) as write, progress(console) as bar:
         for chunk in chain([first], chunks):
             asked = _readable(chunk, side.subject, problems.add)
-            for record in _answered(asked, run, side, bar):
+            for record in _answered(asked, run, side, places, bar):
                 write(record)
             answered += len(asked)
         if not answered:
@@ -166,22 +166,41 @@ def _window(run: Run) -> int | None:
     return next((config[name] for name in names if config.get(name)), None)
 
 
-def _answered(asked: Sequence[Asked], run: Run, side: Opened, bar: Bar) -> Iterator[Json]:
-    """A record for each row, in their order."""
+def _answered(asked: Sequence[Asked], run: Run, side: Opened, places: Places, bar: Bar) -> Iterator[Json]:
+    """A record for each row, in their order. `places` are those of the answers that are kept."""
     questions = [question for _, question in asked]
     metrics = {name: metric for name, metric in resolved(run.recipe.evaluate.metrics).items() if _chooses(metric)}
     needs = {"text", *(metric.needs for metric in metrics.values() if any(q.choices for q in questions))}
-    folder = run.results / "predict"
+    wanted, folder = turns([side], questions, sampling_of(run), needs), places.path.parent
+    lines = places.lines({task.key for task in wanted[0].tasks})
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder), NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".questions") as kept:
-        kept.writelines(dumps(to_json(question)) + "\n" for question in questions)
-        kept.flush()
-        job = Job(str(run.folder), str(folder), (side.entry,), questions=kept.name, needs=tuple(sorted(needs)))
-        wanted = turns([side], questions, sampling_of(run), needs)
+    with naming(folder), _file_of(map(_line, questions), folder) as these, _file_of(lines, folder) as known:
+        job = Job(
+            str(run.folder),
+            str(folder),
+            (side.entry,),
+            questions=these,
+            needs=tuple(sorted(needs)),
+            others=(known,),
+            start=places.read,
+        )
         memo = done(job, run, wanted, bar)
     answers = collect(wanted[0].tasks, memo, len(questions), side.side)
     for (row, question), answer in zip(asked, answers, strict=True):
         yield _record(row, question, answer, metrics)
+
+
+@contextmanager
+def _file_of(lines: Iterable[bytes], folder: Path) -> Iterator[str]:
+    """The name of a file that holds them while the block lasts."""
+    with NamedTemporaryFile("wb", dir=folder, suffix=".part") as file:
+        file.writelines(lines)
+        file.flush()
+        yield file.name
+
+
+def _line(question: Conversation) -> bytes:
+    return dumps(to_json(question)).encode() + b"\n"
 
 
 def _chooses(metric: Metric) -> bool:

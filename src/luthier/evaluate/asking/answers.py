@@ -218,9 +218,11 @@ def _decoding(sampling: Sampling) -> dict[str, Any]:
 class Memo:
     """Results by key, a JSON line each, appended as they come, by one process or several. Those in the files `others`
     are read, never written. Held as the lines that they are, as values they would take several times the memory; and
-    of what was there before, those of the keys in `only` alone."""
+    of what was there before, those of the keys in `only` alone, from byte `start` of the file (see `Places`)."""
 
-    def __init__(self, path: Path, others: Iterable[Path] = (), *, only: Set[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, others: Iterable[Path] = (), *, only: Set[str] | None = None, start: int = 0
+    ) -> None:
         self.path, self._lines = path, dict[str, bytes]()
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in others:
@@ -228,8 +230,10 @@ class Memo:
                 with other.open("rb") as file:
                     self._keep(file, only)
         with self._locked() as file:
-            whole = self._keep(file, only)
-            file.truncate(whole)  # a last line torn by a crash: what follows must not be glued to it
+            file.seek(start)
+            whole = start + self._keep(file, only)
+            if whole < file.tell():
+                file.truncate(whole)  # a last line torn by a crash: what follows must not be glued to it
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
@@ -265,6 +269,36 @@ class Memo:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             yield file
+
+
+class Places:
+    """Where in a memo's file which result stands, some 200 bytes a result. Who asks for a part of them at a time reads
+    the file once: `read` says to which byte, and a line that has no end yet is left for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.read, self._places = path, 0, dict[str, int]()
+
+    def lines(self, keys: Set[str]) -> list[bytes]:
+        """The lines of those results that are there, whoever wrote them meanwhile."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            self._read_on(file)
+            return [_line_at(file, place) for place in sorted(self._places[key] for key in keys & self._places.keys())]
+
+    def _read_on(self, file: BinaryIO) -> None:
+        file.seek(self.read)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if (record := _record(line)) is not None:
+                self._places[record["key"]] = self.read
+            self.read += len(line)
+
+
+def _line_at(file: BinaryIO, place: int) -> bytes:
+    file.seek(place)
+    return file.readline()
 
 
 def _record(line: bytes) -> Result | None:

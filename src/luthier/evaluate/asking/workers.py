@@ -49,6 +49,7 @@ class Job:
         needs: what has to be known of them; empty: what the run's metrics read.
         general: whether the general passages and questions are asked too.
         others: files with answers that need not be made again.
+        start: the byte of answers.jsonl before which no answer is but such as `others` hold.
         in_flight: the most tokens that a process may hold keys and values of; None: what memory it finds free.
     """
 
@@ -59,6 +60,7 @@ class Job:
     needs: tuple[str, ...] = ()
     general: bool = False
     others: tuple[str, ...] = ()
+    start: int = 0
     in_flight: int | None = None
 
     @classmethod
@@ -69,7 +71,7 @@ class Job:
     def memo(self, wanted: Sequence[Turn]) -> Memo:
         """What is known of what these turns have to do."""
         keys = {task.key for turn in wanted for task in turn.tasks}
-        return Memo(Path(self.folder) / "answers.jsonl", map(Path, self.others), only=keys)
+        return Memo(Path(self.folder) / "answers.jsonl", map(Path, self.others), only=keys, start=self.start)
 
 
 class Turn(NamedTuple):
