@@ -326,7 +326,7 @@ def test_a_shape_like_one_that_was_launched_is_recorded_at_once_or_else_launched
 def test_a_shape_of_other_programs_is_launched_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording cannot load them. Of fewer than 960 tokens here, each query head has programs of its own. While a
     pass is launched no graph keeps memory; those that went are recorded again, without another launched pass."""
-    monkeypatch.setattr(varlen_backward, "FEW", 30)
+    monkeypatch.setattr(varlen_backward, "FEW_64", 30)
     batches, counts = [micro((300, 250, 40)), micro((100, 2)), micro((900, 800)), micro((600, 900))], []
     made = model("llama", "eager")
     recorder = recording(made, price=1.0)
