@@ -17,6 +17,7 @@ from luthier.evaluate.study.curve import Curve
 from luthier.evaluate.study.findings import Cell, Findings, find
 from luthier.evaluate.study.page import render
 from luthier.evaluate.study.view import Shown
+from luthier.strict import dumps
 
 SIZES = [100, 200, 400, 800]
 _SETTINGS = {"study": "study", "base": "tiny", "method": "lora", "recipe": ""}
@@ -200,6 +201,14 @@ def test_a_difference_that_is_the_same_for_every_question_says_nothing_of_others
     assert -np.inf < difference.low < 0 < difference.high < np.inf, "what seeds do is known"
 
 
+def test_a_difference_of_what_is_no_number_is_beyond_no_chance() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (np.stack([rng.normal(2, 0.1, (2, 50)), np.ones((2, 50))], axis=-1) for _ in range(2))
+    other[0, 3, 0] = np.nan
+    difference, p = Curve({"one": one, "other": other}, ratio, draws=500).combined({"other": 1.0, "one": -1.0})
+    assert (difference.low, difference.high, p) == (-np.inf, np.inf, 1.0)
+
+
 # --- verdicts over sizes
 
 
@@ -327,6 +336,63 @@ def test_sizes_whose_answers_are_the_same_do_not_say_that_a_doubling_gives_nothi
     found = study({100: one, 200: one}, constant(0.0, seeds=1))
     assert "a doubling gave 0 points (chance is not known)" in found.sentence
     assert found.as_dict()["trend"]["low"] is None
+
+
+def likelihoods(found: dict[int, Any], base: Any, over: str | None) -> Findings:
+    """A study decided by perplexity; `base` [n, 2]."""
+    (first,) = cells({0: base[None]})
+    assert first.scores is not None
+    return find(METRICS.get("perplexity"), cells(found), first.scores, over=over, chance=None, draws=500)
+
+
+@pytest.mark.parametrize("over", [None, "train.lr"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])  # the last: exp() of it is no number
+def test_a_training_that_leaves_a_model_without_a_finite_score_diverged_and_never_wins(
+    bad: float, over: str | None
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def losses(mean: float, seeds: int = 3) -> Any:
+        return np.stack([rng.normal(mean, 0.05, (seeds, 50)), np.ones((seeds, 50))], axis=-1)
+
+    measured = {size: losses(mean) for size, mean in zip(SIZES, (3.0, 2.0, 3.0, 3.0), strict=True)}
+    without = likelihoods({**measured, 800: measured[800][:2]}, base := losses(3.0, 1)[0], over)
+    measured[800][2, 7, 0] = measured[100][:, 7, 0] = bad
+    found = likelihoods(measured, base, over)
+    assert (found.points[-1]["failed"], found.points[-1]["score"]) == ([2], without.points[-1]["score"])
+    assert (found.points[-4]["failed"], found.points[-4]["score"]) == ([0, 1, 2], None)
+    assert "at 100, 3 of 3 trainings diverged" in found.warnings
+    assert (found.verdict, found.winner) == (("worse", None) if over is None else ("winner", 200))
+    known = json.loads(dumps(found.as_dict() | {"settings": _SETTINGS}))
+    assert "not finite" in render(known)
+    with (shown := Console(width=100)).capture() as capture:
+        shown.print(Shown(known))
+    assert "diverged" in capture.get()
+
+
+def test_a_question_that_the_base_gives_no_finite_figure_for_is_left_out_and_told() -> None:
+    rng = np.random.default_rng(0)
+    hard = {size: np.stack([rng.normal(2, 0.5, (3, 50)), np.ones((3, 50))], axis=-1) for size in (0, *SIZES)}
+    base = hard.pop(0)[0]
+    kept = likelihoods({size: some[:, 1:] for size, some in hard.items()}, base[1:], None)
+    for some in (base[None], *hard.values()):
+        some[:, 0, 0] = np.nan
+    found = likelihoods(hard, base, None)
+    assert found.points == kept.points
+    assert "1 question left out, for which no figure without training is finite" in found.warnings
+
+
+def test_a_held_out_loss_that_is_not_finite_has_no_curve_and_the_scores_have_theirs() -> None:
+    rng = np.random.default_rng(0)
+    given = cells({size: statistics(rng, power(size), 3, rng.logistic(0, 1.5, 100)) for size in SIZES})
+    (base,) = cells({0: statistics(rng, 0.3, 1, rng.logistic(0, 1.5, 100))})
+    assert base.scores is not None
+    assert given[-1].scores is not None
+    given[-1].scores["heldout"][0][0] = np.nan
+    found = find(METRICS.get("accuracy_likelihood"), given, base.scores, over=None, chance=None, draws=500)
+    assert (found.loss_fit, found.points[-1]["validation_loss"]) == (None, None)
+    assert found.fit is not None
+    assert "next doubling" in render(json.loads(dumps(found.as_dict() | {"settings": _SETTINGS})))
 
 
 # --- over a setting

@@ -51,10 +51,11 @@ def ratio(sums: Floats) -> Floats:
 
 
 def exp_ratio(sums: Floats) -> Floats:
-    """[..., 2] -> [...]: exp of the first sum over the second."""
+    """[..., 2] -> [...]: exp of the first sum over the second, infinity where no number is as large."""
     import numpy as np
 
-    return np.exp(ratio(sums))
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
 
 
 @dataclass(frozen=True, slots=True)

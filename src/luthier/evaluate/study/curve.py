@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import inf, isclose
+from math import inf, isclose, isfinite
 from typing import TYPE_CHECKING, Literal
 
 from luthier.evaluate.statistics.correction import holm
@@ -136,7 +136,7 @@ class Curve:
     def band(self, name: str) -> Interval:
         """A setting's mean score over seeds, and where it would be for other questions and other seeds."""
         band = self.combined({name: 1.0})[0]
-        if name in self.unknown:
+        if not isfinite(band.high):
             return band
         least, greatest = self.bounds
         return Interval(band.value, max(least, band.low), min(greatest, band.high))
@@ -159,7 +159,8 @@ class Curve:
                 spread = weights[name] * self.noise.deviation / np.sqrt(len(self.scores[name]))
                 chance = np.random.default_rng([1, self._places[name]])  # each setting's own
                 draws = draws + spread * chance.standard_t(self.noise.freedom, len(draws))
-        if _agree(draws):  # the same for each question, as between points of equal answers
+        # The same for each question, as between points of equal answers, or no numbers.
+        if _agree(draws) or not np.isfinite(draws).all():
             return Interval(value, -inf, inf), 1.0
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Interval(value, min(float(low), value), max(float(high), value)), _p(draws)
@@ -255,8 +256,8 @@ def verdict(gain: float, gain_p: float, trend: float | None, trend_p: float, *, 
 
 
 def fit(scores: Mapping[int, Mapping[int, float]], bounds: Bounds = EVERYWHERE) -> Fit | None:
-    """The learning curve through scores by size and seed; None for fewer than LEAST sizes, and where all scores are
-    equal, which shows neither a curve nor its noise.
+    """The learning curve through scores by size and seed; None for fewer than LEAST sizes, where one is not finite, and
+    where all are equal, which shows neither a curve nor its noise.
 
     For each exponent of a grid, limit and amount follow by least squares, beside a constant for each seed (its subsets
     are nested, so that its scores share what it drew). A prediction draws the exponent by how well it fits (its
@@ -264,8 +265,8 @@ def fit(scores: Mapping[int, Mapping[int, float]], bounds: Bounds = EVERYWHERE) 
     the predictive distribution of that regression. So an exponent that the data do not settle makes the interval wide.
     Predictions are kept within `bounds`.
     """
-    sizes = sorted(scores)
-    if len(sizes) < LEAST or len({score for some in scores.values() for score in some.values()}) < 2:
+    sizes, seen = sorted(scores), {score for some in scores.values() for score in some.values()}
+    if len(sizes) < LEAST or len(seen) < 2 or not all(map(isfinite, seen)):
         return None
     regressions = [_regress(scores, exponent) for exponent in _EXPONENTS]
     if regressions[0].freedom < 1:

@@ -12,6 +12,7 @@ from luthier.evaluate.metrics.metric import ratio
 from luthier.evaluate.statistics.paired import FEW, LEAST, figure, signed
 from luthier.evaluate.study import curve
 from luthier.evaluate.study.curve import Contrast, Curve, Fit, Interval
+from luthier.registry import counted
 from luthier.strict import finite
 
 if TYPE_CHECKING:
@@ -109,21 +110,26 @@ def find(
 
 @dataclass(frozen=True)
 class _Table:
-    """The cells by point: those that trained have statistics of the same questions and held-out rows."""
+    """The cells by point: those that trained have statistics of the same questions and held-out rows. A training that
+    left a model without a finite score failed as one that met no finite loss did; and of a question for which the base
+    has no finite figure, nothing can be told: `left_out` counts those."""
 
     metric: Metric
     cells: dict[str, list[Cell]]
     failed: dict[str, list[Cell]]
     scores: Curve
     losses: Curve | None
+    left_out: int
 
     @classmethod
     def of(cls, metric: Metric, cells: Sequence[Cell], base: Json, draws: int) -> _Table:
+        known = _finite_rows(base)
+        shared = sorted(known.intersection(*(cell.scores["rows"] for cell in cells if cell.scores)))
         names = list(dict.fromkeys(str(cell.at) for cell in cells))
-        trained = {name: [c for c in cells if str(c.at) == name and c.scores] for name in names}
-        failed = {name: [c for c in cells if str(c.at) == name and not c.scores] for name in names}
-        known = [base, *(cell.scores for some in trained.values() for cell in some if cell.scores)]
-        shared = sorted(set.intersection(*(set(scores["rows"]) for scores in known)))
+        trained, failed = ({name: list[Cell]() for name in names} for _ in range(2))
+        for cell in cells:
+            is_scored = cell.scores is not None and isfinite(_score(metric, _of_rows(cell.scores, shared)))
+            (trained if is_scored else failed)[str(cell.at)].append(cell)
         zero, losses = _array(_of_rows(base, shared)), None
         points = {name: _stacked([_of_rows(c.scores, shared) for c in some], zero) for name, some in trained.items()}
         scores = Curve(points, metric.finish, zero, _bounds(metric), draws)
@@ -131,7 +137,7 @@ class _Table:
             zero = _array(base["heldout"])
             held = {n: _stacked([c.scores["heldout"] for c in some if c.scores], zero) for n, some in trained.items()}
             losses = Curve(held, ratio, zero, _LOSSES, draws)
-        return cls(metric, trained, failed, scores, losses)
+        return cls(metric, trained, failed, scores, losses, len(base["rows"]) - len(known))
 
     def by_seed(self, found: Curve) -> dict[int, dict[int, float]]:
         """Scores by size and seed, as `fit` wants them."""
@@ -163,6 +169,15 @@ def _bounds(metric: Metric) -> curve.Bounds:
     return (0.0, 100.0) if metric.unit == "points" else curve.EVERYWHERE
 
 
+def _finite_rows(scores: Json) -> set[int]:
+    known = zip(scores["rows"], scores["statistics"], strict=True)
+    return {row for row, statistics in known if None not in finite(statistics)}
+
+
+def _score(metric: Metric, statistics: Sequence[Sequence[float]]) -> float:
+    return float(metric.finish(_array(statistics).sum(axis=0)))
+
+
 def _of_rows(scores: Json | None, rows: Sequence[int]) -> list[list[float]]:
     assert scores is not None
     places = {row: place for place, row in enumerate(scores["rows"])}
@@ -190,13 +205,13 @@ def _losses(losses: Curve | None, name: str) -> Json:
     band = losses.band(name) if name else losses.base_band()
     seeds = losses.scores[name].tolist() if name else [band.value]
     bounds = {"validation_low": finite(band.low), "validation_high": finite(band.high)}
-    return {"validation_loss": band.value, **bounds, "seed_validation_losses": seeds}
+    return {"validation_loss": finite(band.value), **bounds, "seed_validation_losses": seeds}
 
 
 def _cell(cell: Cell, metric: Metric) -> Json:
     known: Json = {"folder": cell.folder, "at": cell.at, "seed": cell.seed, "failed": cell.scores is None}
     if cell.scores is not None:
-        known["score"] = float(metric.finish(_array(cell.scores["statistics"]).sum(axis=0)))
+        known["score"] = _score(metric, cell.scores["statistics"])
     return known
 
 
@@ -205,6 +220,8 @@ def _warnings(table: _Table) -> list[str]:
     n = table.scores.questions
     if n < FEW:
         said.append(f"only {n} questions: bands are wide; {FEW} or more say much more")
+    if table.left_out:
+        said.append(f"{counted(table.left_out, 'question')} left out, for which no figure without training is finite")
     if all(len(cells) < 2 for cells in table.cells.values()):
         said.append("one seed: how much a seed does is not known well; --seeds 3 says")
     for name in table.scores.unknown:
@@ -350,7 +367,7 @@ def _unit(metric: Metric) -> str:
 
 
 def _rows(point: Json) -> str:
-    return f"{point['size']:,} row{'' if point['size'] == 1 else 's'}"
+    return counted(point["size"], "row")
 
 
 # --- over a setting -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.statistics.paired import figure, signed
 from luthier.evaluate.study.findings import Findings
+from luthier.registry import counted
 from luthier.train.view import displayed
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ class _Bar:
 
 
 def _begins(event: Event) -> str:
-    left, workers = len(event["steps"]) - len(event["done"]), event["workers"]
+    left = counted(len(event["steps"]) - len(event["done"]), "cell")
     done = f", {len(event['done'])} done" if event["done"] else ""
-    return f"{left} cell{'' if left == 1 else 's'} to train{done}; {workers} worker{'' if workers == 1 else 's'}"
+    return f"{left} to train{done}; {counted(event['workers'], 'worker')}"
 
 
 def _note(event: Event) -> str:
