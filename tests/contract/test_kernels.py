@@ -136,9 +136,12 @@ def test_activations_and_their_backward(
     twin = reference.activate(twin_x, act, gated)
     close(parts.activate(x, act, gated), twin, dtype)
     (twin_dx,) = torch.autograd.grad(twin, twin_x, dh.float())
-    dx, h = parts.activate_backward(dh.clone(), x, act, gated)
+    dx, h = parts.activate_backward(dh.clone(), x.clone(), act, gated)
     close(dx, twin_dx, dtype)
     close(h, twin, dtype)
+    dinner, dA = random(shape[0], 16, dtype=dtype, seed=2), random(5, dh.shape[1], dtype=dtype)
+    assert torch.equal(parts.activate_backward_dA(dh.clone(), x, act, gated, dinner, dA), dx)
+    close(dA, dinner[:, :5].float().t() @ twin, dtype)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 9), (128, 300)])

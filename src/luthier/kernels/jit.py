@@ -131,7 +131,7 @@ def activate_backward(  # type: ignore
     tl.store(dh + row * width + at, hidden, inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunk"])
+@triton.jit(do_not_specialize=["tokens", "chunk", "ranks"])
 def activate_backward_dA(  # type: ignore
     dh, x, dinner, parts, tokens, chunk, width, ranks, x_apart, dinner_apart, ACT: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
@@ -145,7 +145,7 @@ def activate_backward_dA(  # type: ignore
         place = x + token * x_apart + column
         value, slope = _act(tl.load(place, inside, 0.0).to(tl.float32), ACT)
         gradient = tl.load(dh + token * width + column, inside, 0.0).to(tl.float32)
-        # Columns behind the ranks are read, too, and their sums not stored: 16 bytes are read at a time.
+        # Columns behind the ranks are read, too, and their sums not stored: with a mask, single values would be read.
         factor = tl.load(dinner + token * dinner_apart + rank[None, :], token < tokens, 0.0)
         hidden = value
         if GATED:
