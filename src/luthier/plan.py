@@ -213,10 +213,9 @@ class _Cost(NamedTuple):
 
     def recorded(self, tokens: int) -> int:
         """What micro-batches of so many tokens take besides, if they are recorded: what they are padded with, and what
-        is `beside`. Graphs have a pool of memory for all that comes and goes in a pass, but then no pass is launched
-        that needs as much, but for a shape that nobody foresaw: torch gives its memory back before a recording
-        (`torch.cuda.graph`). Graphs of several shapes take no more there than the largest one
-        (`tests/contract/test_trace.py`)."""
+        is `beside`. Graphs have a pool of memory for all that comes and goes in a pass, but none is launched beside it:
+        they go before, and torch gives the memory of passes back before a recording (`torch.cuda.graph`). Graphs of
+        several shapes take no more there than the largest one (`tests/contract/test_trace.py`)."""
         passing = sum(self.parts.get(name, 0) for name in ("activations", "logits", "backward"))
         return self.beside + math.ceil(passing * (padded_tokens(tokens) / tokens - 1))
 

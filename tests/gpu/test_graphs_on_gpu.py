@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from luthier import recipe
 from luthier.data.stream import Micro
 from luthier.model import attention, graphs
 from luthier.model.causal import CausalModel
-from luthier.model.pack import Coming, size, trim
+from luthier.model.pack import Coming, Placed, size, trim
 from luthier.model.quantize import quantize_module
 from luthier.train.optim import flat_gradient
 from luthier.train.reproducible import reproducible
@@ -127,7 +127,7 @@ def test_graphs_are_recorded_again_after_all_are_gone() -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def test_beyond_the_limit_passes_are_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_shapes_are_recorded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LIMIT", 1)
     recording, batches = made(True), [micro(LENGTHS[0]), micro(LENGTHS[1])] * 3
     for (loss, gradient), (wanted_loss, wanted) in zip(
@@ -176,6 +176,77 @@ def test_a_recording_that_fails_leaves_a_process_that_goes_on() -> None:
     train(another, batches)
     assert another.graphs is not None
     assert len(another.graphs.recorded) == 2
+
+
+def waits(loss: Tensor) -> None:
+    float(loss)
+
+
+def fails(loss: Tensor) -> None:
+    raise RuntimeError("it fails")
+
+
+def lacks_memory(loss: Tensor) -> None:
+    torch.empty(1 << 50, device="cuda")
+
+
+@pytest.mark.parametrize("fault", [None, waits, fails, lacks_memory])
+def test_nothing_stays_reserved_of_recordings_whose_model_is_gone(fault: Callable[[Tensor], None] | None) -> None:
+    """Whether they succeeded, or torch or we ended them midway."""
+    before, reserved = private(), [reserved_after_recordings(fault) for _ in range(3)]
+    assert private() <= before, "a pool is kept"
+    assert reserved[2] - reserved[0] < 32 << 20, "each model leaves cuBLAS's workspaces of a stream, 64 MiB"
+
+
+def private() -> set[tuple[int, int]]:
+    """Pools beside that of all passes in which memory lies."""
+    return {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot()} - {(0, 0)}  # type: ignore[no-untyped-call]
+
+
+def reserved_after_recordings(fault: Callable[[Tensor], None] | None) -> int:
+    recorded(fault)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def recorded(fault: Callable[[Tensor], None] | None) -> None:
+    recording = made(True)
+    assert recording.graphs is not None
+    of_a_pass = recording.graphs.loss
+
+    def loss(told: Placed) -> Tensor:
+        found = of_a_pass(told)
+        if fault and torch.cuda.is_current_stream_capturing():
+            fault(found)
+        return found
+
+    recording.graphs.loss = loss
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(recording, [micro(LENGTHS[0])] * 5)
+    assert len(recording.graphs.recorded) == (0 if fault else 1)
+    assert (recording.graphs.recorder is None) == (fault is not None)
+    told = [str(warning.message) for warning in said if "one by one" in str(warning.message)]
+    assert len(told) == {None: 0, lacks_memory: graphs.LACKS}.get(fault, 1), told
+
+
+def test_after_a_recording_failed_the_next_one_is_made() -> None:
+    x, recorder = torch.zeros(8, device="cuda"), graphs.CudaRecorder()
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: x.add_(float(x[0])))
+    recorder.forget()
+    replay = recorder.record(lambda: x.add_(1))
+    assert float(replay()[0]) == 1
+
+
+def test_a_recorders_stream_is_lent_again_once_it_is_gone() -> None:
+    one, other = graphs.CudaRecorder(), graphs.CudaRecorder()
+    stream = one.stream
+    assert stream != other.stream
+    del one
+    assert graphs.CudaRecorder().stream == stream
 
 
 def test_a_loss_scale_in_float16_is_recorded_with_its_step() -> None:

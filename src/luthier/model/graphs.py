@@ -11,7 +11,8 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from luthier.data.stream import Micro
 from luthier.model.pack import Coming, Placed, Shape, choose, fits, numbers, padded, placed, shape
 
-LIMIT = 24  # graphs of a run: each keeps some MiB of the driver's memory
+LIMIT = 24  # graphs at a time: each keeps some MiB of the driver's memory
+UNFORESEEN = 4  # of them are left to shapes that nobody foresaw
+LACKS = 3  # so often memory may run out while a step is recorded, until none is any more
 
 Step = Callable[[], Tensor]
 
@@ -32,7 +35,7 @@ class Recorder(Protocol):
     def record(self, step: Step) -> Step: ...
 
     def forget(self) -> None:
-        """Told when all replays are gone."""
+        """Told when all replays are gone, and after a recording failed."""
 
 
 class CudaRecorder:
@@ -43,8 +46,13 @@ class CudaRecorder:
     lie where replays write. Their memory is given back before each recording.
     """
 
+    _idle: ClassVar[list[torch.cuda.Stream]] = []
+    """Streams of recorders that are gone, to be used again: for each that it ever ran in, cuBLAS keeps workspaces, 64
+    MiB on Hopper. Never by two at a time: from 2.12 on torch frees a stream's workspaces with any of its graphs."""
+
     def __init__(self) -> None:
-        self.stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = self._idle.pop() if self._idle else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        finalize(self, self._idle.append, self.stream).atexit = False
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: Step) -> Tensor:
@@ -77,7 +85,10 @@ class CudaRecorder:
         return replay
 
     def forget(self) -> None:
-        """The next ones get another pool: torch refuses one whose graphs are gone while anything lies in it."""
+        """Gives the memory back. The next ones get another pool: torch refuses one whose graphs are gone while anything
+        lies in it, or in which a recording failed."""
+        torch.cuda.synchronize()  # torch would wait for the stream of recordings, and replays may run in any
+        torch.cuda.empty_cache()
         self.pool = torch.cuda.graph_pool_handle()
 
 
@@ -121,7 +132,7 @@ class Graphs:
         reads: what, of that, is kept by what this returns after a pass, and perhaps by nothing else.
         programs: what of the kernels that a pass launches depends on its number of tokens.
         device: where the model is.
-        recorder: of that device; None once recording failed, and nothing is recorded any more.
+        recorder: of that device; None once recording failed for good, and nothing is recorded any more.
         price: what it costs to record a shape, in tokens of a micro-batch; 0: shapes follow a rule, whatever comes.
     """
 
@@ -141,12 +152,13 @@ class Graphs:
         self.shapes: list[Shape] = []  # chosen ahead of time, the smallest first
         self._came: set[Shape] = set()
         self._at_once = True  # whether expected shapes like one that was launched are recorded without
+        self._lacks = 0
         self._longest = 1
         self._made_for: tuple[float, ...] = ()
 
     def expect(self, coming: Coming, row: float) -> None:
         """Chooses the shapes of what is to come. `row`: what a supervised row costs, in tokens."""
-        self.shapes = choose(coming.sizes, self.price / coming.times, row, LIMIT)
+        self.shapes = choose(coming.sizes, self.price / coming.times, row, LIMIT - UNFORESEEN)
         self.forget()
 
     def accumulate(self, micro: Micro, key: int, scale: float, places: Iterable[Tensor]) -> Tensor:
@@ -162,13 +174,13 @@ class Graphs:
         self._check((scale, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
-        if chosen not in self.recorded and self._is_like_another(chosen):
+        if chosen not in self.recorded and self._was_launched(chosen):
             self._record(chosen, micro, scale)
         recorded = self.recorded.get(chosen)
         if recorded is not None:
             recorded.numbers.copy_(told, non_blocking=True)
             return recorded.replay().clone()  # the next replay writes there
-        if self._at_once and chosen in self.shapes:
+        if self.recorded:
             self._let_go()  # and recorded again at once: their memory beside a launched pass is more than is planned
         loss = self._now(told, micro, scale, chosen.longest)  # compiles and chooses what a recording cannot
         if self._comes_again(chosen):
@@ -182,11 +194,12 @@ class Graphs:
             self._longest = found.longest
         return found
 
-    def _is_like_another(self, chosen: Shape) -> bool:
-        """Whether a shape was expected, and one was launched before that differs in tokens and rows alone, both in
-        tiles, and not in its programs: then nothing is left to be compiled or loaded, which no recording bears."""
+    def _was_launched(self, chosen: Shape) -> bool:
+        """Whether a pass of the shape was launched before or, of an expected shape, one that differs in tokens and rows
+        alone, both in tiles, and not in its programs: then nothing is left to be compiled or loaded, which no recording
+        bears."""
         if not self._at_once or chosen not in self.shapes:
-            return False
+            return chosen in self._came
         launched = (self.programs(shape.tokens) for shape in self._came if shape in self.shapes)
         return self.programs(chosen.tokens) in launched
 
@@ -200,13 +213,7 @@ class Graphs:
         def step() -> Tensor:
             return self._step(told.to(self.device, non_blocking=True), micro, scale, longest)
 
-        if self.recorder is None:
-            return step()
-        try:
-            return self.recorder.run(step)
-        except torch.OutOfMemoryError as error:
-            self._give_up(error)  # the memory of the graphs is there for the next try
-            raise
+        return step() if self.recorder is None else self.recorder.run(step)
 
     def forget(self) -> None:
         """Lets all graphs go. Each shape is launched before it is recorded again, which finds what changed."""
@@ -231,22 +238,34 @@ class Graphs:
         try:
             static = numbers(micro, 0).to(self.device)
             replay = self.recorder.record(lambda: self._step(static, micro, scale, chosen.longest))
-        except RuntimeError as error:  # of which running out of memory is one
-            if chosen in self._came or isinstance(error, torch.OutOfMemoryError):
-                self._give_up(error)
-            self._at_once = False  # it is launched first, then
+        except RuntimeError as error:
+            self._go_on(error, launched=chosen in self._came)
         else:
             self.recorded[chosen] = _Recorded(static, replay, self.reads())
 
     def _step(self, numbers: Tensor, micro: Micro, scale: float, longest: int) -> Tensor:
         return backward(self.loss(placed(numbers, micro, longest)), scale)
 
-    def _give_up(self, error: RuntimeError) -> None:
-        """Lets all graphs go, and their memory."""
-        self.recorder = None
+    def _go_on(self, error: RuntimeError, *, launched: bool) -> None:
+        """After a recording failed. Memory that lacked may be there later: then steps are recorded again. And what was
+        not launched yet is now."""
         self.forget()
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"steps are launched one by one from here on, which only takes longer: {reason}", stacklevel=2)
+        lack = _lack(error)
+        if lack is None and not launched:
+            self._at_once = False
+            return
+        self._lacks += 1
+        if lack is None or self._lacks == LACKS:
+            self.recorder = None
+        until = "from here on" if self.recorder is None else "until they are recorded again"
+        reason = (str(lack or error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"steps are launched one by one {until}, which only takes longer: {reason}", stacklevel=2)
+
+
+def _lack(error: BaseException | None) -> BaseException | None:
+    """The lack of memory, torch's or the driver's, that an error is or came of: torch may say of a recording that it
+    spoilt that it cannot be ended."""
+    return error if error is None or "out of memory" in str(error) else _lack(error.__context__)
 
 
 def backward(loss: Tensor, scale: float) -> Tensor:
