@@ -262,12 +262,13 @@ def test_a_loss_scale_in_float16_is_recorded_with_its_step() -> None:
 
 
 def test_graphs_share_their_memory() -> None:
-    recording = made(True)
+    recording, shapes = made(True), [(2000, 1900), (2000, 1000), (1500, 500), (500, 500)]
     gradient_of(recording)
+    for lengths in shapes:  # one after the other, since none is launched beside graphs
+        recording.accumulate(micro(lengths))
     reserved = []
-    for lengths in [(2000, 1900), (2000, 1000), (1500, 500), (500, 500)]:
-        for _ in range(2):
-            recording.accumulate(micro(lengths))
+    for lengths in shapes:
+        recording.accumulate(micro(lengths))
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
