@@ -21,7 +21,8 @@ import tiny
 from luthier.cli import main
 from luthier.data.prepare import Prepared
 from luthier.errors import UsageError
-from luthier.evaluate.study.conduct import Wanted, _known, wanted
+from luthier.evaluate.study.cells import scores_of
+from luthier.evaluate.study.conduct import Wanted, _halve, _known, wanted
 from luthier.machine import machine, memory_kills
 from luthier.model.load import load_tokenizer, model_folder
 from luthier.recipe import Recipe
@@ -264,6 +265,20 @@ def test_a_study_whose_worker_is_killed_each_time_says_so_after_as_many_restarts
     assert re.search(r"a process was killed .*, 5 times now; .+", err)
     assert out.count("a process was killed") == 4
     assert len((deadly / "starts").read_text().splitlines()) == 5
+
+
+def test_only_cells_that_are_not_scored_get_half_the_tokens_and_without_one_there_is_nothing_to_halve(
+    study: Study, tmp_path: Path
+) -> None:
+    marked(study, tmp_path / "copy")
+    whole = Run(tmp_path / "copy", Recipe.load(tmp_path / "sums.yaml"))
+    cells = [Run.open(path.parent) for path in sorted(whole.folder.glob("cells/*/recipe.yaml"))]
+    assert _halve(cells, whole) is None  # all of them are scored, and the base is not
+    scores_of(cells[1]).unlink()
+    cells[1].update_manifest(decisions=cells[1].manifest["decisions"] | {"micro_tokens": 80})
+    before = [cell.manifest["decisions"]["micro_tokens"] for cell in cells]
+    assert _halve(cells, whole) == 40
+    assert [cell.manifest["decisions"]["micro_tokens"] for cell in cells] == [before[0], 40, *before[2:]]
 
 
 def wait(true: Any) -> None:

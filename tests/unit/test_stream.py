@@ -17,6 +17,8 @@ from luthier.data.store import TokenStore
 from luthier.data.stream import Sample, Stream, collate
 from luthier.errors import DataError
 from luthier.plan import Setting
+from luthier.recipe import Train
+from luthier.train.decide import steps_of
 from luthier.train.launch import largest_step
 
 
@@ -33,6 +35,17 @@ def test_a_step_depends_on_the_seed_and_its_number_alone(store: TokenStore) -> N
     walked, asked = Stream(store, None, 3, 4, epochs=5), Stream(store, None, 3, 4, epochs=5)
     expected = [walked.step(n) for n in range(walked.steps)]
     assert [asked.step(n) for n in reversed(range(asked.steps))] == expected[::-1]
+
+
+@pytest.mark.parametrize("samples_per_step", [1, 3, 4, 10, 40])
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1.0, 1.25, 3.0])
+@pytest.mark.parametrize("max_steps", [None, 7])
+def test_a_run_has_as_many_steps_as_were_counted_before_its_rows_were_read(
+    store: TokenStore, samples_per_step: int, epochs: float, max_steps: int | None
+) -> None:
+    train = Train(samples_per_step=samples_per_step, epochs=epochs, max_steps=max_steps)
+    stream = Stream(store, None, train.seed, samples_per_step, epochs=epochs, max_steps=max_steps, rows=9)
+    assert steps_of(train, 9) == stream.steps
 
 
 def test_an_epoch_sees_every_row_once_in_an_order_of_its_own(store: TokenStore) -> None:

@@ -5,6 +5,7 @@ Decisions are written to the run's manifest and reused on resume, so that a resu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from luthier.machine import Machine
 from luthier.model import families
 from luthier.model.load import dtype_name
 from luthier.plan import Plan, Setting, plan
-from luthier.recipe import Lora, Recipe
+from luthier.recipe import Lora, Recipe, Train
 from luthier.registry import counted
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Rows:
     mean: float
     steps: int
     step_tokens: int | None = None
+
+
+def steps_of(train: Train, rows: int) -> int:
+    """Steps of a run that sees so many rows an epoch, as `Stream.steps` has them."""
+    return train.max_steps or math.ceil(max(1, round(train.epochs * rows)) / train.samples_per_step)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from luthier.plan import Plan
 from luthier.recipe import Recipe
 from luthier.recipe import Run as Settings
 from luthier.runs import Run, naming, read_json
-from luthier.train.decide import Decisions, Rows, decide, halved, planned
+from luthier.train.decide import Decisions, Rows, decide, halved, planned, steps_of
 from luthier.train.group import RESTARTS, Killed, Progress, group, quiet_threads
 from luthier.train.interrupt import Interrupt
 
@@ -98,7 +98,7 @@ def decisions_of(run: Run, prepared: Prepared) -> Decisions:
     wake("cuda" if facts.gpus and run.recipe.run.place == "auto" else run.recipe.run.place)
     rows = _rows(run.recipe, prepared)
     dtype = manifest["decisions"]["dtype"] if "decisions" in manifest and run.steps() else None
-    decisions = decide(run.recipe, _config(run.recipe), facts, rows, dtype=dtype)
+    decisions = decide(run.recipe, config_of(run.recipe), facts, rows, dtype=dtype)
     run.update_manifest(asked=asked, decisions=decisions.as_dict(), machine=facts.as_dict())
     return decisions
 
@@ -185,12 +185,11 @@ def _environments(decisions: Decisions, meeting: Path) -> list[dict[str, str]]:
 def _rows(recipe: Recipe, prepared: Prepared) -> Rows:
     lengths, train = prepared.train.lengths, recipe.train
     count = recipe.data.rows or len(lengths)
-    steps = train.max_steps or max(1, round(train.epochs * count / train.samples_per_step))
     whole = train.samples_per_step <= count  # else a step holds epochs
     return Rows(
         longest=int(lengths.max(initial=1)),
         mean=float(lengths.mean()) if len(lengths) else 1.0,
-        steps=steps,
+        steps=steps_of(train, count),
         step_tokens=largest_step(lengths, prepared.weights, train.samples_per_step) if whole else None,
     )
 
@@ -206,5 +205,6 @@ def largest_step(lengths: NDArray[np.int64], weights: NDArray[np.float64] | None
     return int((lengths[order] * np.clip(samples - before, 0, times[order])).sum())
 
 
-def _config(recipe: Recipe) -> dict[str, Any]:
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    """The config of a base that is there with all of its files."""
     return dict(read_json(model_folder(recipe.model) / "config.json"))

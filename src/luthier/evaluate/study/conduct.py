@@ -34,14 +34,15 @@ from luthier.evaluate.metrics import resolved
 from luthier.evaluate.study.cells import base_scores_of, scores_of
 from luthier.evaluate.study.findings import Cell, Findings, find
 from luthier.machine import Machine, machine
+from luthier.model.load import load_tokenizer, model_folder
 from luthier.plan import budget
 from luthier.recipe import Recipe
 from luthier.registry import counted
 from luthier.runs import Run, read_json, vacant, versions, write_json
-from luthier.train.decide import Decisions, Rows, decide, halved
-from luthier.train.group import RESTARTS, Progress, group
+from luthier.train.decide import Decisions, Rows, decide, halved, steps_of
+from luthier.train.group import RESTARTS, Killed, Progress, group
 from luthier.train.interrupt import Interrupt
-from luthier.train.launch import asked_of, is_same, prepare_data
+from luthier.train.launch import asked_of, config_of, is_same, prepare_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,8 +174,6 @@ def _refuse_another(recipe: Recipe, asked: Wanted, folder: Path) -> None:
 
 def _prepared(whole: Run, say: Callable[[str], None]) -> Prepared:
     """The data of the study as tokens: made once. A study that has begun stays with the rows it began with."""
-    from luthier.model.load import load_tokenizer, model_folder
-
     if not any(_begun(Run(path.parent, whole.recipe)) for path in _cells(whole.folder)):
         return prepare_data(whole, say)
     prepared = Prepared.open(whole.data, load_tokenizer(model_folder(whole.recipe.model, say), whole.recipe.adapter))
@@ -326,7 +325,7 @@ def _decide(
 ) -> tuple[int, dict[str, Decisions]]:
     """How many workers, and how each kind of cell is run in one of them: as many as there are free cores, or GPUs, and
     as fit into the memory together. `dtype` as of `decide`. Raises MemoryPlanError where not even one does."""
-    config = dict(read_json(_model_folder(recipe) / "config.json"))
+    config = config_of(recipe)
     lengths, cells = prepared.train.lengths, len(asked.values) * asked.seeds
     steps = sum(_steps(recipe, asked, value, len(lengths)) for value in asked.values) * asked.seeds
 
@@ -347,20 +346,13 @@ def _decide(
     return 1, one
 
 
-def _model_folder(recipe: Recipe) -> Path:
-    from luthier.model.load import model_folder
-
-    return model_folder(recipe.model)
-
-
 def _with(recipe: Recipe, over: str | None, at: Any) -> Recipe:
     return recipe if over is None else Recipe.parse(recipe.dump(), f"{over}={json.dumps(at)}")
 
 
 def _steps(recipe: Recipe, asked: Wanted, value: Any, rows: int) -> int:
-    train = _with(recipe, asked.over, value).train
     seen = value if asked.over is None else recipe.data.rows or rows
-    return train.max_steps or max(1, round(train.epochs * seen / train.samples_per_step))
+    return steps_of(_with(recipe, asked.over, value).train, seen)
 
 
 def _in_one_worker(recipe: Recipe, workers: int, facts: Machine) -> Recipe:
@@ -379,28 +371,35 @@ def _in_one_worker(recipe: Recipe, workers: int, facts: Machine) -> Recipe:
 def _work(whole: Run, plan: _Plan, cells: Sequence[Run], view: Progress) -> None:
     """Starts workers until every cell is scored: fewer, and then with half the tokens, where memory lacks."""
     workers, restarts = plan.workers, 0
-    steps = {run.folder.name: _all_steps(run, plan.asked, whole) for run in cells}
+    steps = {run.folder.name: _all_steps(run, whole) for run in cells}
     while left := _left(whole, cells):
-        done = {run.folder.name for run in cells if run not in left}
-        view({"event": "cells", "steps": steps, "done": sorted(done), "workers": min(workers, len(left))})
-        with group(
-            "luthier.evaluate.study.cells", whole.folder, _environments(plan, min(workers, len(left)))
-        ) as started:
-            started.watch(view)
-        if -signal.SIGKILL not in started.first_codes:
+        workers = min(workers, len(left))
+        done = sorted(steps.keys() - {run.folder.name for run in left})
+        view({"event": "cells", "steps": steps, "done": done, "workers": workers})
+        killed = _attempt(plan, workers, view)
+        if killed is None:
             break
-        killed = started.killed
         if killed.wants_memory and workers > 1:
             workers //= 2
             how = f"with {counted(workers, 'process', 'processes')}"
         elif restarts == RESTARTS:
             raise killed.error(whole.folder)
         else:
-            restarts, how = restarts + 1, "as before"
-            if killed.wants_memory:
-                unscored = [run for run in left if not scores_of(run).exists()]
-                how = f"with {_halve(unscored, whole)} tokens at a time"
+            restarts += 1
+            tokens = _halve(left, whole) if killed.wants_memory else None
+            how = f"with {tokens} tokens at a time" if tokens else "as before"
         view({"event": "note", "text": f"{killed.what}; going on {how}"})
+    _check_done(whole, cells)
+
+
+def _attempt(plan: _Plan, workers: int, view: Progress) -> Killed | None:
+    """What is known of a kill, if one of the workers was killed."""
+    with group("luthier.evaluate.study.cells", plan.whole.folder, _environments(plan, workers)) as started:
+        started.watch(view)
+        return started.killed if -signal.SIGKILL in started.first_codes else None
+
+
+def _check_done(whole: Run, cells: Sequence[Run]) -> None:
     if left := _left(whole, cells):
         what = f"another process works on {', '.join(run.folder.name for run in left)}"
         raise RunError(what, where=str(whole.folder), fix="wait for it; the same command goes on then")
@@ -415,11 +414,9 @@ def _left(whole: Run, cells: Sequence[Run]) -> list[Run]:
     return left or ([] if base_scores_of(whole.folder).exists() else trained[:1])
 
 
-def _all_steps(run: Run, asked: Wanted, whole: Run) -> int:
-    train, rows = run.recipe.train, run.recipe.data.rows
-    if rows is None:
-        rows = int(read_json(whole.data / "report.json")["train"]["rows"])
-    return train.max_steps or max(1, round(train.epochs * rows / train.samples_per_step))
+def _all_steps(run: Run, whole: Run) -> int:
+    rows = run.recipe.data.rows or int(read_json(whole.data / "report.json")["train"]["rows"])
+    return steps_of(run.recipe.train, rows)
 
 
 def _environments(plan: _Plan, workers: int) -> list[dict[str, str]]:
@@ -433,13 +430,15 @@ def _environments(plan: _Plan, workers: int) -> list[dict[str, str]]:
     return [{**shared, "CUDA_VISIBLE_DEVICES": names[i % len(names)].strip()} for i in range(workers)]
 
 
-def _halve(runs: Sequence[Run], whole: Run) -> int:
-    """Half the tokens of a micro-batch for these cells; what they learn stays the same."""
-    longest, tokens = int(TokenStore.open(whole.data / "train").lengths.max()), 0
+def _halve(runs: Sequence[Run], whole: Run) -> int | None:
+    """Half the tokens of a micro-batch for those of the cells that are not scored, and how many these are; what they
+    learn stays the same."""
+    longest, tokens = int(TokenStore.open(whole.data / "train").lengths.max()), None
     for run in runs:
-        decisions = halved(Decisions(**run.manifest["decisions"]), longest)
-        run.update_manifest(decisions=decisions.as_dict())
-        tokens = decisions.micro_tokens
+        if not scores_of(run).exists():
+            decisions = halved(Decisions(**run.manifest["decisions"]), longest)
+            run.update_manifest(decisions=decisions.as_dict())
+            tokens = decisions.micro_tokens
     return tokens
 
 
