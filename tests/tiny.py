@@ -143,15 +143,19 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def deadly(folder: Path, module: str) -> Path:
-    """A folder that, on PYTHONPATH, has each `python -m MODULE` killed as it starts, after a line in its `starts`."""
+def deadly(folder: Path, module: str, cage: Path | None = None) -> Path:
+    """A folder that, on PYTHONPATH, has each `python -m MODULE` killed as it starts, after a line in its `starts`: by
+    itself, or in a `cage` by the kernel, for want of memory."""
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    if cage is not None:
+        kill = f"open({str(cage / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); b'x' * (64 << 20)"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(f"""
 import os, signal, sys
 if {module!r} in sys.orig_argv:
     with open({str(folder / "starts")!r}, "a") as starts:
         starts.write("started\\n")
-    os.kill(os.getpid(), signal.SIGKILL)
+    {kill}
 """)
     return folder
 

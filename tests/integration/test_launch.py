@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +164,6 @@ def test_a_run_that_is_being_trained_cannot_be_trained_by_another(tmp_path: Path
     run = tiny.run(tmp_path)
     with run.lock(), pytest.raises(RunError, match="is in use by process"):
         train(run)
-
-
-@pytest.fixture
-def cage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A memory group of the kernel's of 8 MiB without swap, which takes root and a cgroup that may be written."""
-    limits = {"memory.limit_in_bytes": "8M", "memory.memsw.limit_in_bytes": "8M"}
-    folder = Path("/sys/fs/cgroup/memory")
-    if not folder.exists():
-        limits, folder = {"memory.max": "8M", "memory.swap.max": "0"}, folder.parent
-    folder /= f"luthier-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made: {error}")
-    try:
-        for name, limit in limits.items():
-            if not (folder / name).exists():
-                pytest.skip(f"this cgroup has no {name}")
-            (folder / name).write_text(limit)
-        monkeypatch.setenv("LUTHIER_TEST_CAGE", str(folder))
-        yield
-    finally:
-        folder.rmdir()
 
 
 @pytest.mark.slow

@@ -267,6 +267,21 @@ def test_a_study_whose_worker_is_killed_each_time_says_so_after_as_many_restarts
     assert len((deadly / "starts").read_text().splitlines()) == 5
 
 
+def test_where_fewer_cells_are_left_than_there_are_workers_memory_is_not_sought_in_workers_that_are_none(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cage: Path
+) -> None:
+    marked(study, tmp_path / "copy")
+    cell = Run.open(tmp_path / "copy" / "cells" / "size-00008-seed-17")
+    scores_of(cell).unlink()
+    cell.update_manifest(decisions=cell.manifest["decisions"] | {"micro_tokens": 800})
+    deadly = tiny.deadly(tmp_path / "deadly", "luthier.evaluate.study.cells", cage)
+    monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
+    place = f"run.dir={tmp_path / 'copy'}"
+    code, out, err = luthier("study", str(tmp_path / "sums.yaml"), *SIZES, "run.processes=2", place)
+    assert (code, "for want of memory, 5 times now" in err) == (1, True), err
+    assert re.findall("going on with (.*)", out) == [f"{tokens} tokens at a time" for tokens in (400, 200, 100, 50)]
+
+
 def test_only_cells_that_are_not_scored_get_half_the_tokens_and_without_one_there_is_nothing_to_halve(
     study: Study, tmp_path: Path
 ) -> None:
