@@ -96,7 +96,7 @@ def judged(
     """What the answers of the sides say, in the order of `sides`. Judges' replies and
     the scores of lm-eval's tasks are kept in `folder`."""
     names, bases = [side.name for side in sides], [side.name for side in sides if side.entry.kind == "base"]
-    metrics, warnings = _comparable(asker, questions, [answers[name] for name in names])
+    metrics, warnings = _comparable(asker, [answers[name] for name in names])
     tasks = tasks_of(asker, sides, folder)
     opinions, said = with_opinions(metrics, questions, [answers[name] for name in names], names, folder)
     scored = score(questions, opinions, metrics)
@@ -156,9 +156,7 @@ def _same_recipe(recipes: Sequence[Unit]) -> list[str]:
     return [f"{names}: runs of one recipe that differ in their seed alone; what they differ by is chance"]
 
 
-def _comparable(
-    asker: Run, questions: Sequence[Conversation], answers: Sequence[Sequence[Answer]]
-) -> tuple[list[Any], list[str]]:
+def _comparable(asker: Run, answers: Sequence[Sequence[Answer]]) -> tuple[list[Any], list[str]]:
     """The recipe's metrics that mean the same on all sides, and what to say of the others.
 
     Raises RecipeError where that is not the first.

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from luthier import recipe
 from luthier.data.store import TokenStore
 from luthier.errors import NotFiniteError, RunError
-from luthier.evaluate.asking.answers import Memo, Task, Text, collect, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, Text, collect, likelihoods, plan, sampling_of, work
 from luthier.evaluate.asking.seat import Seat
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
-from luthier.evaluate.asking.suite import digest, suite
+from luthier.evaluate.asking.suite import suite
 from luthier.evaluate.asking.workers import needed
 from luthier.evaluate.comparison import score
 from luthier.runs import Run, read_json, write_json
@@ -128,12 +128,7 @@ def _scores(run: Run, folder: Path, model: CausalModel, side: Side) -> Json:
 
 def _heldout(subject: Subject, store: TokenStore, side: Side) -> list[Task]:
     """The likelihood of every held-out row, as training sees it."""
-    identity, tasks = subject.identity(side), []
-    for row in range(len(store)):
-        example = store.as_example(row)
-        key = digest(["likelihood", identity, example.ids, example.supervised])
-        tasks.append(Task(side, row, key, text=Text.of(example)))
-    return tasks
+    return likelihoods(subject, side, {row: Text.of(store.as_example(row)) for row in range(len(store))})
 
 
 class _Taken(Seat):

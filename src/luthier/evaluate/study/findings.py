@@ -246,21 +246,18 @@ def _over_sizes(table: _Table, chance: float | None) -> Findings:
     if not names:
         sentence = "no evidence: no training came to its end; lower train.lr"
         return Findings(table.metric, None, points, "no evidence", sentence, chance=chance)
-    gain, gain_p = table.scores.combined({names[-1]: 1.0, "": -1.0})
     trend, trend_p = _trend(table.scores, names)
-    verdict = curve.verdict(gain.value, gain_p, trend.value if trend else None, trend_p, higher=table.metric.higher)
-    if table.scores.questions < LEAST:
-        verdict = "no evidence"
-    fit = curve.fit(table.by_seed(table.scores), table.scores.bounds)
+    verdict = _verdict(table, names[-1], trend, trend_p)
+    fit = _fitted(curve.fit(table.by_seed(table.scores), table.scores.bounds), points, "score")
     loss_fit = curve.fit(table.by_seed(table.losses), _LOSSES) if table.losses else None
-    story = _Story(table.metric, points, verdict, gain, trend, fit, chance)
+    story = _Story(table.metric, points, verdict, trend, fit, chance)
     return Findings(
         table.metric,
         None,
         points,
         verdict,
         story.told(),
-        fit=_fitted(fit, points, "score"),
+        fit=fit,
         loss_fit=_fitted(loss_fit, points, "validation_loss"),
         trend=trend,
         chance=chance,
@@ -272,6 +269,13 @@ def _trend(scores: Curve, names: Sequence[str]) -> tuple[Interval | None, float]
     if len(names) < 2:
         return None, 1.0
     return scores.combined(dict(zip(names, curve.per_doubling([int(name) for name in names]), strict=True)))
+
+
+def _verdict(table: _Table, largest: str, trend: Interval | None, trend_p: float) -> curve.Verdict:
+    if table.scores.questions < LEAST:
+        return "no evidence"
+    gain, gain_p = table.scores.combined({largest: 1.0, "": -1.0})
+    return curve.verdict(gain.value, gain_p, trend.value if trend else None, trend_p, higher=table.metric.higher)
 
 
 def _fitted(fit: Fit | None, points: Sequence[Json], key: str) -> Json | None:
@@ -308,9 +312,8 @@ class _Story:
     metric: Metric
     points: list[Json]
     verdict: curve.Verdict
-    gain: Interval
     trend: Interval | None
-    fit: Fit | None
+    fit: Json | None
     chance: float | None
 
     def told(self) -> str:
@@ -351,15 +354,16 @@ class _Story:
     def _next(self) -> str:
         if self.fit is None:
             return ""
-        following, last = self.fit.next, self._trained[-1]
-        within = figure((following.high - following.low) / 2)
-        gain = signed(following.value - last["score"])
-        told = f"the next doubling, to {following.size:,} rows, gives {gain} ± {within}"
-        check = self.fit.check
+        told = f"the next doubling, to {self.fit['next']['size']:,} rows, gives {expectation(self.fit)}"
+        check = self.fit["check"]
         if check is None:
             return told
-        inside = check.low <= last["score"] <= check.high
-        return f"{told} (the smaller sizes {'foresaw' if inside else 'did not foresee'} the largest)"
+        return f"{told} (the smaller sizes {'foresaw' if check['inside'] else 'did not foresee'} the largest)"
+
+
+def expectation(fit: Json) -> str:
+    """What the next doubling gives, in short: `+1.9 ± 3.0`."""
+    return f"{signed(fit['next']['gain'])} ± {figure(fit['next']['within'])}"
 
 
 def _unit(metric: Metric) -> str:

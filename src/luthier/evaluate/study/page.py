@@ -11,7 +11,8 @@ from luthier import __version__
 from luthier.evaluate.page.figures import Axis, Series, chart, interval
 from luthier.evaluate.page.template import ours, template
 from luthier.evaluate.statistics.paired import figure, signed
-from luthier.evaluate.study.view import banded, ends, expectation, labelled
+from luthier.evaluate.study.findings import expectation
+from luthier.evaluate.study.view import banded, ends, labelled
 from luthier.runs import read_json, write_atomic
 
 Json = dict[str, Any]
@@ -134,7 +135,7 @@ def _next(found: Json) -> Json | None:
     fit = found["fit"]
     if fit is None:
         return None
-    told = {"size": f"{fit['next']['size']:,}", "gain": expectation(found), "check": ""}
+    told = {"size": f"{fit['next']['size']:,}", "gain": expectation(fit), "check": ""}
     if check := fit["check"]:
         where = "inside" if check["inside"] else "outside"
         told["check"] = (

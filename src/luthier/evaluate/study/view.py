@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from luthier.evaluate.statistics.paired import figure, signed
+from luthier.evaluate.statistics.paired import figure
 from luthier.evaluate.study.findings import Findings
 from luthier.registry import counted
 from luthier.train.view import displayed
@@ -235,9 +235,3 @@ def _under(columns: Sequence[int], names: Sequence[str], width: int) -> str:
         if start >= len(line) + bool(line):
             line = line.ljust(start) + name
     return line
-
-
-def expectation(found: Json) -> str:
-    """What the next doubling gives, in short: `+1.9 ± 3.0`."""
-    following = found["fit"]["next"]
-    return f"{signed(following['gain'])} ± {figure(following['within'])}"
