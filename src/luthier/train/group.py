@@ -178,15 +178,7 @@ class Group:
 def report(work: Callable[[Progress], Event | None]) -> int:
     """The other end, in a worker: does `work`, whose events and result travel to the parent, and so do errors that a
     person can act on. Returns the exit code."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Whatever a library prints must not get between the events.
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def emit(event: Event) -> None:
-        events.write(dumps(event) + "\n")
-        events.flush()
-
+    emit = begin()
     try:
         result = work(emit)
     except (LuthierError, OSError) as error:
@@ -201,6 +193,19 @@ def report(work: Callable[[Progress], Event | None]) -> int:
     if result is not None:
         emit({"event": "result", **result})
     return 0
+
+
+def begin() -> Callable[[Any], None]:
+    """Begins a worker, which ends when its parent does. Returns what tells the parent a value, as a line of JSON."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not get between the events
+
+    def emit(value: Any) -> None:
+        events.write(dumps(value) + "\n")
+        events.flush()
+
+    return emit
 
 
 def _end_with_parent() -> None:

@@ -30,6 +30,7 @@ from luthier.evaluate.forgetting import general_tasks
 from luthier.evaluate.metrics import resolved
 from luthier.machine import cores, machine
 from luthier.runs import Run
+from luthier.train.group import begin
 
 if TYPE_CHECKING:
     from luthier.evaluate.terminal import Bar
@@ -220,24 +221,14 @@ def _listen(worker: subprocess.Popen[str], advance: Advance) -> None:
         advance(label, done)
 
 
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin."""
-    while sys.stdin.buffer.read(1):
-        pass
-    os._exit(3)
-
-
 def main(text: str, rank: str, count: str, beside: str) -> None:
     """One worker."""
     if beside == "1":
         step_back()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not get between the events
+    tell = begin()
 
     def advance(label: str, done: int) -> None:
-        events.write(json.dumps([label, done]) + "\n")
-        events.flush()
+        tell([label, done])
 
     job = Job.parse(text)
     asker = Run.open(job.asker)
