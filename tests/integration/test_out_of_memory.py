@@ -1,5 +1,5 @@
-"""Promise 2, everywhere: whichever operation of a pass finds no memory, its step is made again and learns the same, a
-held-out loss is the same, and answers say the same."""
+"""Promise 2, everywhere: whichever operation of a pass finds no memory, its step is made again and learns the same, and
+a held-out loss is the same."""
 
 from pathlib import Path
 from typing import Any
@@ -7,32 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
 from luthier.model.causal import CausalModel, Kernels
-
-
-class Scarce(TorchDispatchMode):
-    """Memory that runs out at operation `at`, counted from 0, and is there again afterwards."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at, self.count = at, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count == self.at + 1:
-            raise torch.OutOfMemoryError("as a test")
-        return func(*args, **(kwargs or {}))
+from scarce import Scarce, Small
 
 
 class Watched:
     """A model of whose passes those of one step find memory scarce."""
 
-    def __init__(self, model: CausalModel, step: int, memory: Scarce) -> None:
+    def __init__(self, model: CausalModel, step: int, memory: Scarce | Small) -> None:
         self.model, self.step, self.memory = model, step, memory
 
     def __getattr__(self, name: str) -> Any:
@@ -101,11 +87,7 @@ def test_wherever_memory_runs_out_the_held_out_loss_is_the_same(tmp_path: Path, 
 
 
 def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> None:
-    class Full(Scarce):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            raise torch.OutOfMemoryError("as a test")
-
-    causal = Watched(tiny.model(tiny.recipe()), 0, Full(0))
+    causal = Watched(tiny.model(tiny.recipe()), 0, Small(0))
     trainer = tiny.trainer(tmp_path, tiny.recipe(), causal=causal, held=9)
     with pytest.raises(MemoryPlanError, match=r"rows\.jsonl:\d+: a row of \d+ tokens does not fit"):
         trainer.evaluate()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from luthier.adapters.lora import Lora
 from luthier.model import families
 from luthier.model.fast import FastDecoder
+from luthier.model.memory import out_of_memory
 from luthier.model.quantize import PackedLinear, unrounded
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class Decoder(Protocol):
 
     def keep(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, and the others are forgotten. int64 [n], each either i or >= n."""
+
+    def take_less(self) -> bool:
+        """Forgets what it holds, and takes less memory for as many rows from here on, in more time; returns whether it
+        could."""
 
 
 def decoder(model: CausalModel, *, merge: bool) -> Decoder:
@@ -135,7 +140,9 @@ def _is_close(model: CausalModel, texts: Sequence[list[int]]) -> bool:
     wanted = _trial(WholeDecoder(model), texts)
     try:
         error = (_trial(ReferenceDecoder(model), texts) - wanted).square().mean().sqrt()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        if out_of_memory(fault):
+            raise  # which says nothing of the module
         return False  # the module keeps nothing, or in a form that is not known here
     return bool(error <= (1e-3 if exact else 0.1) * wanted.std())
 
@@ -179,6 +186,10 @@ class ReferenceDecoder:
             else:
                 cache.reorder_cache(rows)
 
+    def take_less(self) -> bool:
+        self.cache, self.mask = {}, None
+        return False
+
     def _forward(self, ids: Tensor) -> Tensor:
         given: dict[str, Any] = {"input_ids": ids, "use_cache": True, **self.cache}
         if self.mask is not None:
@@ -213,6 +224,9 @@ class WholeDecoder:
 
     def keep(self, rows: Tensor) -> None:
         self.texts = [self.texts[row] for row in rows.tolist()]
+
+    def take_less(self) -> bool:
+        return False
 
     def _forward(self) -> Tensor:
         return torch.cat([_read(self.module, text, 1, self.device) for text in self.texts])

@@ -26,6 +26,7 @@ from luthier.kernels.loss import token_losses
 from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
+from luthier.model.memory import attempt, release
 from luthier.model.place import free_memory
 from luthier.model.quantize import PackedLinear
 
@@ -70,7 +71,9 @@ class FastDecoder:
         self.norm, self.eps = getattr(base, family.norm).weight, getattr(config, family.eps)
         blocks = getattr(base, family.layers)
         self.streamed = model.streamed
-        self.layers = [_Layer(block, family, merge and self.streamed is None) for block in blocks]
+        self.merged = merge and self.streamed is None
+        self.layers_of = partial(_layers, blocks, family)
+        self.layers = self.layers_of(merge=self.merged)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded. Copies are not, either.
@@ -126,6 +129,17 @@ class FastDecoder:
         for cache in chain(self.keys, self.values):
             cache[moved, :, : self.end] = cache[rows[moved], :, : self.end]
         self.bias[:count], self.starts[:count] = self.bias[rows], self.starts[rows]
+
+    def take_less(self) -> bool:
+        """Without a copy of the weights, and with half as many tokens in a pass: one of fewer than the longest row has
+        takes no less."""
+        less = self.merged or self.pass_tokens > self.end
+        self.keys, self.values = [], []
+        if self.merged:
+            self.layers = []  # the copies go before others come
+            self.layers = self.layers_of(merge=False)
+        self.merged, self.pass_tokens = False, self.pass_tokens // 2
+        return less
 
     def _make_room(self, lengths: Sequence[int], room: int) -> None:
         """An empty cache for rows of these lengths, of which none sees a column yet that is still to be written."""
@@ -252,14 +266,23 @@ class _Recorder:
         self.times[kind] += 1
         if not self.on or self.times[kind] <= RECORD_AFTER:
             return step()
-        if kind not in self.recorded:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                out = step()
-            self.pool, self.recorded[kind] = graph.pool(), (graph, out)
-        graph, out = self.recorded[kind]
+        found = self.recorded.get(kind) or attempt(partial(self._record, step))
+        if found is None:  # a step that is launched takes the memory that others took before
+            self.on = False
+            self.recorded.clear()
+            release()
+            return step()
+        graph, out = self.recorded[kind] = found
         graph.replay()
         return out.clone()  # the next replay writes there
+
+    def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """What is recorded does not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            out = step()
+        self.pool = graph.pool()
+        return graph, out
 
 
 @dataclass(frozen=True)
@@ -372,6 +395,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, texts: _Texts) -> Tensor:
         bias = texts.biases.get(before)
         outs.append(_attention(q[a:b], k[c:d].transpose(0, 1), v[c:d].transpose(0, 1), bias))
     return torch.cat(outs)
+
+
+def _layers(blocks: Iterable[nn.Module], family: families.Family, *, merge: bool) -> list[_Layer]:
+    return [_Layer(block, family, merge) for block in blocks]
 
 
 class _Layer:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from luthier.errors import ModelError
+from luthier.errors import MemoryPlanError, ModelError
 from luthier.model.decode import Decoder, decoder
 from luthier.model.fast import COLUMNS
+from luthier.model.memory import attempt, release
 from luthier.model.place import free_memory
+from luthier.model.quantize import forget_unpacked
 
 if TYPE_CHECKING:
     from luthier.model.causal import CausalModel
@@ -72,23 +75,61 @@ def generate(
             half of a GPU's where our own decoder answers.
         progress: is told (answers done, answers in all).
 
+    Where memory runs out, what is not answered yet is tried again, half as many rows at a time, and a row that is alone
+    without unpacked weights beside it.
+
     Raises:
         ModelError: a prompt has no tokens.
+        MemoryPlanError: one prompt alone does not fit.
     """
     if not all(prompts):
         raise ModelError("a prompt has no tokens", fix="choose a template that writes something before the answer")
     if not prompts:
         return []
     answers: dict[int, Generation] = {}
-    size = sum(p.numel() * p.itemsize for p in model.module.parameters())
-    engine = decoder(model, merge=size <= MERGE_UP_TO)
-    for rows in _planned(engine, model, [len(p) for p in prompts], sampling.max_new_tokens, max_tokens_in_flight):
+    engine = _decoder(model)
+
+    def answer(rows: Sequence[int]) -> bool:
         weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
-        for row, answer in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
-            answers[rows[row]] = answer
+        for row, one in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
+            answers[rows[row]] = one
             if progress:
                 progress(len(answers), len(prompts))
+        return True
+
+    waiting = _planned(engine, model, [len(p) for p in prompts], sampling.max_new_tokens, max_tokens_in_flight)
+    while waiting:
+        rows, *waiting = waiting
+        if not attempt(partial(answer, rows)):
+            less = engine.take_less()
+            if len(rows) == 1 and not less and not forget_unpacked(model.module):
+                raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens)
+            release()
+            waiting = _cut([[row for row in rows if row not in answers], *waiting], -(-len(rows) // 2))
     return [answers[i] for i in range(len(prompts))]
+
+
+def _decoder(model: CausalModel) -> Decoder:
+    """The fastest that there is memory for. Raises MemoryPlanError where there is none."""
+    size = sum(p.numel() * p.itemsize for p in model.module.parameters())
+    for merge in (size <= MERGE_UP_TO, False):
+        found = attempt(partial(decoder, model, merge=merge))
+        if found is not None:
+            return found
+        release()
+    raise MemoryPlanError("the model leaves no memory for answers", fix="close other programs, or raise run.memory")
+
+
+def _too_long(prompt: int, new_tokens: int) -> MemoryPlanError:
+    return MemoryPlanError(
+        f"a prompt of {prompt:,} tokens and up to {new_tokens:,} of its answer do not fit into memory by themselves",
+        fix="shorten it, lower evaluate.generate.max_new_tokens, or close other programs",
+    )
+
+
+def _cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:
+    """The same rows in the same order, at most so many together."""
+    return [batch[start : start + most] for batch in batches for start in range(0, len(batch), most)]
 
 
 def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:

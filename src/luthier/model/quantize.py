@@ -23,6 +23,7 @@ from luthier.adapters.linears import dense_weight, is_transposed
 from luthier.errors import ModelError
 from luthier.kernels import quantize as plain
 from luthier.kernels.place import on_gpu
+from luthier.model.memory import attempt
 from luthier.registry import Registry
 
 QUANTIZERS = Registry(
@@ -266,13 +267,21 @@ def unpacked(module: nn.Module, room: int) -> Iterator[None]:
     for layer in module.modules():
         if isinstance(layer, PackedLinear) and not layer.streamed and layer.kept_bytes <= room:
             room -= layer.kept_bytes
-            layer.keep()
+            attempt(layer.keep)  # where there is no memory after all, it is unpacked as before
             layers.append(layer)
     try:
         yield
     finally:
         for layer in layers:
             layer.kept = None
+
+
+def forget_unpacked(module: nn.Module) -> bool:
+    """Lets go of what packed layers keep of their weights inside `unpacked`; returns whether they kept any."""
+    kept = [layer for layer in module.modules() if isinstance(layer, PackedLinear) and layer.kept is not None]
+    for layer in kept:
+        layer.kept = None
+    return bool(kept)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from luthier.adapters import files
 from luthier.data.conversation import Message
 from luthier.data.prepare import Prepared, heldout_conversations
 from luthier.data.stream import Stream
-from luthier.errors import ModelError
+from luthier.errors import MemoryPlanError, ModelError
 from luthier.model.causal import CausalModel, build
 from luthier.model.finite import blaming_weights
 from luthier.model.load import load_tokenizer, loaded_revision, model_folder
@@ -74,7 +74,7 @@ def work(
         folder=run.folder,
         micro_tokens=decisions.micro_tokens,
         emit=_recording(run, trackers, emit),
-        answer=lambda: _answers(model, prepared, run.recipe),
+        answer=lambda: _answers_if_room(model, prepared, run.recipe, emit),
     )
     if engine.rank == 0:
         Journal(run.samples).rewind(trainer.progress.evaluated, trainer.progress.evaluated)
@@ -189,6 +189,15 @@ def _recording(run: Run, trackers: Trackers, emit: Emit) -> Emit:
         emit(event)
 
     return record
+
+
+def _answers_if_room(model: CausalModel, prepared: Prepared, recipe: Recipe, emit: Emit) -> Sequence[Event]:
+    """Nothing that is only looked at ends a run."""
+    try:
+        return _answers(model, prepared, recipe)
+    except MemoryPlanError as error:
+        emit({"event": "note", "text": f"no answers are sampled this time: {error.what}"})
+        return ()
 
 
 def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence[Event]:

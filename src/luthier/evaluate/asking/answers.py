@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from luthier.data.conversation import Conversation, Message
 from luthier.data.packing import micro_batches
+from luthier.errors import MemoryPlanError
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
 from luthier.evaluate.asking.suite import answerable, answered, digest
 from luthier.evaluate.metrics import Answer
@@ -461,10 +462,22 @@ def _one_more(advance: Advance, label: str, done: int, total: int) -> None:
     advance(label, 1)
 
 
-def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance) -> None:
-    for pack in micro_batches([task.length for task in tasks], PACK):
+def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance, tokens: int = PACK) -> None:
+    """The likelihoods of rows, at most so many tokens of theirs in a pass, and half as many where memory runs out.
+    Raises MemoryPlanError where one row alone does not fit."""
+    from luthier.model.memory import attempt, release
+    from luthier.model.quantize import forget_unpacked
+
+    for pack in micro_batches([task.length for task in tasks], tokens):
         chunk = [tasks[i] for i in pack]
-        results = _losses(subject, [task.text for task in chunk if task.text])
+        results = attempt(partial(_losses, subject, [task.text for task in chunk if task.text]))
+        if results is None:
+            if len(chunk) == 1 and not forget_unpacked(subject.model.module):
+                what = f"a row of {chunk[0].length:,} tokens does not fit into memory by itself"
+                raise MemoryPlanError(what, fix="shorten it, or close other programs")
+            release()
+            left, most = [task for task in tasks if task.key not in memo], sum(task.length for task in chunk) // 2
+            return _weigh(subject, left, memo, advance, most)
         memo.add(dict(zip((task.key for task in chunk), results, strict=True)))
         advance(chunk[0].label, len(chunk))
 
