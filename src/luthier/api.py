@@ -8,6 +8,7 @@ comparison = luthier.compare(run)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,19 +33,32 @@ if TYPE_CHECKING:
 
 
 def start(recipe: Recipe | str | Path, *overrides: str) -> Run:
-    """The run of a recipe (a Recipe, a file, or a name that ships with luthier), made if it is new."""
+    """The run of a recipe (see `chosen`), made if it is new."""
+    found, root, name = chosen(recipe, overrides)
+    return Run.create(found, name=name, root=root)
+
+
+def chosen(recipe: Recipe | str | Path, overrides: Sequence[str]) -> tuple[Recipe, Path | None, str]:
+    """A recipe with changes, the folder that its data paths count from (None: this one), and its name. It is given as a
+    Recipe, a file, a run's folder, or a name that ships with luthier.
+
+    Raises RecipeError, for a metric that is not known, too: before hours of training and not after.
+    """
     if isinstance(recipe, Recipe):
-        return Run.create(with_known_metrics(recipe))
-    path = packaged(str(recipe)) or Path(recipe)
-    return Run.create(with_known_metrics(Recipe.load(path, *overrides)), name=path.stem, root=path.parent)
+        found, root, name = Recipe.parse(recipe.dump(), *overrides), None, "run"
+    elif ((path := packaged(str(recipe)) or Path(recipe)) / "recipe.yaml").is_file():
+        place = f"run.dir={json.dumps(str(path))}"  # quoted: values are YAML
+        found, root, name = Recipe.load(path / "recipe.yaml", place, *overrides), Run.open(path).root, path.name
+    else:
+        found, root, name = Recipe.load(path, *overrides), path.parent, path.stem
+    _check_metrics(found)
+    return found, root, name
 
 
-def with_known_metrics(recipe: Recipe) -> Recipe:
-    """The recipe itself. Raises RecipeError for a metric that is not known, before hours of training and not after."""
+def _check_metrics(recipe: Recipe) -> None:
     from luthier.evaluate.metrics import resolved
 
     resolved(recipe.evaluate.metrics)
-    return recipe
 
 
 def prepare(run: Run) -> Prepared:
@@ -233,20 +247,27 @@ def study(
     console: Console | None = None,
 ) -> Findings:
     """Whether more data would help (`sizes`: numbers of rows), or which value of a setting is best (`over`, such as
-    `adapter.rank=4,8,16`). `as_dict()` of it is what `study --json` prints; `folder` is runs/NAME-study if left out."""
+    `adapter.rank=4,8,16`). `as_dict()` of it is what `study --json` prints; `folder` is where `luthier study` has it if
+    left out (see `study_folder`)."""
     from luthier.evaluate.study.conduct import study as study_recipe
     from luthier.evaluate.study.conduct import wanted
 
     asked = wanted(",".join(map(str, sizes)) or None, over, seeds)
-    console = console or _quiet()
-    if isinstance(recipe, Recipe):
-        return study_recipe(recipe, asked, Path(folder or "runs/run-study"), console=console)
-    path = packaged(str(recipe)) or Path(recipe)
-    chosen, place = Recipe.load(path, *overrides), Path(folder or f"runs/{path.stem}-study")
-    return study_recipe(chosen, asked, place, root=path.parent, console=console)
+    found, root, name = chosen(recipe, overrides)
+    place = Path(folder) if folder else study_folder(found, name, overrides)
+    return study_recipe(found, asked, place, root=root, console=console or _quiet())
 
 
-def show_study(recipe: Recipe, asked: Wanted, folder: Path, *, root: Path, console: Console) -> Findings:
+def study_folder(recipe: Recipe, name: str, overrides: Sequence[str]) -> Path:
+    """`run.dir` where it is asked for, else beside the run that the recipe is for: RUN-study, or runs/NAME-study."""
+    if recipe.run.dir is None:
+        return Path("runs") / f"{name}-study"
+    if any(word.startswith("run.dir=") for word in overrides):
+        return Path(recipe.run.dir)
+    return Path(f"{recipe.run.dir.rstrip('/')}-study")
+
+
+def show_study(recipe: Recipe, asked: Wanted, folder: Path, *, root: Path | None, console: Console) -> Findings:
     """Studies and prints the sentence, a table and the curve."""
     from luthier.evaluate.study import view
     from luthier.evaluate.study.conduct import study as study_recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -23,8 +22,6 @@ from luthier.train.interrupt import heeded
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from luthier.recipe import Recipe
-    from luthier.runs import Run
 
 RESUMING = ("compare", "demo", "predict", "study", "train")
 """Verbs that keep what they have done as it comes."""
@@ -301,28 +298,6 @@ def _emit(value: dict[str, Any]) -> None:
     print(dumps(value, ensure_ascii=False), flush=True)
 
 
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
-    """The recipe, the folder that its data paths count from, and its name."""
-    from luthier.api import with_known_metrics
-    from luthier.recipe import Recipe, packaged
-
-    path = packaged(args.recipe) or Path(args.recipe)
-    if (path / "recipe.yaml").is_file():
-        from luthier.runs import Run
-
-        run = Run.open(path)
-        overrides = [f"run.dir={json.dumps(str(path))}", *args.overrides]  # quoted: values are YAML
-        return with_known_metrics(Recipe.load(path / "recipe.yaml", *overrides)), run.root, path.name
-    return with_known_metrics(Recipe.load(path, *args.overrides)), path.parent, path.stem
-
-
-def _open(args: argparse.Namespace) -> Run:
-    from luthier.runs import Run
-
-    recipe, root, name = _recipe(args)
-    return Run.create(recipe, name=name, root=root)
-
-
 def _init(args: argparse.Namespace) -> int:
     from luthier.scaffold import scaffold
 
@@ -336,18 +311,18 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from luthier.api import show_data
+    from luthier.api import show_data, start
 
-    report = show_data(_open(args), rows=args.rows, console=_console(args))
+    report = show_data(start(args.recipe, *args.overrides), rows=args.rows, console=_console(args))
     if args.json:
         _emit(report)
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from luthier.api import show_plan
+    from luthier.api import chosen, show_plan
 
-    recipe, _, _ = _recipe(args)
+    recipe, _, _ = chosen(args.recipe, args.overrides)
     planned = show_plan(recipe, gpu=args.gpu, vram=args.vram, console=_console(args))
     if args.json:
         _emit(planned.as_dict())
@@ -355,9 +330,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from luthier.api import start
     from luthier.train.launch import train
 
-    run = _open(args)
+    run = start(args.recipe, *args.overrides)
     result = train(run, console=_console(args))
     if args.json:
         _emit(result)
@@ -390,17 +366,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from luthier.api import show_study
+    from luthier.api import chosen, show_study, study_folder
     from luthier.evaluate.study.conduct import wanted
 
     asked = wanted(args.sizes, args.over, args.seeds)
-    recipe, root, name = _recipe(args)
-    if recipe.run.dir is None:
-        folder = Path("runs") / f"{name}-study"
-    elif any(word.startswith("run.dir=") for word in args.overrides):
-        folder = Path(recipe.run.dir)
-    else:  # the folder of the run that the recipe is for
-        folder = Path(f"{recipe.run.dir.rstrip('/')}-study")
+    recipe, root, name = chosen(args.recipe, args.overrides)
+    folder = study_folder(recipe, name, args.overrides)
     found = show_study(recipe, asked, folder, root=root, console=_console(args))
     if args.json:
         _emit(found.as_dict())

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
+import luthier as package
 import tiny
 from luthier.cli import main
 from luthier.data.prepare import Prepared
-from luthier.errors import UsageError
+from luthier.errors import RecipeError, UsageError
 from luthier.evaluate.study.cells import scores_of
 from luthier.evaluate.study.conduct import Wanted, _halve, _known, wanted
 from luthier.machine import machine, memory_kills
@@ -364,6 +365,27 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_written(recipe: Pa
     assert (code, "Traceback" in err) == (1, False), err
     assert over.partition("=")[0] in err
     assert not list(tmp_path.iterdir())
+
+
+def test_python_studies_a_recipe_with_its_changes_where_the_command_line_does(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked(study, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    recipe, asked = tmp_path / "sums.yaml", {"sizes": (8, 16), "seeds": 2}
+    for given in (recipe, Recipe.load(recipe)):
+        found = package.study(given, f"run.dir={tmp_path / 'copy'}", "run.processes=2", **asked)
+        assert found.as_dict()["points"] == study.found["points"]
+        with pytest.raises(RecipeError, match="unknown metric 'rogue'"):
+            package.study(given, "evaluate.metrics=[exact_match,rogue]", **asked)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_python_takes_a_run_for_its_recipe_and_changes_of_a_recipe_that_is_one(study: Study, tmp_path: Path) -> None:
+    run = package.start(Recipe.load(study.folder.parent / "sums.yaml"), f"run.dir={tmp_path / 'run'}", "train.lr=0.5")
+    assert (run.folder, run.recipe.train.lr) == (tmp_path / "run", 0.5)
+    again = package.start(run.folder, "evaluate.rows=3")
+    assert (again.folder, again.recipe.train.lr, again.recipe.evaluate.rows) == (run.folder, 0.5, 3)
 
 
 def test_values_may_be_lists() -> None:
