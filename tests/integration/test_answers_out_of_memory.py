@@ -162,15 +162,26 @@ class Beside(Scarce):
 
 
 def test_steps_that_cannot_be_recorded_for_want_of_memory_are_launched() -> None:
-    class Full(_Recorder):
-        def _record(self, step: Any) -> Any:
-            tries.append(step)
-            raise torch.OutOfMemoryError("as a test")
+    class Full:
+        """A recorder of a GPU that has no memory for a second graph."""
 
-    tries, recorder = list[Any](), Full(on=True)
-    steps = [recorder(lambda i=i: torch.tensor(i), (4, 128)) for i in range(RECORD_AFTER + 3)]  # type: ignore[misc]
-    assert [int(step) for step in steps] == list(range(RECORD_AFTER + 3))
-    assert len(tries) == 1
+        calls = ""
+
+        def record(self, step: Any) -> Any:
+            self.calls += "r"
+            if self.calls == "rr":
+                raise torch.OutOfMemoryError("as a test")
+            return step
+
+        def forget(self) -> None:
+            self.calls += "f"
+
+    recorder, full = _Recorder(on=True), Full()
+    recorder.recorder = full  # type: ignore[assignment]
+    for kind in ((4, 128), (8, 128), (4, 128)):
+        assert [int(recorder(lambda: torch.tensor(7), kind)) for _ in range(RECORD_AFTER + 3)] == [7] * 7
+    assert full.calls == "rrf"
+    assert not recorder.recorded
 
 
 def weighed(folder: Path, model: CausalModel, memory: Any) -> tuple[list[float], int]:

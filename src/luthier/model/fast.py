@@ -26,7 +26,7 @@ from luthier.kernels.loss import token_losses
 from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
-from luthier.model.memory import attempt, release
+from luthier.model.graphs import CudaRecorder, Recorder, Step
 from luthier.model.place import free_memory
 from luthier.model.quantize import PackedLinear
 
@@ -259,30 +259,28 @@ class _Recorder:
     def __init__(self, *, on: bool) -> None:
         self.on = on
         self.times: Counter[tuple[int, int]] = Counter()
-        self.recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool: Any = None  # of memory, one for all recordings: they never run at the same time
+        self.recorded: dict[tuple[int, int], Step] = {}
+        self.recorder: Recorder | None = None
 
-    def __call__(self, step: Callable[[], Tensor], kind: tuple[int, int]) -> Tensor:
+    def __call__(self, step: Step, kind: tuple[int, int]) -> Tensor:
         self.times[kind] += 1
-        if not self.on or self.times[kind] <= RECORD_AFTER:
+        if self.on and self.times[kind] > RECORD_AFTER and kind not in self.recorded:
+            self._record(step, kind)
+        if kind not in self.recorded:
             return step()
-        found = self.recorded.get(kind) or attempt(partial(self._record, step))
-        if found is None:  # a step that is launched takes the memory that others took before
-            self.on = False
-            self.recorded.clear()
-            release()
-            return step()
-        graph, out = self.recorded[kind] = found
-        graph.replay()
-        return out.clone()  # the next replay writes there
+        return self.recorded[kind]().clone()  # the next replay writes there
 
-    def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """What is recorded does not run."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = step()
-        self.pool = graph.pool()
-        return graph, out
+    def _record(self, step: Step, kind: tuple[int, int]) -> None:
+        """What is recorded does not run. Where that fails, as it does for want of memory, steps are launched from here
+        on."""
+        self.recorder = self.recorder or CudaRecorder()
+        try:
+            self.recorded[kind] = self.recorder.record(step)
+        except RuntimeError:
+            self.on = False
+        if not self.on:
+            self.recorded.clear()
+            self.recorder.forget()
 
 
 @dataclass(frozen=True)
