@@ -22,9 +22,8 @@ from luthier.train.interrupt import heeded
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-RESUMING = ("compare", "demo", "predict", "study", "train")
-"""Verbs that keep what they have done as it comes."""
+RESUMING = {"compare", "demo", "predict", "repro", "study", "train"}
+"""What keeps what it has done as it comes: verbs, and of `runs` one action."""
 _EPILOG = (
     "exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable, "
     "130/143 stopped by a signal, resumable"
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"luthier: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
-            goes_on = "goes on where it was" if args.verb in RESUMING else "begins anew"
+            goes_on = "goes on where it was" if RESUMING & {args.verb, vars(args).get("action")} else "begins anew"
             print(f"luthier: interrupted; the same command {goes_on}", file=sys.stderr)
             return 128 + next(iter(came), signal.SIGINT)
         except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,22 @@ def test_a_stopped_repetition_goes_on(run: Run) -> None:
     (again.folder / "manifest.json").write_text(json.dumps(manifest))
     assert repro(run).as_dict() == found.as_dict()
     assert again.manifest["result"]["resumed_from"] > 0
+
+
+class Impatient(io.StringIO):
+    """Where things are shown to somebody who has seen enough."""
+
+    def write(self, text: str) -> int:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("action", "then"), [("repro", "goes on where it was"), ("show", "begins anew")])
+def test_an_interrupted_repetition_says_that_it_goes_on(
+    run: Run, action: str, then: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Impatient())
+    assert main(["runs", action, str(run.folder)]) == 130
+    assert capsys.readouterr().err.endswith(f"luthier: interrupted; the same command {then}\n")
 
 
 def test_other_sums_of_the_same_numbers_are_within_noise(run: Run) -> None:
