@@ -30,6 +30,7 @@ from luthier.train.batch import batch as rows_of
 from luthier.train.batch import coming
 from luthier.train.engines.local import Local
 from luthier.train.optim import flat_gradient
+from scarce import Scarce
 
 __all__ = ["kernels"]
 
@@ -521,6 +522,33 @@ def test_a_pass_that_runs_out_of_memory_has_the_graphs_gone_and_they_are_recorde
     made.graphs.loss = of_a_pass
     train(made, batches)
     assert (recorder.recorded, len(made.graphs.recorded)) == (2, 1)
+
+
+def test_a_held_out_loss_that_finds_no_memory_has_the_graphs_gone_first(tmp_path: Path) -> None:
+    chosen, notes = tiny.recipe("train.epochs=3", "evaluate.every=100"), list[Any]()
+    made, plain = (tiny.model(chosen, kernels="eager") for _ in range(2))
+    recorder = recording(made)
+    trainers = [
+        tiny.trainer(tmp_path / name, chosen, causal=causal, held=9, emit=notes.append)
+        for name, causal in (("recorded", made), ("plain", plain))
+    ]
+    for trainer in trainers:
+        for _ in range(4):
+            trainer.step()
+    assert made.graphs is not None
+    assert made.graphs.recorded
+    with Scarce(at=-1) as whole:
+        trainers[1].evaluate()
+    with Scarce(at=2 * whole.count // 3):
+        trainers[0].evaluate()
+    assert not made.graphs.recorded
+    assert trainers[0].progress.best_loss == pytest.approx(trainers[1].progress.best_loss, rel=1e-5)
+    assert trainers[0].progress.micro_tokens == trainers[1].progress.micro_tokens
+    assert not any("out of memory" in note.get("text", "") for note in notes)
+    before = recorder.recorded
+    for _ in range(4):
+        assert trainers[0].step().loss == pytest.approx(trainers[1].step().loss, rel=1e-5)
+    assert recorder.recorded > before
 
 
 def test_the_plan_counts_with_as_many_graphs_as_are_recorded_at_most() -> None:

@@ -86,7 +86,11 @@ class CausalModel:
             recomputing(module, None if adapter is None else adapter.noise, recompute)
 
     def keep_less(self, free: Collection[str] = SETTINGS) -> bool:
-        """Makes our decoder take less memory, see there; False where it cannot."""
+        """Lets recorded launches go, which come again; where there are none, makes our decoder take less memory, see
+        there. False where it cannot."""
+        if self.graphs is not None and self.graphs.recorded:
+            self.graphs.forget()
+            return True
         less = self.decoder is not None and self.decoder.keep_less(free)
         if less and self.graphs is not None:
             self.graphs.forget()  # they read, and leave, what was there before
