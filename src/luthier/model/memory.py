@@ -10,13 +10,14 @@ import torch
 
 from luthier.allocator import give_back
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 _Result = TypeVar("_Result")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Torch raises a plain RuntimeError where a CPU allocation fails."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+    """Torch raises a RuntimeError of no kind of its own where a CPU allocation fails, and where the driver, Triton,
+    cuBLAS or cuDNN find no memory, which do not ask its allocator."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def attempt(work: Callable[[], _Result]) -> _Result | None:
