@@ -127,7 +127,9 @@ def read(path: Path, run: str | None) -> list[dict[str, Any]]:
 
 def groups(rows: list[dict[str, Any]]) -> Iterator[Group]:
     """Of each workload and memory the newest run that holds a comparison, else the newest."""
-    for workload, memory in dict.fromkeys((row["workload"], row["memory"]) for row in rows):
+    order = list(WORKLOADS)
+    kinds = {(row["workload"], row["memory"]) for row in rows}
+    for workload, memory in sorted(kinds, key=lambda kind: (order.index(kind[0]), kind[1] != "free", kind[1])):
         here = [row for row in rows if (row["workload"], row["memory"]) == (workload, memory)]
         runs = [row["run_id"] for row in reversed(here)]
         found = [Group(workload, memory, entries(here, run)) for run in dict.fromkeys(runs)]
