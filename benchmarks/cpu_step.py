@@ -73,9 +73,10 @@ def make_model(folder: Path) -> None:
 
 
 def find_model(choice: str, folder: Path) -> Path:
+    from luthier.machine import cache_folder
     from luthier.model import embedded
 
-    cached = embedded.cache_folder() / f"{embedded.NAME}-{embedded.CONVERSION}"
+    cached = cache_folder() / f"{embedded.NAME}-{embedded.CONVERSION}"
     if choice == "auto" and (cached / "model.safetensors").exists():
         return cached
     if choice not in ("auto", "random"):

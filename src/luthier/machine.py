@@ -225,6 +225,13 @@ def memory_kills(counts: Sequence[Path] = _KILLS) -> int | None:
     return next((int(words[1]) for words in told if words[0] == "oom_kill"), None)
 
 
+def cache_folder() -> Path:
+    """Where luthier keeps what it can make again: $LUTHIER_CACHE, else luthier/ in the user's cache folder."""
+    if own := os.environ.get("LUTHIER_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
+
+
 def _flags() -> tuple[str, ...]:
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.startswith(("flags", "Features")):

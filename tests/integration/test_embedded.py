@@ -13,6 +13,7 @@ import pytest
 
 from luthier import recipe
 from luthier.errors import ModelError
+from luthier.machine import cache_folder
 from luthier.model import embedded, load
 
 
@@ -33,9 +34,9 @@ def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LUTHIER_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert embedded.cache_folder() == tmp_path / "luthier"
+    assert cache_folder() == tmp_path / "luthier"
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "own"))
-    assert embedded.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_without_a_registry_one_line_says_where_to_put_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

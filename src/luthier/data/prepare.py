@@ -86,7 +86,7 @@ class Prepared:
     def changed(self, root: Path) -> list[str]:
         """The files that no longer hold what was prepared. One that is gone does not count, nor a hub data set."""
         files = {f["path"]: f["sha256"] for f in self.report["files"] if (root / f["path"]).is_file()}
-        return [path for path, before in files.items() if _sha256(root / path) != before]
+        return [path for path, before in files.items() if sha256_of(root / path) != before]
 
 
 def test_conversations(folder: Path) -> list[Conversation]:
@@ -609,7 +609,8 @@ def _conversations(path: Path) -> Iterator[Conversation]:
                 raise DataError("is no conversation", where=f"{path}:{number}", fix=fix) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

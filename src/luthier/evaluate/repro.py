@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import Prepared, prepare, sha256_of
 from luthier.errors import DataError, RunError
 from luthier.machine import Machine, machine
 from luthier.runs import Run, read_json, write_json
@@ -153,7 +153,7 @@ def check_data(run: Run) -> None:
             faults.append("the run learned from standard input, which is not kept")
         elif not path.is_file():
             faults.append(f"{path}: is missing")
-        elif _sha256(path) != file["sha256"]:
+        elif sha256_of(path) != file["sha256"]:
             faults.append(f"{path}: has changed since the run learned from it")
     if faults:
         raise DataError("\n".join(faults), fix="put back what the run had; nothing was trained")
@@ -266,7 +266,7 @@ def _tokens(run: Run) -> str:
     """SHA-256 of the tokens that are learned, and of which of them are."""
     found = hashlib.sha256()
     for name in ("ids", "supervised", "offsets"):
-        found.update(bytes.fromhex(_sha256(run.data / "train" / name)))
+        found.update(bytes.fromhex(sha256_of(run.data / "train" / name)))
     return found.hexdigest()
 
 
@@ -353,8 +353,3 @@ def _different(found: Repro) -> str:
 
 
 _SENTENCES = {"equal": _equal, "within noise": _within, "different": _different}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from torch import Tensor
 from luthier.errors import ModelError
 from luthier.kernels.pointwise import Activation, Pointwise, activate_backward_dA
 from luthier.kernels.spare import empty
+from luthier.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -187,7 +188,7 @@ def _library() -> ctypes.CDLL:
     # Compilers keep to half of a 512-bit register unless told; bf16 needs the whole (1.5 times as fast).
     command = [found, *FLAGS, *(["-mprefer-vector-width=512"] if "avx512f" in processor else [])]
     key = hashlib.sha256(repr((SOURCE.read_bytes(), command, LIBRARIES, processor)).encode()).hexdigest()[:16]
-    path = _cache() / f"native-{key}.so"
+    path = cache_folder() / f"native-{key}.so"
     if not path.exists():
         _build(command, path)
     return ctypes.CDLL(str(path))
@@ -202,12 +203,6 @@ def _build(command: list[str], path: Path) -> None:
             [*command, str(SOURCE), *LIBRARIES, "-o", str(aside)], check=True, capture_output=True, timeout=300
         )
         aside.replace(path)
-
-
-def _cache() -> Path:
-    if own := os.environ.get("LUTHIER_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
 
 
 def _processor() -> str:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from luthier.errors import ModelError
+from luthier.machine import cache_folder
 from luthier.model import gguf
 from luthier.strict import dumps
 
@@ -33,13 +34,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # part of the cached folder's name: raise it when the conversion writes something else
 
 Say = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where luthier keeps what it can make again: $LUTHIER_CACHE, else luthier/ in the user's cache folder."""
-    if own := os.environ.get("LUTHIER_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
 
 
 def embedded_folder(progress: Say | None = None) -> Path:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from luthier.model.embedded import cache_folder, embedded_folder
+from luthier.machine import cache_folder
+from luthier.model.embedded import embedded_folder
 
 # Part of the cached folder's name: raise it when something else is written.
 _VERSION = 1

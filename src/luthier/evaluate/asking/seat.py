@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,9 +41,9 @@ class Stored:
 
             return adapter_digest(self.folder)
         from luthier.adapters.files import WEIGHTS
+        from luthier.data.prepare import sha256_of
 
-        with (self.folder / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.folder / WEIGHTS)
 
     def load(self) -> Loaded:
         """Raises AdapterError or CheckpointError if a file is missing or malformed."""

@@ -41,7 +41,7 @@ def verdict(found: Json) -> Json:
     first, metric = found["metrics"][found["metric"]], _metric(found, found["metric"])
     return {
         "headline": _headline(found),
-        "sentence": _sentence(found["sentence"]),
+        "sentence": below_headline(found["sentence"]),
         "base": figure(first["base"]),
         "tuned": figure(first["tuned"]),
         "metric": metric.title,
@@ -64,7 +64,7 @@ def _metric(found: Json, name: str) -> Metric:
     return shown(name, found["metrics"][name])
 
 
-def _sentence(sentence: str) -> str:
+def below_headline(sentence: str) -> str:
     """The verdict's sentence below its headline: without the verdict, with a capital."""
     _, _, rest = sentence.partition(": ")
     return rest[:1].upper() + rest[1:] + "."

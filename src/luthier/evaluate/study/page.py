@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from luthier import __version__
 from luthier.evaluate.page.figures import Axis, Series, chart, interval
+from luthier.evaluate.page.scores import below_headline
 from luthier.evaluate.page.template import ours, template
 from luthier.evaluate.statistics.paired import figure, signed
 from luthier.evaluate.study.findings import expectation
@@ -41,7 +42,7 @@ def render(found: Json) -> str:
         version=__version__,
         found=found,
         headline=_HEADLINES[found["verdict"]],
-        sentence=_sentence(found["sentence"]),
+        sentence=below_headline(found["sentence"]),
         title=found["metric_title"][:1].upper() + found["metric_title"][1:],
         what="rows" if found["over"] is None else found["over"],
         score=_score(found),
@@ -52,12 +53,6 @@ def render(found: Json) -> str:
         next=_next(found),
         cells=_cells(found),
     )
-
-
-def _sentence(sentence: str) -> str:
-    """The sentence below its headline: without the verdict, with a capital."""
-    _, _, rest = sentence.partition(": ")
-    return rest[:1].upper() + rest[1:] + "."
 
 
 def _score(found: Json) -> Markup:
