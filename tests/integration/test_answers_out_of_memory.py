@@ -22,7 +22,7 @@ from luthier.model import attention
 from luthier.model.causal import CausalModel
 from luthier.model.decode import batches
 from luthier.model.fast import RECORD_AFTER, _Recorder
-from luthier.model.generate import Generation, Sampling, generate
+from luthier.model.generate import Generation, Sampling, generate, stream
 from luthier.model.load import model_folder
 from luthier.model.quantize import forget_unpacked, quantize_module, unpacked
 from luthier.train.engines.local import Local
@@ -125,6 +125,8 @@ def test_a_prompt_that_does_not_fit_alone_is_told_with_its_length() -> None:
         generate(model, [[3] * 20, [4] * 20], WARM, STOPS)
     with Small(0), pytest.raises(MemoryPlanError, match="leaves no memory for answers"):
         generate(model, [[3] * 20], WARM, STOPS)
+    with nothing, pytest.raises(MemoryPlanError, match="a prompt of 20 tokens"):
+        next(stream(model, [3] * 20, WARM, STOPS))
 
 
 def test_a_row_that_is_alone_has_the_memory_of_unpacked_weights() -> None:

@@ -87,7 +87,8 @@ def generate(
     if not prompts:
         return []
     answers: dict[int, Generation] = {}
-    engine = _decoder(model)
+    size = sum(p.numel() * p.itemsize for p in model.module.parameters())
+    engine = _decoder(model, merge=size <= MERGE_UP_TO)
 
     def answer(rows: Sequence[int]) -> bool:
         weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
@@ -109,11 +110,10 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _decoder(model: CausalModel) -> Decoder:
-    """The fastest that there is memory for. Raises MemoryPlanError where there is none."""
-    size = sum(p.numel() * p.itemsize for p in model.module.parameters())
-    for merge in (size <= MERGE_UP_TO, False):
-        found = attempt(partial(decoder, model, merge=merge))
+def _decoder(model: CausalModel, *, merge: bool) -> Decoder:
+    """`decoder`, with `merge` where there is memory for it. Raises MemoryPlanError where there is none at all."""
+    for merges in (merge, False):
+        found = attempt(partial(decoder, model, merge=merges))
         if found is not None:
             return found
         release()
@@ -133,19 +133,22 @@ def _cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:
 
 
 def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:
-    """The answer's tokens as they come, without the one that ends it. The same tokens as `generate` gives."""
+    """The answer's tokens as they come, without the one that ends it. The same tokens as `generate` gives. Raises
+    MemoryPlanError where memory runs out."""
     with torch.inference_mode():
-        engine = decoder(model, merge=False)
-        pick = _Picker([prompt], sampling, model.device)
-        ids = pick(engine.prefill([prompt], sampling.max_new_tokens))
-    for made in range(1, sampling.max_new_tokens + 1):
+        engine, pick = _decoder(model, merge=False), _Picker([prompt], sampling, model.device)
+    read = partial(engine.prefill, [prompt], sampling.max_new_tokens)
+    for _ in range(sampling.max_new_tokens):
+        with torch.inference_mode():  # not across a yield: it would hold in the caller
+            logits = attempt(read)
+            if logits is None:
+                raise _too_long(len(prompt), sampling.max_new_tokens)
+            ids = pick(logits)
         token = int(ids)
         if token in stop_ids:
             return
         yield token
-        if made < sampling.max_new_tokens:
-            with torch.inference_mode():  # not across a yield: it would hold in the caller
-                ids = pick(engine.step(ids))
+        read = partial(engine.step, ids)
 
 
 def _answer(
