@@ -12,6 +12,7 @@ import tiny
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
 from luthier.model.causal import CausalModel, Kernels
+from luthier.train.engines.local import Local
 from scarce import Scarce, Small
 
 
@@ -84,6 +85,28 @@ def test_wherever_memory_runs_out_the_held_out_loss_is_the_same(tmp_path: Path, 
     for at in sorted({*range(4), *range(0, count, count // 6), count - 1}):
         found, _ = held_out_loss(tmp_path / str(at), kernels, at)
         assert found == pytest.approx(wanted, rel=1e-6), at
+
+
+class Elsewhere(Local):
+    """Another process of the run finds no memory, once."""
+
+    lacks = True
+
+    def highest(self, value: int) -> int:
+        if value is False and self.lacks:
+            self.lacks = False
+            return True
+        return value
+
+
+def test_a_process_takes_a_held_out_loss_again_where_another_one_has_to(tmp_path: Path) -> None:
+    alone, one_of_two = (
+        tiny.trainer(tmp_path / name, tiny.recipe(), micro_tokens=64, held=9, engine=engine)
+        for name, engine in (("alone", Local()), ("two", Elsewhere()))
+    )
+    alone.evaluate(), one_of_two.evaluate()
+    assert one_of_two.progress.micro_tokens < alone.progress.micro_tokens
+    assert one_of_two.progress.best_loss == pytest.approx(alone.progress.best_loss, rel=1e-6)
 
 
 def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> None:
