@@ -88,13 +88,15 @@ def test_wherever_memory_runs_out_the_held_out_loss_is_the_same(tmp_path: Path, 
 
 
 class Elsewhere(Local):
-    """Another process of the run finds no memory, once."""
+    """Another process of the run finds no memory, once, and says no `times` times where this one says yes."""
 
-    lacks = True
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.times = times
 
     def highest(self, value: int) -> int:
-        if value is False and self.lacks:
-            self.lacks = False
+        if value is False and self.times:
+            self.times -= 1
             return True
         return value
 
@@ -114,3 +116,19 @@ def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> 
     trainer = tiny.trainer(tmp_path, tiny.recipe(), causal=causal, held=9)
     with pytest.raises(MemoryPlanError, match=r"rows\.jsonl:\d+: a row of \d+ tokens does not fit"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize(("times", "tokens"), [(1, 64), (2, 32)])
+def test_all_processes_take_fewer_tokens_where_one_has_nothing_else_to_let_go(
+    times: int, tokens: int, tmp_path: Path
+) -> None:
+    class Full(Watched):
+        def keep_less(self, free: Any) -> bool:
+            return True
+
+    recipe, engine = tiny.recipe(), Elsewhere(times)
+    causal = Full(tiny.model(recipe), 0, Scarce(-1))
+    trainer = tiny.trainer(tmp_path, recipe, micro_tokens=64, causal=causal, held=9, engine=engine)
+    trainer.evaluate()
+    assert engine.times == 0
+    assert trainer.progress.micro_tokens // 32 == tokens // 32

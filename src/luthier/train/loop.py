@@ -209,8 +209,8 @@ class Trainer:
     def _take_less(self, store: TokenStore, rows: Batch) -> None:
         """For want of memory for these rows: what a pass takes from here on is less."""
         release()
-        # To keep fewer values of packed weights changes no bit.
-        if not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"}):
+        # To keep fewer values of packed weights changes no bit. One process may have what another has not.
+        if self.engine.highest(not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"})):
             self.progress.micro_tokens = halved(store, self.engine, rows)
             self._say(f"out of memory; from here on {self.progress.micro_tokens} tokens at a time")
 
