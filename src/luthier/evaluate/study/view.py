@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from luthier.evaluate.statistics.paired import figure
 from luthier.evaluate.study.findings import Findings
@@ -186,37 +186,49 @@ def ends(point: Json) -> tuple[float, float]:
     return (point["score"], point["score"]) if point["low"] is None else (point["low"], point["high"])
 
 
+class _Mark(NamedTuple):
+    """What is drawn of a point: its band, and a sign at its score."""
+
+    label: str
+    score: float
+    low: float
+    high: float
+    sign: str
+
+
 def draw(found: Json, width: int, height: int) -> str:
     """The points with their bands as text: `●` at the score, `│` over the band, `┄` at chance. Sizes are to scale, and
     where the next doubling is expected stands `○`; values of a setting stand side by side."""
-    points = [(label, point) for label, point in labelled(found) if point["score"] is not None]
-    following = (found["fit"] or {}).get("next")
-    if len(points) < 2:
+    marks = _marks(found)
+    if len(marks) < 2:
         return ""
-    marks = [(label, point["score"], *ends(point), "●") for label, point in points]
-    if following:
-        marks.append((f"{following['size']:,}", following["value"], following["low"], following["high"], "○"))
-    bounds = [value for _, _, low, high, _ in marks for value in (low, high)]
-    top, bottom = float(max(bounds)), float(min(bounds))
-    scale = [figure(top), figure(bottom)]
+    top, bottom = max(mark.high for mark in marks), min(mark.low for mark in marks)
+    scale, names = [figure(top), figure(bottom)], [mark.label for mark in marks]
     margin = max(map(len, scale)) + 1
-    columns = _columns(found, [label for label, *_ in marks], width - margin - 4)
+    columns = _columns(found, names, width - margin - 4)
 
-    def line(value: float) -> int:
-        share = (top - value) / ((top - bottom) or 1.0)
-        return round((height - 1) * share)
+    def line(score: float) -> int:
+        return round((height - 1) * (top - score) / ((top - bottom) or 1.0))
 
     cells = [[" "] * (width - margin) for _ in range(height)]
-    chance = found["chance"]
-    if chance is not None and bottom <= chance <= top:
-        cells[line(chance)] = ["┄"] * (width - margin)
-    for column, (_, value, low, high, mark) in zip(columns, marks, strict=True):
-        for row in range(line(high), line(low) + 1):
+    if found["chance"] is not None and bottom <= found["chance"] <= top:
+        cells[line(found["chance"])] = ["┄"] * (width - margin)
+    for column, mark in zip(columns, marks, strict=True):
+        for row in range(line(mark.high), line(mark.low) + 1):
             cells[row][column] = "│"
-        cells[line(value)][column] = mark
+        cells[line(mark.score)][column] = mark.sign
     sides = [scale[0], *[""] * (height - 2), scale[1]]
     lines = [f"{side:>{margin - 1}} {''.join(row).rstrip()}" for side, row in zip(sides, cells, strict=True)]
-    return "\n".join([*lines, " " * margin + _under(columns, [label for label, *_ in marks], width - margin)])
+    return "\n".join([*lines, " " * margin + _under(columns, names, width - margin)])
+
+
+def _marks(found: Json) -> list[_Mark]:
+    points = [(label, point) for label, point in labelled(found) if point["score"] is not None]
+    marks = [_Mark(label, point["score"], *ends(point), "●") for label, point in points]
+    if found["fit"]:
+        following = found["fit"]["next"]
+        marks.append(_Mark(f"{following['size']:,}", following["value"], following["low"], following["high"], "○"))
+    return marks
 
 
 def _columns(found: Json, names: Sequence[str], width: int) -> list[int]:
