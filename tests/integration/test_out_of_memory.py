@@ -118,9 +118,9 @@ def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> 
         trainer.evaluate()
 
 
-@pytest.mark.parametrize(("times", "tokens"), [(1, 64), (2, 32)])
+@pytest.mark.parametrize(("times", "fewer"), [(1, False), (2, True)])
 def test_all_processes_take_fewer_tokens_where_one_has_nothing_else_to_let_go(
-    times: int, tokens: int, tmp_path: Path
+    times: int, fewer: bool, tmp_path: Path
 ) -> None:
     class Full(Watched):
         def keep_less(self, free: Any) -> bool:
@@ -131,4 +131,4 @@ def test_all_processes_take_fewer_tokens_where_one_has_nothing_else_to_let_go(
     trainer = tiny.trainer(tmp_path, recipe, micro_tokens=64, causal=causal, held=9, engine=engine)
     trainer.evaluate()
     assert engine.times == 0
-    assert trainer.progress.micro_tokens // 32 == tokens // 32
+    assert (trainer.progress.micro_tokens < 64) == fewer
