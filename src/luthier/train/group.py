@@ -109,9 +109,14 @@ class Group:
             raise stopped(interrupt.signal)
         if error:
             raise rebuilt(error)
-        if result is None and -signal.SIGKILL not in self.first_codes:
+        if result is None and not self.was_killed:
             raise self._crashed()
         return result
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether one of the processes was, once all have ended."""
+        return -signal.SIGKILL in self.first_codes
 
     @property
     def killed(self) -> Killed:

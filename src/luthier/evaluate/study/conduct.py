@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -396,7 +395,7 @@ def _attempt(plan: _Plan, workers: int, view: Progress) -> Killed | None:
     """What is known of a kill, if one of the workers was killed."""
     with group("luthier.evaluate.study.cells", plan.whole.folder, _environments(plan, workers)) as started:
         started.watch(view)
-        return started.killed if -signal.SIGKILL in started.first_codes else None
+        return started.killed if started.was_killed else None
 
 
 def _check_done(whole: Run, cells: Sequence[Run]) -> None:

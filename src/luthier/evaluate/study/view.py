@@ -81,7 +81,8 @@ class _Bar:
             case "cell":
                 self.tasks[cell] = self.display.add_task(cell, total=self.steps[cell], figures="")
             case "start" if cell in self.tasks:
-                self.display.update(self.tasks[cell], completed=event["resumed_from"])
+                self.steps[cell] = event["steps"]  # in files of other weights there are more or fewer than were counted
+                self.display.update(self.tasks[cell], total=event["steps"], completed=event["resumed_from"])
             case "step" if cell in self.tasks:
                 self.display.update(self.tasks[cell], completed=event["step"], figures=f"loss {event['loss']:.3f}")
             case "answering" if cell in self.tasks:
@@ -98,8 +99,7 @@ class _Bar:
     def _begin(self, event: Event) -> None:
         for cell in list(self.tasks):
             self._drop(cell)
-        self.steps, self.done = event["steps"], set(event["done"])
-        self.display.update(self.whole, total=sum(self.steps.values()))
+        self.steps, self.done = dict(event["steps"]), set(event["done"])
         self.display.console.print(_begins(event), markup=False, highlight=False)
 
     def _drop(self, cell: str) -> None:
@@ -110,7 +110,8 @@ class _Bar:
         """Where the whole is: the steps of finished cells, and those made in the others."""
         made = sum(self.steps.get(cell, 0) for cell in self.done)
         made += sum(int(task.completed) for task in self.display.tasks if task.id in self.tasks.values())
-        self.display.update(self.whole, completed=made, figures=f"{len(self.done)}/{len(self.steps)}")
+        total, figures = sum(self.steps.values()), f"{len(self.done)}/{len(self.steps)}"
+        self.display.update(self.whole, total=total or None, completed=made, figures=figures)
 
 
 def _begins(event: Event) -> str:
