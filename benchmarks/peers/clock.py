@@ -34,6 +34,7 @@ class Clock:
         self.ticks, self.ends, self.found = 0, list[Any](), dict[str, Any]()
         self.phases, self.reached = dict[str, float](), started
         self.profiler: Any = None
+        self.ahead = 0  # steps that are begun, and all but done, when one is told
 
     @property
     def total(self) -> int:
@@ -80,8 +81,9 @@ class Clock:
         """What was measured of `steps`, of which the first `total` were run. Rates are of real tokens."""
         first, last = self.workload.first, self.workload.first + self.workload.timed
         window, seconds = self.found.pop("window_s"), durations(self.ends)
-        whole = counts(steps[first:last])
-        rates = [counts([step]).tokens / s for step, s in zip(steps[first:last], seconds, strict=True)]
+        timed = self._worked(steps, first, last)
+        whole = counts(timed)
+        rates = [counts([step]).tokens / s for step, s in zip(timed, seconds, strict=True)]
         row = {
             "tok_s": whole.tokens / window,
             "median_tok_s": statistics.median(rates),
@@ -94,8 +96,14 @@ class Clock:
             "phases": self.phases,
         }
         if self.profiler is not None and self.profile is not None:
-            row["profile"] = summary(self.profiler, steps[last : self.total], row["tok_s"], self.profile)
+            profiled = self._worked(steps, last, self.total)
+            row["profile"] = summary(self.profiler, profiled, row["tok_s"], self.profile)
         return row
+
+    def _worked(self, steps: list[Step], first: int, last: int) -> list[Step]:
+        """What the GPU works on between the ends of two steps: what was begun before the one is not, and what is begun
+        before the other is. After the last step comes the first."""
+        return [*steps, *steps][first + self.ahead : last + self.ahead]
 
     def _start_profile(self) -> None:
         if self.profile is None:

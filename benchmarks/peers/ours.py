@@ -51,6 +51,7 @@ def train(
         model = model_of(recipe, decisions, folder)
         clock.phase("model")
         trainer = trainer_of(recipe, decisions, model, steps, Path(place))
+        clock.ahead = int(trainer.ahead)
         clock.begin()
         rehearse(trainer)
         clock.phase("rehearsal")

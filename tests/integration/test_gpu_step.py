@@ -432,3 +432,17 @@ def test_pauses_are_where_no_kernel_runs() -> None:
     events = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=s, end=e)) for name, s, e in spans]
     told = [("pause: a -> long", 0.019, 2), ("pause: b -> a", 0.01, 1), ("pause: long -> b", 0.003, 1)]
     assert clock.pauses(events[::-1]) == [(between, pytest.approx(ms), count) for between, ms, count in told]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_steps_are_counted_where_they_are_worked_on(ahead: int) -> None:
+    """A step that was begun before the window is no part of it, and the one that is begun at its end is. After the last
+    step comes the first again."""
+    workload = workloads.Workload("", workloads.CHAT, 1, warm=2, timed=3, profiled=0)
+    steps = [((workloads.Sample([0] * length, length),),) for length in (16, 1, 2, 4, 8)]
+    watch = clock.Clock(time.time(), workload, None)
+    watch.ahead = ahead
+    watch.begin()
+    for _ in range(watch.total):
+        watch.tick()
+    assert 3 * watch.row(steps)["step_tokens"] == (4 + 8 + 16 if ahead else 2 + 4 + 8)
