@@ -1,4 +1,5 @@
-"""How this process's allocators, the C library's and CUDA's, treat what torch frees."""
+"""How this process's allocators, the C library's and CUDA's, treat what torch frees, and how they say that there is no
+memory."""
 
 from __future__ import annotations
 
@@ -9,6 +10,15 @@ import sys
 # glibc's malloc.h; the threshold is the largest that a heap can serve.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _NEVER, _LARGEST, _TENSOR = 2**31 - 1, 32 << 20, 64 << 10
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory. Torch raises a RuntimeError of no kind of its own where a CPU allocation
+    fails, and where the driver, Triton, cuBLAS or cuDNN find no memory, which do not ask its allocator."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def grow_segments() -> None:

@@ -24,6 +24,7 @@ from luthier.kernels import varlen_backward
 from luthier.kernels.loss import IGNORED
 from luthier.model import graphs
 from luthier.model.causal import CausalModel
+from luthier.model.generate import Sampling, generate
 from luthier.model.graphs import Graphs
 from luthier.model.pack import Coming, Placed, Shape, choose, fits, numbers, padded, placed, shape, size, trim
 from luthier.train.batch import batch as rows_of
@@ -480,15 +481,18 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once() -> None:
 LACK, DRIVERS = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")
 SPOILT = RuntimeError("operation failed due to a previous error during capture")
 SPOILT.__context__ = LACK
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize("lack", [LACK, DRIVERS, SPOILT], ids=["torch's", "the driver's", "as the recording ends"])
+@pytest.mark.parametrize(
+    "lack", [LACK, DRIVERS, CUBLAS, SPOILT], ids=["torch's", "the driver's", "cuBLAS's", "as the recording ends"]
+)
 @pytest.mark.parametrize("price", [0.0, 300.0], ids=["by a rule", "chosen ahead"])
 def test_after_a_lack_of_memory_steps_are_launched_and_then_recorded_again(lack: Exception, price: float) -> None:
     made, batches = model("llama", "eager"), [micro(), micro((900, 300))] * 6
     recorder = recording(made, [lack, None, lack], price)
     made.expect(lambda: Coming([size(trim(batch)) for batch in batches[:2]], 1e4))
-    with pytest.warns(UserWarning, match="until they are recorded again, .* out of memory") as said:
+    with pytest.warns(UserWarning, match="until they are recorded again, .*(out of memory|ALLOC_FAILED)") as said:
         found = train(made, batches)
     for mine, wanted in zip(found, train(model("llama", "eager"), batches), strict=True):
         assert error(mine, wanted) <= 1e-5
@@ -539,7 +543,7 @@ def test_a_held_out_loss_that_finds_no_memory_has_the_graphs_gone_first(tmp_path
     assert made.graphs.recorded
     with Scarce(at=-1) as whole:
         trainers[1].evaluate()
-    with Scarce(at=2 * whole.count // 3):
+    with Scarce(at=2 * whole.count // 3), pytest.warns(UserWarning, match="until they are recorded again"):
         trainers[0].evaluate()
     assert not made.graphs.recorded
     assert trainers[0].progress.best_loss == pytest.approx(trainers[1].progress.best_loss, rel=1e-5)
@@ -551,9 +555,62 @@ def test_a_held_out_loss_that_finds_no_memory_has_the_graphs_gone_first(tmp_path
     assert recorder.recorded > before
 
 
+def test_a_step_whose_replays_find_no_memory_is_made_without_recording_in_the_end(tmp_path: Path) -> None:
+    chosen = tiny.recipe("train.epochs=3", "evaluate.every=100")
+    made, plain = (tiny.model(chosen, kernels="eager") for _ in range(2))
+    recorder = recording(made)
+
+    def record(step: Any) -> Any:
+        recorder.recorded += 1
+        return lambda: out_of_memory(step)
+
+    recorder.record = record  # type: ignore[method-assign]
+    trainers = [
+        tiny.trainer(tmp_path / name, chosen, causal=causal) for name, causal in (("recorded", made), ("plain", plain))
+    ]
+    with pytest.warns(UserWarning, match="launched one by one") as said:
+        losses = [trainers[0].step().loss for _ in range(4)]
+    assert losses == pytest.approx([trainers[1].step().loss for _ in range(4)], rel=1e-5)
+    assert ["from here on" in str(warning.message) for warning in said] == [False] * (graphs.LACKS - 1) + [True]
+    assert recorder.recorded >= graphs.LACKS
+    assert trainers[0].progress.micro_tokens == trainers[1].progress.micro_tokens
+
+
+def test_memory_is_given_time_after_it_lacked() -> None:
+    """An expected shape like another is recorded without a launch; where that fails it is launched, and recorded when
+    it comes again."""
+    batches = [micro((300, 250, 40)), micro((900, 800)), micro((100, 2))]
+    made = model("llama", "eager")
+    recording(made, [None, LACK], price=1.0)
+    made.expect(lambda: Coming([size(trim(batch)) for batch in batches], 1.0))
+    train(made, batches[:1])
+    with pytest.warns(UserWarning, match="until they are recorded again") as said:
+        train(made, batches[1:2])
+    assert len(said) == 1
+    assert made.graphs is not None
+    assert not made.graphs.recorded
+    train(made, batches[1:2])
+    assert len(made.graphs.recorded) == 1
+
+
+def test_sampled_answers_that_find_no_memory_have_the_graphs_gone_first() -> None:
+    made, sampling = model("llama", "eager"), Sampling(max_new_tokens=3)
+    recording(made)
+    train(made, [micro()] * 2)
+    assert made.graphs is not None
+    assert made.graphs.recorded
+    with Scarce(at=-1) as whole:
+        wanted = generate(made, [[5, 6, 7]], sampling, frozenset())
+    assert made.graphs.recorded
+    with Scarce(at=2 * whole.count // 3):
+        assert generate(made, [[5, 6, 7]], sampling, frozenset()) == wanted
+    assert not made.graphs.recorded
+    assert made.graphs.recorder is not None
+
+
 def test_the_plan_counts_with_as_many_graphs_as_are_recorded_at_most() -> None:
     assert plan._GRAPHS == graphs.LIMIT
 
 
-def out_of_memory(micro: Placed) -> Tensor:
+def out_of_memory(_: Any) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory")

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.allocator import out_of_memory
 from luthier.kernels.ends import Ends
 from luthier.kernels.sizes import power_of_2
 from luthier.kernels.spare import empty
@@ -169,9 +170,9 @@ def plan(shape: _Shape) -> tuple[Any, int] | None:
     """cuDNN's plan, and the bytes that it needs meanwhile; None where cuDNN has none."""
     try:
         return _planned(shape)
-    except torch.OutOfMemoryError:  # it may have one later
-        raise
     except Exception as error:  # its own kinds, and RuntimeError
+        if out_of_memory(error):  # it may have one later
+            raise torch.OutOfMemoryError(str(error)) from error
         warnings.warn(f"cuDNN has no attention for {shape}, torch computes it: {error}", stacklevel=2)
         return None
 

@@ -119,7 +119,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool, neighbours: bool) -> N
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(x - max) of each row of [S, V], in the place of `logits`; that maximum and the sum, both fp32 [S, 1]."""
     largest, mass = logits.new_empty(2, len(logits), 1, dtype=torch.float32)
-    launch("exponentials", (len(logits),), logits, largest, mass, WIDTH=logits.shape[1], BLOCK=16384, num_warps=32)
+    launch("exponentials", (len(logits),), logits, largest, mass, WIDTH=logits.shape[1], BLOCK=8192, num_warps=16)
     return logits, largest, mass
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+from luthier.allocator import out_of_memory
 from luthier.kernels.ends import Ends
 from luthier.kernels.place import capability
 from luthier.kernels.sizes import power_of_2
@@ -81,9 +82,9 @@ def starts(place: torch.device) -> bool:
 
         one, out = torch.ones(2, 16, device=place), torch.empty(2, 16, device=place)
         varlen_jit.summed[1, 2](one, None, None, out, 16, 16, HALF=0, WIDTH=16, PARTS=1, SIZE=16, BLOCK=16)
-    except torch.OutOfMemoryError:  # it may start later
-        raise
     except Exception as error:  # of many kinds, a compiler's that fails among them
+        if out_of_memory(error):  # it may start later
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"flash attention computes the gradients of attention, as Triton cannot: {reason}", stacklevel=2)
         return False

@@ -88,13 +88,19 @@ class CausalModel:
     def keep_less(self, free: Collection[str] = SETTINGS) -> bool:
         """Lets recorded launches go, which come again; where there are none, makes our decoder take less memory, see
         there. False where it cannot."""
-        if self.graphs is not None and self.graphs.recorded:
-            self.graphs.forget()
+        if self.graphs is not None and self.graphs.give_way():
             return True
         less = self.decoder is not None and self.decoder.keep_less(free)
         if less and self.graphs is not None:
             self.graphs.forget()  # they read, and leave, what was there before
         return less
+
+    def forget_recorded(self) -> bool:
+        """Lets recorded launches go, which come again, for what needs memory meanwhile; whether there were any."""
+        recorded = self.graphs is not None and bool(self.graphs.recorded)
+        if self.graphs is not None:
+            self.graphs.forget()
+        return recorded
 
     @property
     def head(self) -> Head:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.adapters.lora import Lora
+from luthier.allocator import out_of_memory
 from luthier.model import families
 from luthier.model.fast import FastDecoder
-from luthier.model.memory import out_of_memory
 from luthier.model.quantize import PackedLinear, unrounded
 
 if TYPE_CHECKING:

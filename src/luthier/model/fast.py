@@ -134,7 +134,7 @@ class FastDecoder:
         """Without a copy of the weights, and with half as many tokens in a pass: one of fewer than the longest row has
         takes no less."""
         less = self.merged or self.pass_tokens > self.end
-        self.keys, self.values = [], []
+        self.keys, self.values, self.recorder = [], [], _Recorder(on=self.records)
         if self.merged:
             self.layers = []  # the copies go before others come
             self.layers = self.layers_of(merge=False)
@@ -278,7 +278,7 @@ class _Recorder:
             self.recorded[kind] = self.recorder.record(step)
         except RuntimeError:
             self.on = False
-        if not self.on:
+        if not self.on:  # not in the handler: what went wrong holds what the step had made
             self.recorded.clear()
             self.recorder.forget()
 

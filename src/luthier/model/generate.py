@@ -75,8 +75,8 @@ def generate(
             half of a GPU's where our own decoder answers.
         progress: is told (answers done, answers in all).
 
-    Where memory runs out, what is not answered yet is tried again, half as many rows at a time, and a row that is alone
-    without unpacked weights beside it.
+    Where memory runs out, recorded launches of training go first; then what is not answered yet is tried again, half as
+    many rows at a time, and a row that is alone without unpacked weights beside it.
 
     Raises:
         ModelError: a prompt has no tokens.
@@ -101,12 +101,16 @@ def generate(
     waiting = _planned(engine, model, [len(p) for p in prompts], sampling.max_new_tokens, max_tokens_in_flight)
     while waiting:
         rows, *waiting = waiting
-        if not attempt(partial(answer, rows)):
+        if attempt(partial(answer, rows)):
+            continue
+        most = len(rows)
+        if not model.forget_recorded():  # a run's, which has answers sampled
             less = engine.take_less()
-            if len(rows) == 1 and not less and not forget_unpacked(model.module):
+            if most == 1 and not less and not forget_unpacked(model.module):
                 raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens)
-            release()
-            waiting = _cut([[row for row in rows if row not in answers], *waiting], -(-len(rows) // 2))
+            most = -(-most // 2)
+        release()
+        waiting = _cut([[row for row in rows if row not in answers], *waiting], most)
     return [answers[i] for i in range(len(prompts))]
 
 

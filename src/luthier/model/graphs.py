@@ -17,6 +17,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from luthier.allocator import out_of_memory
 from luthier.data.stream import Micro
 from luthier.model.pack import Coming, Placed, Shape, choose, fits, numbers, padded, placed, shape
 
@@ -51,7 +52,10 @@ class CudaRecorder:
     MiB on Hopper. Never by two at a time: from 2.12 on torch frees a stream's workspaces with any of its graphs."""
 
     def __init__(self) -> None:
-        self.stream = self._idle.pop() if self._idle else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            self.stream = self._idle.pop()
+        except IndexError:
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         finalize(self, self._idle.append, self.stream).atexit = False
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -174,6 +178,7 @@ class Graphs:
         self._check((scale, *(tensor.data_ptr() for tensor in places)))
         told = numbers(micro, key)
         told = told.pin_memory() if self.device.type == "cuda" else told  # so that copying it waits for nothing
+        lacks = self._lacks
         if chosen not in self.recorded and self._was_launched(chosen):
             self._record(chosen, micro, scale)
         recorded = self.recorded.get(chosen)
@@ -183,7 +188,7 @@ class Graphs:
         if self.recorded:
             self._let_go()  # and recorded again at once: their memory beside a launched pass is more than is planned
         loss = self._now(told, micro, scale, chosen.longest)  # compiles and chooses what a recording cannot
-        if self._comes_again(chosen):
+        if self._comes_again(chosen) and lacks == self._lacks:  # else not now: memory has just lacked
             self._record(chosen, micro, scale)
         return loss
 
@@ -220,6 +225,15 @@ class Graphs:
         self._came.clear()
         self._let_go()
 
+    def give_way(self) -> bool:
+        """Lets all graphs go for want of memory beside them; returns whether there were any. Often enough, and nothing
+        is recorded any more."""
+        if not self.recorded:
+            return False
+        self.forget()
+        self._lacked("there was no memory beside what is recorded")
+        return True
+
     def _let_go(self) -> None:
         self.recorded.clear()
         if self.recorder is not None:
@@ -247,25 +261,36 @@ class Graphs:
         return backward(self.loss(placed(numbers, micro, longest)), scale)
 
     def _go_on(self, error: RuntimeError, *, launched: bool) -> None:
-        """After a recording failed. Memory that lacked may be there later: then steps are recorded again. And what was
-        not launched yet is now."""
+        """After a recording failed: what was not launched yet is launched first."""
         self.forget()
         lack = _lack(error)
-        if lack is None and not launched:
+        if lack is not None:
+            self._lacked(_said(lack))
+        elif launched:
+            self._tell(_said(error), for_good=True)
+        else:
             self._at_once = False
-            return
+
+    def _lacked(self, reason: str) -> None:
+        """Memory that lacked may be there later: steps are recorded again, but not for ever."""
         self._lacks += 1
-        if lack is None or self._lacks == LACKS:
-            self.recorder = None
-        until = "from here on" if self.recorder is None else "until they are recorded again"
-        reason = (str(lack or error).strip().splitlines() or [type(error).__name__])[0]
+        self._tell(reason, for_good=self._lacks >= LACKS)
+
+    def _tell(self, reason: str, *, for_good: bool) -> None:
+        self.recorder = None if for_good else self.recorder
+        until = "from here on" if for_good else "until they are recorded again"
         warnings.warn(f"steps are launched one by one {until}, which only takes longer: {reason}", stacklevel=2)
 
 
+def _said(error: BaseException) -> str:
+    """The first line of what it says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _lack(error: BaseException | None) -> BaseException | None:
-    """The lack of memory, torch's or the driver's, that an error is or came of: torch may say of a recording that it
-    spoilt that it cannot be ended."""
-    return error if error is None or "out of memory" in str(error) else _lack(error.__context__)
+    """The lack of memory that an error is or came of: torch may say of a recording that it spoilt that it cannot be
+    ended."""
+    return error if error is None or out_of_memory(error) else _lack(error.__context__)
 
 
 def backward(loss: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running out of memory: how it is told from other errors, and what a smaller try needs before it."""
+"""Running out of memory: what a smaller try needs before it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from luthier.allocator import give_back
+from luthier.allocator import give_back, out_of_memory
 
-_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 _Result = TypeVar("_Result")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Torch raises a RuntimeError of no kind of its own where a CPU allocation fails, and where the driver, Triton,
-    cuBLAS or cuDNN find no memory, which do not ask its allocator."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def attempt(work: Callable[[], _Result]) -> _Result | None:

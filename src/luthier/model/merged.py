@@ -178,8 +178,8 @@ class MergedLinear:
         assert inner is not None
         dy, drops = spare.made(dy, self.spare), self._drops(noise)
         whole = spare.whole(dy, self.spare)
-        self.adapted_backward(dy, matrix[:N, K:], inner, self._parts(), whole[:, N:], self.gradients.B)
         dinner = whole[:, N:]
+        self.adapted_backward(dy, matrix[:N, K:], inner, self._parts(), dinner, self.gradients.B)
         if not wanted:
             return None, dinner
         dx = torch.mm(dy, matrix[:N, :K]) if drops else torch.mm(whole, matrix[:, :K])

@@ -267,8 +267,10 @@ def unpacked(module: nn.Module, room: int) -> Iterator[None]:
     for layer in module.modules():
         if isinstance(layer, PackedLinear) and not layer.streamed and layer.kept_bytes <= room:
             room -= layer.kept_bytes
-            attempt(layer.keep)  # where there is no memory after all, it is unpacked as before
             layers.append(layer)
+            attempt(layer.keep)
+            if layer.kept is None:  # there is no memory after all
+                break
     try:
         yield
     finally:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from luthier.allocator import out_of_memory
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro
 from luthier.errors import MemoryPlanError
-from luthier.model.memory import out_of_memory, release
+from luthier.model.memory import release
 from luthier.train.memory import forget_peak, left_open, peak_bytes
 
 if TYPE_CHECKING:
