@@ -111,11 +111,19 @@ def test_a_process_takes_a_held_out_loss_again_where_another_one_has_to(tmp_path
     assert one_of_two.progress.best_loss == pytest.approx(alone.progress.best_loss, rel=1e-6)
 
 
-def test_a_held_out_row_that_does_not_fit_by_itself_is_named(tmp_path: Path) -> None:
-    causal = Watched(tiny.model(tiny.recipe()), 0, Small(0))
-    trainer = tiny.trainer(tmp_path, tiny.recipe(), causal=causal, held=9)
-    with pytest.raises(MemoryPlanError, match=r"rows\.jsonl:\d+: a row of \d+ tokens does not fit"):
-        trainer.evaluate()
+def test_a_row_that_does_not_fit_by_itself_is_named_with_what_helps(tmp_path: Path) -> None:
+    def told(recompute: str, learns: bool) -> str:
+        recipe = tiny.recipe(f"run.recompute={recompute}")
+        causal = Watched(tiny.model(recipe), 0, Small(0))
+        trainer = tiny.trainer(tmp_path, recipe, causal=causal, held=9)
+        with pytest.raises(MemoryPlanError, match=r"rows\.jsonl:\d+: a row of \d+ tokens does not fit") as raised:
+            trainer.step() if learns else trainer.evaluate()
+        return raised.value.fix
+
+    assert told("auto", learns=True) == "set data.length lower, or run.recompute=true"
+    assert told("true", learns=True) == "set data.length lower"
+    # Held-out rows are read without gradients: there is nothing to recompute.
+    assert told("auto", learns=False) == "set data.length lower, or close other programs"
 
 
 @pytest.mark.parametrize(("times", "fewer"), [(1, False), (2, True)])

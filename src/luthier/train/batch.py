@@ -14,6 +14,7 @@ from luthier.data.store import TokenStore
 from luthier.data.stream import Micro, Sample, Stream, collate
 from luthier.errors import MemoryPlanError, NotFiniteError
 from luthier.model.pack import Coming, Shape
+from luthier.recipe import Run
 from luthier.train.engines import Engine
 from luthier.train.step import Model
 
@@ -48,18 +49,23 @@ def gathered(
     return Batch(samples, tokens, targets, [model.ready(micro) for micro in micros], largest)
 
 
-def halved(store: TokenStore, engine: Engine, rows: Batch) -> int:
+def halved(store: TokenStore, engine: Engine, rows: Batch, fix: str) -> int:
     """Half of the largest micro-batch that any process tried, as a budget of tokens. Raises MemoryPlanError where that
-    is one row."""
+    is one row; `fix` is what to do then."""
     largest = int(engine.highest(rows.largest))
     longest = max(rows.samples, key=lambda sample: store.lengths[sample.row])
     if largest <= store.lengths[longest.row]:
         raise MemoryPlanError(
             f"a row of {largest} tokens does not fit into memory by itself",
             where=origins(store, [longest]),
-            fix="set data.length lower, or run.recompute=true",
+            fix=fix,
         )
     return largest // 2
+
+
+def shorter(run: Run) -> str:
+    """What to do about a row that does not fit while it is learned."""
+    return "set data.length lower" if run.recompute is True else "set data.length lower, or run.recompute=true"
 
 
 def not_finite(

@@ -22,7 +22,7 @@ from luthier.data.stream import Sample, Stream
 from luthier.model.memory import attempt, release
 from luthier.recipe import Recipe
 from luthier.train import checkpoint, optim
-from luthier.train.batch import Batch, batch, coming, gathered, guilty, halved, judged, not_finite
+from luthier.train.batch import Batch, batch, coming, gathered, guilty, halved, judged, not_finite, shorter
 from luthier.train.checkpoint import Checkpoint, Progress
 from luthier.train.engines import Engine
 from luthier.train.interrupt import Interrupt, stopped
@@ -193,7 +193,7 @@ class Trainer:
                 self.engine.reduce(loss)
                 self.gradient.div_(rows.targets * self.progress.scale)
                 return rows, loss
-            self._take_less(self.stream.store, rows)
+            self._take_less(self.stream.store, rows, shorter(self.recipe.run))
 
     def _loss_of(self, samples: list[Sample]) -> float:
         """The summed loss of held-out rows, of all processes. A lack of memory is met as that of a step is."""
@@ -204,14 +204,14 @@ class Trainer:
             if not engine.highest(mine is None):
                 assert mine is not None
                 return engine.total(mine)[0]
-            self._take_less(self.heldout, rows)
+            self._take_less(self.heldout, rows, "set data.length lower, or close other programs")
 
-    def _take_less(self, store: TokenStore, rows: Batch) -> None:
+    def _take_less(self, store: TokenStore, rows: Batch, fix: str) -> None:
         """For want of memory for these rows: what a pass takes from here on is less."""
         release()
         # To keep fewer values of packed weights changes no bit. One process may have what another has not.
         if self.engine.highest(not self.model.keep_less(left_open(self.recipe.run) & {"unpacked"})):
-            self.progress.micro_tokens = halved(store, self.engine, rows)
+            self.progress.micro_tokens = halved(store, self.engine, rows, fix)
             self._say(f"out of memory; from here on {self.progress.micro_tokens} tokens at a time")
 
     def _accumulate(self, rows: Batch) -> Tensor:
