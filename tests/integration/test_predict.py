@@ -199,7 +199,7 @@ def test_kept_answers_are_read_once_however_many_rows_are_asked(
     others = "".join(json.dumps({"key": f"{n:064x}", "text": "more " * 200}) + "\n" for n in range(4_000))
     kept.write_text(others + kept.read_text())
     much = bytes_read(lambda: predict(run, rows, tmp_path / "last.jsonl"))
-    assert len(others) < much - little < 1.5 * len(others)
+    assert 0.9 * len(others) < much - little < 1.5 * len(others)
     assert read(tmp_path / "last.jsonl") == read(tmp_path / "first.jsonl")
 
 
