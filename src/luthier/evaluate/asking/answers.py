@@ -219,7 +219,8 @@ def _decoding(sampling: Sampling) -> dict[str, Any]:
 class Memo:
     """Results by key, a JSON line each, appended as they come, by one process or several. Those in the files `others`
     are read, never written. Held as the lines that they are, as values they would take several times the memory; and
-    of what was there before, those of the keys in `only` alone, from byte `start` of the file (see `Places`)."""
+    of what was there before, those of the keys in `only` alone, from byte `start` of the file (see `Places`), or all of
+    it where no line ends there: the file is another one."""
 
     def __init__(
         self, path: Path, others: Iterable[Path] = (), *, only: Set[str] | None = None, start: int = 0
@@ -231,6 +232,7 @@ class Memo:
                 with other.open("rb") as file:
                     self._keep(file, only)
         with self._locked() as file:
+            start = start if _ends(file, b"\n", start) else 0
             file.seek(start)
             whole = start + self._keep(file, only)
             if whole < file.tell():
@@ -274,10 +276,11 @@ class Memo:
 
 class Places:
     """Where in a memo's file which result stands, some 200 bytes a result. Who asks for a part of them at a time reads
-    the file once: `read` says to which byte, and a line that has no end yet is left for the next time."""
+    the file once: `read` says to which byte, and a line that has no end yet is left for the next time. A file that has
+    been replaced, or cut, is read anew."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.read, self._places = path, 0, dict[str, int]()
+        self.path, self.read, self._last, self._places = path, 0, b"", dict[str, int]()
 
     def lines(self, keys: Set[str]) -> list[bytes]:
         """The lines of those results that are there, whoever wrote them meanwhile."""
@@ -288,13 +291,21 @@ class Places:
             return [_line_at(file, place) for place in sorted(self._places[key] for key in keys & self._places.keys())]
 
     def _read_on(self, file: BinaryIO) -> None:
+        if not _ends(file, self._last, self.read):
+            self.read, self._last, self._places = 0, b"", {}
         file.seek(self.read)
         for line in file:
             if not line.endswith(b"\n"):
                 break
             if (record := _record(line)) is not None:
                 self._places[record["key"]] = self.read
-            self.read += len(line)
+            self.read, self._last = self.read + len(line), line
+
+
+def _ends(file: BinaryIO, line: bytes, end: int) -> bool:
+    """Whether `line` ends at byte `end`. Nothing else tells that a file is the same: a new one may get its inode."""
+    file.seek(max(0, end - len(line)))
+    return file.read(len(line)) == line
 
 
 def _line_at(file: BinaryIO, place: int) -> bytes:
