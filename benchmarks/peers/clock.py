@@ -34,7 +34,7 @@ class Clock:
         self.ticks, self.ends, self.found = 0, list[Any](), dict[str, Any]()
         self.phases, self.reached = dict[str, float](), started
         self.profiler: Any = None
-        self.ahead = 0  # steps that are begun, and all but done, when one is told
+        self.ahead = 0  # steps that are begun, each as one micro-batch, when one is told
 
     @property
     def total(self) -> int:

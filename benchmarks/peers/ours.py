@@ -11,7 +11,7 @@ from typing import Any
 from peers.bounds import RANK
 from peers.clock import Clock
 from peers.models import config
-from peers.workloads import Step, Workload
+from peers.workloads import Step, Workload, counts
 
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
@@ -51,7 +51,8 @@ def train(
         model = model_of(recipe, decisions, folder)
         clock.phase("model")
         trainer = trainer_of(recipe, decisions, model, steps, Path(place))
-        clock.ahead = int(trainer.ahead)
+        whole = all(counts([step]).tokens <= decisions.micro_tokens for step in steps)
+        clock.ahead = int(trainer.ahead and whole)
         clock.begin()
         rehearse(trainer)
         clock.phase("rehearsal")

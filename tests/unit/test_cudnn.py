@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,20 @@ def test_what_cudnn_refuses_is_said_once() -> None:
     with pytest.warns(UserWarning, match="cuDNN has no attention for .*, torch computes it") as told:
         assert [cudnn.plan(shape) for _ in range(2)] == [None, None]
     assert len(told) == 1
+
+
+def test_a_lack_of_memory_while_cudnn_plans_is_told_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be no plan for the rest of the process, and other bits than a run has that was left alone."""
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setitem(sys.modules, "cudnn", Full())
+    shape = cudnn._shape(*rows(3, 128), 0.1, 0, packed=False)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="ALLOC_FAILED"):
+            cudnn.plan(shape)
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_computed() -> None:
