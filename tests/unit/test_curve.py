@@ -295,6 +295,7 @@ def test_sizes_may_have_unequal_seeds_and_one_that_diverged() -> None:
     told = find(METRICS.get("accuracy_likelihood"), given, base.scores, over=None, chance=None)
     assert [len(point["seeds"]) for point in told.points] == [0, 3, 2, 3, 1]
     assert told.points[2]["failed"] == [9]
+    assert [(cell["seed"], cell["score"], cell["report"]) for cell in told.cells if cell["failed"]] == [(9, None, None)]
     assert any("at 200, 1 of 3 trainings diverged" in warning for warning in told.warnings)
     assert told.fit is not None
 
@@ -345,6 +346,15 @@ def likelihoods(found: dict[int, Any], base: Any, over: str | None) -> Findings:
     return find(METRICS.get("perplexity"), cells(found), first.scores, over=over, chance=None, draws=500)
 
 
+def cells_by_point(found: Findings) -> list[tuple[list[float], list[int]]]:
+    """What the cells say of each size: the scores of those that have one, and the seeds of those that failed."""
+    sizes = [[cell for cell in found.cells if cell["at"] == size] for size in SIZES]
+    return [
+        ([cell["score"] for cell in some if not cell["failed"]], [cell["seed"] for cell in some if cell["failed"]])
+        for some in sizes
+    ]
+
+
 @pytest.mark.parametrize("over", [None, "train.lr"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])  # the last: exp() of it is no number
 def test_a_training_that_leaves_a_model_without_a_finite_score_diverged_and_never_wins(
@@ -364,7 +374,10 @@ def test_a_training_that_leaves_a_model_without_a_finite_score_diverged_and_neve
     assert "at 100, 3 of 3 trainings diverged" in found.warnings
     assert (found.verdict, found.winner) == (("worse", None) if over is None else ("winner", 200))
     known = json.loads(dumps(found.as_dict() | {"settings": _SETTINGS}))
-    assert "not finite" in render(known)
+    assert cells_by_point(found) == [(point["seed_scores"], point.get("failed", [])) for point in found.points[-4:]]
+    page = render(known)
+    assert "not finite" not in page
+    assert '<a href="100-0/report.html">100-0</a></th><td class="n">diverged</td>' in page
     with (shown := Console(width=100)).capture() as capture:
         shown.print(Shown(known))
     assert "diverged" in capture.get()
@@ -379,6 +392,8 @@ def test_a_question_that_the_base_gives_no_finite_figure_for_is_left_out_and_tol
         some[:, 0, 0] = np.nan
     found = likelihoods(hard, base, None)
     assert found.points == kept.points
+    assert cells_by_point(found) == [(point["seed_scores"], []) for point in found.points[1:]]
+    assert "not finite" not in render(json.loads(dumps(found.as_dict() | {"settings": _SETTINGS})))
     assert "1 question left out, for which no figure without training is finite" in found.warnings
 
 

@@ -103,7 +103,7 @@ def find(
     `draws` how often questions are resampled."""
     table = _Table.of(metric, cells, base, draws)
     found = _over_sizes(table, chance) if over is None else _over_values(table, over, chance)
-    found.cells.extend(_cell(cell, metric) for cell in cells)
+    found.cells.extend(_cell(cell, score) for cell, score in table.scored)
     found.warnings.extend(_warnings(table))
     return found
 
@@ -112,9 +112,11 @@ def find(
 class _Table:
     """The cells by point: those that trained have statistics of the same questions and held-out rows. A training that
     left a model without a finite score failed as one that met no finite loss did; and of a question for which the base
-    has no finite figure, nothing can be told: `left_out` counts those."""
+    has no finite figure, nothing can be told: `left_out` counts those. `scored` has every cell with its score over the
+    questions that are left, None where it failed."""
 
     metric: Metric
+    scored: list[tuple[Cell, float | None]]
     cells: dict[str, list[Cell]]
     failed: dict[str, list[Cell]]
     scores: Curve
@@ -125,11 +127,10 @@ class _Table:
     def of(cls, metric: Metric, cells: Sequence[Cell], base: Json, draws: int) -> _Table:
         known = _finite_rows(base)
         shared = sorted(known.intersection(*(cell.scores["rows"] for cell in cells if cell.scores)))
-        names = list(dict.fromkeys(str(cell.at) for cell in cells))
-        trained, failed = ({name: list[Cell]() for name in names} for _ in range(2))
-        for cell in cells:
-            is_scored = cell.scores is not None and isfinite(_score(metric, _of_rows(cell.scores, shared)))
-            (trained if is_scored else failed)[str(cell.at)].append(cell)
+        scored = [(cell, _score(metric, cell, shared)) for cell in cells]
+        trained, failed = ({str(cell.at): list[Cell]() for cell in cells} for _ in range(2))
+        for cell, score in scored:
+            (failed if score is None else trained)[str(cell.at)].append(cell)
         zero, losses = _array(_of_rows(base, shared)), None
         points = {name: _stacked([_of_rows(c.scores, shared) for c in some], zero) for name, some in trained.items()}
         scores = Curve(points, metric.finish, zero, _bounds(metric), draws)
@@ -137,7 +138,7 @@ class _Table:
             zero = _array(base["heldout"])
             held = {n: _stacked([c.scores["heldout"] for c in some if c.scores], zero) for n, some in trained.items()}
             losses = Curve(held, ratio, zero, _LOSSES, draws)
-        return cls(metric, trained, failed, scores, losses, len(base["rows"]) - len(known))
+        return cls(metric, scored, trained, failed, scores, losses, len(base["rows"]) - len(known))
 
     def by_seed(self, found: Curve) -> dict[int, dict[int, float]]:
         """Scores by size and seed, as `fit` wants them."""
@@ -174,8 +175,11 @@ def _finite_rows(scores: Json) -> set[int]:
     return {row for row, statistics in known if None not in finite(statistics)}
 
 
-def _score(metric: Metric, statistics: Sequence[Sequence[float]]) -> float:
-    return float(metric.finish(_array(statistics).sum(axis=0)))
+def _score(metric: Metric, cell: Cell, rows: Sequence[int]) -> float | None:
+    if cell.scores is None:
+        return None
+    score = float(metric.finish(_array(_of_rows(cell.scores, rows)).sum(axis=0)))
+    return score if isfinite(score) else None
 
 
 def _of_rows(scores: Json | None, rows: Sequence[int]) -> list[list[float]]:
@@ -208,11 +212,11 @@ def _losses(losses: Curve | None, name: str) -> Json:
     return {"validation_loss": finite(band.value), **bounds, "seed_validation_losses": seeds}
 
 
-def _cell(cell: Cell, metric: Metric) -> Json:
-    known: Json = {"folder": cell.folder, "at": cell.at, "seed": cell.seed, "failed": cell.scores is None}
-    if cell.scores is not None:
-        known["score"] = _score(metric, cell.scores["statistics"])
-    return known
+def _cell(cell: Cell, score: float | None) -> Json:
+    """Where training came to its end there is a report, of a model without a finite score too."""
+    report = f"{cell.folder}/report.html" if cell.scores is not None else None
+    about = {"folder": cell.folder, "at": cell.at, "seed": cell.seed, "report": report}
+    return {**about, "failed": score is None, "score": score}
 
 
 def _warnings(table: _Table) -> list[str]:

@@ -144,9 +144,8 @@ def _cells(found: Json) -> list[Json]:
     return [
         {
             "name": cell["folder"].rpartition("/")[2],
-            "report": f"{cell['folder']}/report.html",
+            "report": cell["report"],
             "score": "diverged" if cell["failed"] else figure(cell["score"]),
-            "failed": cell["failed"],
         }
         for cell in found["cells"]
     ]
