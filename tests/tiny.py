@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.adapters.lora import attach
+from luthier.adapters.method import attach
 from luthier.data.conversation import Example, Origin
 from luthier.data.store import TokenStore
 from luthier.data.stream import Micro, Stream
 from luthier.model.causal import CausalModel, Kernels
 from luthier.model.graphs import backward
-from luthier.recipe import Recipe
+from luthier.model.quantize import quantize_module
+from luthier.recipe import Lora, Recipe
 from luthier.runs import Run
 from luthier.train.engines import Engine
 from luthier.train.engines.local import Local
@@ -66,6 +67,26 @@ def model(
     torch.manual_seed(0)
     module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval().to(dtype)
     return CausalModel(module, attach(module, recipe.adapter, recipe.train.seed), kernels=kernels, recompute=recompute)
+
+
+def packed(settings: Any) -> CausalModel:
+    """A tiny Llama whose linear layers were packed before its adapter came."""
+    from transformers import LlamaForCausalLM
+
+    from luthier.model import attention
+
+    torch.manual_seed(0)
+    module = LlamaForCausalLM._from_config(config(), attn_implementation=attention.NAME).eval()
+    quantize_module(module, settings, torch.float32)
+    return CausalModel(module, attach(module, Lora(rank=4, alpha=8), seed=3))
+
+
+def speaking(made: CausalModel) -> CausalModel:
+    """Its adapter changes what it says."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in made.adapter.layers.values():  # type: ignore[union-attr]
+        layer.B.data.normal_(0, 0.5, generator=generator)
+    return made
 
 
 class Around:

@@ -11,16 +11,15 @@ import torch
 
 import tiny
 from luthier import recipe
-from luthier.adapters.lora import attach
 from luthier.data.stream import Stream, collate
 from luthier.errors import ModelError
 from luthier.kernels.place import planned_for
-from luthier.model import attention, decode, fast
+from luthier.model import decode, fast
 from luthier.model.causal import CausalModel
 from luthier.model.decode import Decoder, ReferenceDecoder, WholeDecoder
 from luthier.model.fast import FastDecoder, Projection
 from luthier.model.generate import Generation, Sampling, _answer, _batches, _Picker, _without_holes, generate, stream
-from luthier.model.quantize import PackedLinear, quantize_module
+from luthier.model.quantize import PackedLinear
 
 BEGINNING = [5, 9, 3, 7, 11, 2, 13, 17, 6, 4]
 PROMPTS = [BEGINNING + rest for rest in ([1], [8, 15, 21, 30], [8, 16], [40, 41, 42, 43, 44, 45, 46], [63] * 12)]
@@ -37,24 +36,7 @@ PACKED: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model() -> CausalModel:
     """A tiny Llama whose adapter changes what it says."""
-    return speaking(tiny.model(tiny.recipe()))
-
-
-def speaking(made: CausalModel) -> CausalModel:
-    generator = torch.Generator().manual_seed(1)
-    for layer in made.adapter.layers.values():  # type: ignore[union-attr]
-        layer.B.data.normal_(0, 0.5, generator=generator)
-    return made
-
-
-def packed(settings: Any) -> CausalModel:
-    """The same, its linear layers packed before the adapter came."""
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    module = LlamaForCausalLM._from_config(tiny.config(), attn_implementation=attention.NAME).eval()
-    quantize_module(module, settings, torch.float32)
-    return speaking(CausalModel(module, attach(module, recipe.Lora(rank=4, alpha=8), seed=3)))
+    return tiny.speaking(tiny.model(tiny.recipe()))
 
 
 def decoders(model: CausalModel) -> dict[str, Decoder]:
@@ -279,7 +261,7 @@ def test_a_merged_projection_equals_its_layers_in_bfloat16_too(model: CausalMode
 @pytest.mark.parametrize("bucketed", [False, True])
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_weights_give_the_logits_of_the_module_with_the_adapter_on_and_off(kind: str, bucketed: bool) -> None:
-    model, found = packed(PACKED[kind]), []
+    model, found = tiny.speaking(tiny.packed(PACKED[kind])), []
     assert model.adapter is not None
     for side in (nullcontext(), model.adapter.disabled()):
         with side:
@@ -330,7 +312,7 @@ def test_bucketed_steps_go_on_past_the_columns_of_their_first_bucket(model: Caus
 @torch.inference_mode()
 @pytest.mark.parametrize("settings", [PACKED["nf4"], PACKED["fp8"], recipe.EightBit(kind="int8")])
 def test_a_bucketed_step_asks_nothing_of_the_host_unless_inputs_are_rounded(settings: Any) -> None:
-    model = packed(settings)
+    model = tiny.speaking(tiny.packed(settings))
     model.module.to("meta")  # tensors without data have no answers
     model.device = torch.device("meta")
     with planned_for((9, 0)):
@@ -343,7 +325,7 @@ def test_a_bucketed_step_asks_nothing_of_the_host_unless_inputs_are_rounded(sett
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_layers_take_the_fast_way_where_they_compute_in_the_model_s_dtype(kind: str) -> None:
-    model = packed(PACKED[kind])
+    model = tiny.speaking(tiny.packed(PACKED[kind]))
     assert decode.is_fast(model)
     next(layer for layer in model.module.modules() if isinstance(layer, PackedLinear)).compute_dtype = torch.bfloat16
     assert not decode.is_fast(model)

@@ -15,16 +15,14 @@ import torch
 
 import tiny
 from luthier import recipe
-from luthier.adapters.method import attach
 from luthier.errors import MemoryPlanError
 from luthier.evaluate.asking.answers import Memo, Task, Text, _weigh
-from luthier.model import attention
 from luthier.model.causal import CausalModel
 from luthier.model.decode import batches
 from luthier.model.fast import RECORD_AFTER, _Recorder
 from luthier.model.generate import Generation, Sampling, generate, stream
 from luthier.model.load import model_folder
-from luthier.model.quantize import forget_unpacked, quantize_module, unpacked
+from luthier.model.quantize import forget_unpacked, unpacked
 from luthier.train.engines.local import Local
 from luthier.train.launch import decisions_of, prepare_data
 from luthier.train.worker import model_of, work
@@ -39,20 +37,7 @@ STOPS = frozenset(range(40, 56))
 
 def llama(settings: Any = None) -> CausalModel:
     """Our own decoder answers for it. `settings`: how its weights are packed."""
-    made = tiny.model(tiny.recipe()) if settings is None else packed(settings)
-    generator = torch.Generator().manual_seed(1)
-    for layer in made.adapter.layers.values():  # type: ignore[union-attr]
-        layer.B.data.normal_(0, 0.5, generator=generator)
-    return made
-
-
-def packed(settings: Any) -> CausalModel:
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    module = LlamaForCausalLM._from_config(tiny.config(), attn_implementation=attention.NAME).eval()
-    quantize_module(module, settings, torch.float32)
-    return CausalModel(module, attach(module, recipe.Lora(rank=4, alpha=8), seed=3))
+    return tiny.speaking(tiny.model(tiny.recipe()) if settings is None else tiny.packed(settings))
 
 
 def other(name: str, **sizes: int) -> CausalModel:
