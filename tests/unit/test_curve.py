@@ -346,6 +346,11 @@ def likelihoods(found: dict[int, Any], base: Any, over: str | None) -> Findings:
     return find(METRICS.get("perplexity"), cells(found), first.scores, over=over, chance=None, draws=500)
 
 
+def losses(rng: Any, mean: float, seeds: int = 3) -> Any:
+    """float64 [seeds, n, 2]: of 50 questions the loss of one token."""
+    return np.stack([rng.normal(mean, 0.05, (seeds, 50)), np.ones((seeds, 50))], axis=-1)
+
+
 def cells_by_point(found: Findings) -> list[tuple[list[float], list[int]]]:
     """What the cells say of each size: the scores of those that have one, and the seeds of those that failed."""
     sizes = [[cell for cell in found.cells if cell["at"] == size] for size in SIZES]
@@ -361,12 +366,8 @@ def test_a_training_that_leaves_a_model_without_a_finite_score_diverged_and_neve
     bad: float, over: str | None
 ) -> None:
     rng = np.random.default_rng(0)
-
-    def losses(mean: float, seeds: int = 3) -> Any:
-        return np.stack([rng.normal(mean, 0.05, (seeds, 50)), np.ones((seeds, 50))], axis=-1)
-
-    measured = {size: losses(mean) for size, mean in zip(SIZES, (3.0, 2.0, 3.0, 3.0), strict=True)}
-    without = likelihoods({**measured, 800: measured[800][:2]}, base := losses(3.0, 1)[0], over)
+    measured = {size: losses(rng, mean) for size, mean in zip(SIZES, (3.0, 2.0, 3.0, 3.0), strict=True)}
+    without = likelihoods({**measured, 800: measured[800][:2]}, base := losses(rng, 3.0, 1)[0], over)
     measured[800][2, 7, 0] = measured[100][:, 7, 0] = bad
     found = likelihoods(measured, base, over)
     assert (found.points[-1]["failed"], found.points[-1]["score"]) == ([2], without.points[-1]["score"])
@@ -395,6 +396,49 @@ def test_a_question_that_the_base_gives_no_finite_figure_for_is_left_out_and_tol
     assert cells_by_point(found) == [(point["seed_scores"], []) for point in found.points[1:]]
     assert "not finite" not in render(json.loads(dumps(found.as_dict() | {"settings": _SETTINGS})))
     assert "1 question left out, for which no figure without training is finite" in found.warnings
+
+
+def shown(found: Findings) -> str:
+    """The page and the terminal, 60 columns wide."""
+    known = json.loads(dumps(found.as_dict() | {"settings": _SETTINGS}))
+    with (console := Console(width=60)).capture() as capture:
+        console.print(Shown(known))
+    return render(known) + capture.get()
+
+
+def test_a_base_without_a_finite_score_is_no_evidence_of_a_gain_and_all_else_is_told() -> None:
+    rng = np.random.default_rng(0)
+    measured = {size: losses(rng, mean) for size, mean in zip(SIZES, (3.0, 2.9, 2.8, 2.7), strict=True)}
+    found = likelihoods(measured, losses(rng, 3.0, 1)[0] * np.nan, None)
+    start = "no evidence: perplexity is not finite without training, so that no gain is known; with 800 rows it is 14.8"
+    assert found.verdict == "no evidence"
+    assert found.sentence.startswith(f"{start}; a doubling gave −1.7 (95 % interval −")
+    assert found.points[0]["score"] is None
+    assert cells_by_point(found) == [(point["seed_scores"], []) for point in found.points[1:]]
+    assert found.warnings == []
+    assert ("diverged" in (text := shown(found)), "not finite</td>" in text) == (False, True)
+
+
+@pytest.mark.parametrize("over", [None, "train.lr"])
+def test_where_neither_the_base_nor_a_training_has_a_finite_score_that_is_told(over: str | None) -> None:
+    bad = losses(np.random.default_rng(0), 3.0) * np.nan
+    found = likelihoods(dict.fromkeys(SIZES, bad), bad[0], over)
+    told = {
+        None: "no evidence: perplexity is finite neither without training nor with it",
+        "train.lr": "no winner: no training came to its end",
+    }
+    assert found.sentence == told[over]
+    assert ("without training perplexity is not finite" in found.warnings) == (over is not None)
+    assert not any("one seed" in warning for warning in found.warnings)
+    assert ("diverged" in (text := shown(found)), "not finite</td>" in text) == (True, True)
+
+
+def test_values_are_held_against_each_other_where_the_base_has_no_finite_score() -> None:
+    rng = np.random.default_rng(0)
+    measured = {size: losses(rng, mean) for size, mean in zip(SIZES, (3.0, 2.0, 3.0, 3.0), strict=True)}
+    found = likelihoods(measured, losses(rng, 3.0, 1)[0] * np.nan, "train.lr")
+    assert (found.verdict, found.winner) == ("winner", 200)
+    assert found.warnings == ["without training perplexity is not finite"]
 
 
 def test_a_held_out_loss_that_is_not_finite_has_no_curve_and_the_scores_have_theirs() -> None:

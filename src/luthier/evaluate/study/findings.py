@@ -112,8 +112,9 @@ def find(
 class _Table:
     """The cells by point: those that trained have statistics of the same questions and held-out rows. A training that
     left a model without a finite score failed as one that met no finite loss did; and of a question for which the base
-    has no finite figure, nothing can be told: `left_out` counts those. `scored` has every cell with its score over the
-    questions that are left, None where it failed."""
+    has no finite figure, nothing can be told: `left_out` counts those. If it has none for any, trainings are held
+    against each other alone, on all questions. `scored` has every cell with its score over the questions that are left,
+    None where it failed."""
 
     metric: Metric
     scored: list[tuple[Cell, float | None]]
@@ -125,7 +126,7 @@ class _Table:
 
     @classmethod
     def of(cls, metric: Metric, cells: Sequence[Cell], base: Json, draws: int) -> _Table:
-        known = _finite_rows(base)
+        known = _finite_rows(base) or set(base["rows"])
         shared = sorted(known.intersection(*(cell.scores["rows"] for cell in cells if cell.scores)))
         scored = [(cell, _score(metric, cell, shared)) for cell in cells]
         trained, failed = ({str(cell.at): list[Cell]() for cell in cells} for _ in range(2))
@@ -148,6 +149,12 @@ class _Table:
             if some
         }
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a score without training, to hold others against."""
+        assert self.scores.base is not None
+        return isfinite(self.scores.base)
+
     def point(self, name: str) -> Json:
         point: Json = {"seeds": [cell.seed for cell in self.cells[name]]}
         if not self.cells[name]:
@@ -161,9 +168,8 @@ class _Table:
         return point
 
     def base_point(self) -> Json:
-        assert self.scores.base is not None
         band = self.scores.base_band()
-        return {"seeds": [], "seed_scores": [band.value], **_named(band, "score"), **_losses(self.losses, "")}
+        return {"seeds": [], "seed_scores": finite([band.value]), **_named(band, "score"), **_losses(self.losses, "")}
 
 
 def _bounds(metric: Metric) -> curve.Bounds:
@@ -200,7 +206,7 @@ def _stacked(seeds: Sequence[Any], base: Floats) -> Floats:
 
 
 def _named(interval: Interval, name: str) -> Json:
-    return {name: interval.value, "low": finite(interval.low), "high": finite(interval.high)}
+    return {name: finite(interval.value), "low": finite(interval.low), "high": finite(interval.high)}
 
 
 def _losses(losses: Curve | None, name: str) -> Json:
@@ -226,7 +232,7 @@ def _warnings(table: _Table) -> list[str]:
         said.append(f"only {n} questions: bands are wide; {FEW} or more say much more")
     if table.left_out:
         said.append(f"{counted(table.left_out, 'question')} left out, for which no figure without training is finite")
-    if all(len(cells) < 2 for cells in table.cells.values()):
+    if max(map(len, table.cells.values()), default=0) == 1:
         said.append("one seed: how much a seed does is not known well; --seeds 3 says")
     for name in table.scores.unknown:
         where = f"at {name}" if name else "without training"
@@ -249,6 +255,8 @@ def _over_sizes(table: _Table, chance: float | None) -> Findings:
     points += [{"size": int(name), **table.point(name)} for name in table.cells]
     if not names:
         sentence = "no evidence: no training came to its end; lower train.lr"
+        if not table.has_base:
+            sentence = f"no evidence: {table.metric.title} is finite neither without training nor with it"
         return Findings(table.metric, None, points, "no evidence", sentence, chance=chance)
     trend, trend_p = _trend(table.scores, names)
     verdict = _verdict(table, names[-1], trend, trend_p)
@@ -276,7 +284,7 @@ def _trend(scores: Curve, names: Sequence[str]) -> tuple[Interval | None, float]
 
 
 def _verdict(table: _Table, largest: str, trend: Interval | None, trend_p: float) -> curve.Verdict:
-    if table.scores.questions < LEAST:
+    if table.scores.questions < LEAST or not table.has_base:
         return "no evidence"
     gain, gain_p = table.scores.combined({largest: 1.0, "": -1.0})
     return curve.verdict(gain.value, gain_p, trend.value if trend else None, trend_p, higher=table.metric.higher)
@@ -325,6 +333,9 @@ class _Story:
 
     def _finding(self) -> str:
         base, last = self.points[0], self._trained[-1]
+        if base["score"] is None:
+            told = f"no evidence: {self.metric.title} is not finite without training, so that no gain is known"
+            return f"{told}; with {_rows(last)} it is {figure(last['score'])}"
         move = (
             f"{self.metric.title} {figure(base['score'])} without training, {figure(last['score'])} with {_rows(last)}"
         )
@@ -398,6 +409,7 @@ def _over_values(table: _Table, over: str, chance: float | None) -> Findings:
         differences=found,
         winner=None if best is None else values[best],
         chance=chance,
+        warnings=[] if table.has_base else [f"without training {table.metric.title} is not finite"],
     )
 
 

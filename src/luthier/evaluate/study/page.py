@@ -13,7 +13,7 @@ from luthier.evaluate.page.scores import below_headline
 from luthier.evaluate.page.template import ours, template
 from luthier.evaluate.statistics.paired import figure, signed
 from luthier.evaluate.study.findings import expectation
-from luthier.evaluate.study.view import banded, ends, labelled
+from luthier.evaluate.study.view import banded, ends, labelled, scored
 from luthier.runs import read_json, write_atomic
 
 Json = dict[str, Any]
@@ -94,20 +94,24 @@ def _fitted(fit: Json | None) -> list[Series]:
 
 def _rows(found: Json) -> list[Json]:
     """A line of the table for each point, all bands on one scale."""
-    scored = [point for _, point in labelled(found) if point["score"] is not None]
-    low, high = min(ends(p)[0] for p in scored), max(ends(p)[1] for p in scored)
+    bounds = [end for _, point in labelled(found) if point["score"] is not None for end in ends(point)]
+    low, high = min(bounds, default=0.0), max(bounds, default=0.0)
     margin = 0.05 * (high - low) or 1.0
     axis = Axis(low - margin, high + margin)
     return [_row(label, point, axis) for label, point in labelled(found)]
 
 
 def _row(label: str, point: Json, axis: Axis) -> Json:
-    row = {"label": "without training" if label in ("0", "base") else label, "seeds": len(point["seeds"]) or ""}
+    row = {
+        "label": "without training" if label in ("0", "base") else label,
+        "seeds": len(point["seeds"]) or "",
+        "score": scored(point),
+        "loss": _figure_of_loss(point),
+    }
     if point["score"] is None:
-        return row | {"score": "diverged", "band": "", "drawing": "", "loss": ""}
-    (low, high), band, loss = ends(point), banded(point), _figure_of_loss(point)
-    drawing = interval(low, point["score"], high, axis, f"95 % band {band}")
-    return row | {"score": figure(point["score"]), "band": band, "drawing": drawing, "loss": loss}
+        return row | {"band": "", "drawing": ""}
+    (low, high), band = ends(point), banded(point)
+    return row | {"band": band, "drawing": interval(low, point["score"], high, axis, f"95 % band {band}")}
 
 
 def _figure_of_loss(point: Json) -> str:

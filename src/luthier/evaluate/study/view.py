@@ -160,8 +160,7 @@ def _table(found: Json) -> Table:
     for label, point in labelled(found):
         band = banded(point) if point["score"] is not None else ""
         loss = f"{point['validation_loss']:.3f}" if point["validation_loss"] is not None else ""
-        score = figure(point["score"]) if point["score"] is not None else "diverged"
-        table.add_row(label, score, band, str(len(point["seeds"]) or ""), loss, style=_style(found, point))
+        table.add_row(label, scored(point), band, str(len(point["seeds"]) or ""), loss, style=_style(found, point))
     return table
 
 
@@ -175,6 +174,11 @@ def labelled(found: Json) -> list[tuple[str, Json]]:
     """The points by what people call them, the base first."""
     base = [("base", found["base"])] if found["base"] else []
     return base + [(f"{p['size']:,}" if "size" in p else str(p["value"]), p) for p in found["points"]]
+
+
+def scored(point: Json) -> str:
+    """The score of a point, in words: all its trainings may have diverged, and the base's need not be finite."""
+    return "diverged" if point["score"] is None and "failed" in point else figure(point["score"])
 
 
 def banded(point: Json) -> str:
