@@ -361,7 +361,7 @@ def cells_by_point(found: Findings) -> list[tuple[list[float], list[int]]]:
 
 
 @pytest.mark.parametrize("over", [None, "train.lr"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])  # the last: exp() of it is no number
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6, 3e4])  # exp() of their mean is no number, or its square is none
 def test_a_training_that_leaves_a_model_without_a_finite_score_diverged_and_never_wins(
     bad: float, over: str | None
 ) -> None:
@@ -406,10 +406,11 @@ def shown(found: Findings) -> str:
     return render(known) + capture.get()
 
 
-def test_a_base_without_a_finite_score_is_no_evidence_of_a_gain_and_all_else_is_told() -> None:
+@pytest.mark.parametrize("each", [np.nan, np.inf, 800.0, 706.0, 350.0])  # exp() of the last two has no square
+def test_a_base_without_a_finite_score_is_no_evidence_of_a_gain_and_all_else_is_told(each: float) -> None:
     rng = np.random.default_rng(0)
     measured = {size: losses(rng, mean) for size, mean in zip(SIZES, (3.0, 2.9, 2.8, 2.7), strict=True)}
-    found = likelihoods(measured, losses(rng, 3.0, 1)[0] * np.nan, None)
+    found = likelihoods(measured, losses(rng, each, 1)[0], None)
     start = "no evidence: perplexity is not finite without training, so that no gain is known; with 800 rows it is 14."
     assert found.verdict == "no evidence"
     assert found.sentence.startswith(start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import inf, isfinite, nan
 from typing import TYPE_CHECKING, Any
 
 from luthier.evaluate.metrics import Metric
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-_LOSSES = (0.0, float("inf"))
+_LOSSES = (0.0, inf)
+_HUGE = 1e150  # a score from here on counts as infinite: chance is reckoned by squares, and its square is no number
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,11 @@ def find(
 ) -> Findings:
     """Judges a study of some cells, in the order of their sizes or values. `base` are the scores without training,
     `draws` how often questions are resampled."""
-    table = _Table.of(metric, cells, base, draws)
-    found = _over_sizes(table, chance) if over is None else _over_values(table, over, chance)
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told in the findings
+        table = _Table.of(metric, cells, base, draws)
+        found = _over_sizes(table, chance) if over is None else _over_values(table, over, chance)
     found.cells.extend(_cell(cell, score) for cell, score in table.scored)
     found.warnings.extend(_warnings(table))
     return found
@@ -153,7 +157,7 @@ class _Table:
     def has_base(self) -> bool:
         """Whether there is a score without training, to hold others against."""
         assert self.scores.base is not None
-        return isfinite(self.scores.base)
+        return abs(self.scores.base) < _HUGE
 
     def point(self, name: str) -> Json:
         point: Json = {"seeds": [cell.seed for cell in self.cells[name]]}
@@ -168,7 +172,7 @@ class _Table:
         return point
 
     def base_point(self) -> Json:
-        band = self.scores.base_band()
+        band = self.scores.base_band() if self.has_base else Interval(nan, -inf, inf)
         return {"seeds": [], "seed_scores": finite([band.value]), **_named(band, "score"), **_losses(self.losses, "")}
 
 
@@ -185,7 +189,7 @@ def _score(metric: Metric, cell: Cell, rows: Sequence[int]) -> float | None:
     if cell.scores is None:
         return None
     score = float(metric.finish(_array(_of_rows(cell.scores, rows)).sum(axis=0)))
-    return score if isfinite(score) else None
+    return score if abs(score) < _HUGE else None
 
 
 def _of_rows(scores: Json | None, rows: Sequence[int]) -> list[list[float]]:
