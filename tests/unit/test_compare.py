@@ -276,7 +276,9 @@ def test_what_a_model_says_cannot_steer_the_terminal() -> None:
     assert printable("tab\tnew\nline\x1b") == "tab\tnew\nline\ufffd"
 
 
-@pytest.mark.parametrize(("value", "text"), [(9.84, "+9.8"), (-0.4, "−0.4"), (0.0, "0"), (float("-inf"), "−∞")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(9.84, "+9.8"), (-0.4, "−0.4"), (0.0, "0"), (5e199, "+5e+199"), (float("-inf"), "−∞")]
+)
 def test_figures_are_signed_for_people(value: float, text: str) -> None:
     assert signed(value) == text
 

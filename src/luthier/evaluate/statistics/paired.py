@@ -167,12 +167,12 @@ def verdict_of(low: float, high: float, *, higher: bool) -> Verdict:
 
 
 def figure(value: float | None) -> str:
-    """A figure for people: 13.4, 9.8, 0.4, 0.012. None is what was not finite."""
+    """A figure for people: 13.4, 9.8, 0.4, 0.012, 2.1e+08. None is what was not finite."""
     if value is None or isnan(value):
         return "not finite"
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.1f}" if abs(value) >= 1.0 else f"{value:.2g}"
+    return f"{value:.1f}" if 1.0 <= abs(value) < 1e7 else f"{value:.2g}"
 
 
 def explain(metric: Metric, found: Paired) -> str:
