@@ -11,15 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Scarce(TorchDispatchMode):
-    """Memory that runs out at operation `at`, counted from 0, and is there again afterwards."""
+    """Memory that runs out at operation `at`, counted from 0, and is there again `times` operations later."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, times: int = 1) -> None:
         super().__init__()
-        self.at, self.count = at, 0
+        self.at, self.times, self.count = at, times, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        if self.count == self.at + 1:
+        if self.at < self.count <= self.at + self.times:
             raise torch.OutOfMemoryError("as a test")
         return func(*args, **(kwargs or {}))
 

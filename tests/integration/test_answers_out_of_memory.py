@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,17 @@ def test_wherever_memory_runs_out_the_answers_are_the_same(kind: str) -> None:
         check(answered(model, Scarce(at)), wanted)
         # What a module's batches may be is tried once, and a lack of memory is no answer to that.
         assert not kind.startswith("g") or batches(model) == "padded"
+
+
+@pytest.mark.parametrize("times", [2, 10])
+def test_a_lack_of_memory_that_lasts_is_outlived_or_told(times: int) -> None:
+    whole = Scarce(-1)
+    wanted, outlived = answered(llama(), whole), []
+    for at in range(0, whole.count, whole.count // 3):
+        with suppress(MemoryPlanError):
+            check(answered(llama(), Scarce(at, times)), wanted)
+            outlived.append(at)
+    assert bool(outlived) == (times == 2)
 
 
 @pytest.mark.parametrize("most", [20_000, 8_000, 7_000])

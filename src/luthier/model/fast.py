@@ -132,12 +132,10 @@ class FastDecoder:
 
     def take_less(self) -> bool:
         """Without a copy of the weights, and with half as many tokens in a pass: one of fewer than the longest row has
-        takes no less."""
+        takes no less. Nothing is made here, where memory has just lacked: `prefill` does."""
         less = self.merged or self.pass_tokens > self.end
         self.keys, self.values, self.recorder = [], [], _Recorder(on=self.records)
-        if self.merged:
-            self.layers = []  # the copies go before others come
-            self.layers = self.layers_of(merge=False)
+        self.layers = [] if self.merged else self.layers
         self.merged, self.pass_tokens = False, self.pass_tokens // 2
         return less
 
@@ -146,6 +144,7 @@ class FastDecoder:
         self.keys, self.values = [], []  # the old ones go before the new ones come
         self.recorder = _Recorder(on=self.records)
         count, self.end = len(lengths), max(lengths)
+        self.layers = self.layers or self.layers_of(merge=self.merged)
         rows, columns = self._rows(count), self._columns(self.end + room)
         self.ids, self.starts = (torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(2))
         self.starts[:count] = torch.tensor([self.end - n for n in lengths], device=self.device)
