@@ -4,6 +4,7 @@ time, and are the same; a run whose sampled answers find none goes on without th
 from __future__ import annotations
 
 import json
+import warnings
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from luthier.errors import MemoryPlanError
 from luthier.evaluate.asking.answers import Memo, Task, Text, _weigh
 from luthier.model.causal import CausalModel
 from luthier.model.decode import batches
-from luthier.model.fast import RECORD_AFTER, _Recorder
+from luthier.model.fast import RECORD_AFTER, FastDecoder, _Recorder
 from luthier.model.generate import Generation, Sampling, generate, stream
 from luthier.model.load import model_folder
 from luthier.model.quantize import forget_unpacked, unpacked
@@ -181,6 +182,35 @@ def test_steps_that_cannot_be_recorded_for_want_of_memory_are_launched() -> None
         assert [int(recorder(lambda: torch.tensor(7), kind)) for _ in range(RECORD_AFTER + 3)] == [7] * 7
     assert full.calls == "rrf"
     assert not recorder.recorded
+    recorder.forget()
+    assert recorder.on  # there may be memory for the steps of the next batch
+
+
+def test_steps_that_cannot_be_recorded_are_said_to_be_launched_and_are_for_good() -> None:
+    class Refusing:
+        calls = ""
+
+        def record(self, step: Any) -> Any:
+            self.calls += "r"
+            raise RuntimeError("operation not permitted when stream is capturing\nas a test")
+
+        def forget(self) -> None:
+            self.calls += "f"
+
+    model, refusing = llama(), Refusing()
+    decoder = FastDecoder(model, merge=False, bucketed=True)
+    decoder.recorder = recorder = _Recorder(on=True)  # as on a GPU
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):  # batches
+            decoder.prefill(PROMPTS, 64)
+            recorder.recorder = refusing  # type: ignore[assignment]
+            for _ in range(RECORD_AFTER + 2):
+                decoder.step(torch.ones(len(PROMPTS), dtype=torch.int64))
+    said = "steps are launched one by one from here on, which only takes longer: operation not permitted"
+    assert [str(warning.message).startswith(said) for warning in told] == [True]
+    assert "as a test" not in str(told[0].message)
+    assert refusing.calls == "rf"
 
 
 def weighed(folder: Path, model: CausalModel, memory: Any) -> tuple[list[float], int]:

@@ -26,7 +26,7 @@ from luthier.kernels.loss import token_losses
 from luthier.kernels.sizes import power_of_2
 from luthier.kernels.varlen import takes, varlen_attention
 from luthier.model import families
-from luthier.model.graphs import CudaRecorder, Recorder, Step
+from luthier.model.graphs import CudaRecorder, Recorder, Step, lack, said, tell_launched
 from luthier.model.place import free_memory
 from luthier.model.quantize import PackedLinear
 
@@ -78,7 +78,7 @@ class FastDecoder:
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         # Which inputs LLM.int8() rounds is for the host to decide: that cannot be recorded. Copies are not, either.
         launched = _rounds_inputs(blocks) or self.streamed is not None
-        self.records = bucketed and self.device.type == "cuda" and not launched
+        self.recorder = _Recorder(on=bucketed and self.device.type == "cuda" and not launched)
         self.pass_tokens = self._pass_tokens(config.hidden_size, config.intermediate_size, model.memory)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -134,15 +134,14 @@ class FastDecoder:
         """Without a copy of the weights, and with half as many tokens in a pass: one of fewer than the longest row has
         takes no less. Nothing is made here, where memory has just lacked: `prefill` does."""
         less = self.merged or self.pass_tokens > self.end
-        self.keys, self.values, self.recorder = [], [], _Recorder(on=self.records)
+        self._forget()
         self.layers = [] if self.merged else self.layers
         self.merged, self.pass_tokens = False, self.pass_tokens // 2
         return less
 
     def _make_room(self, lengths: Sequence[int], room: int) -> None:
         """An empty cache for rows of these lengths, of which none sees a column yet that is still to be written."""
-        self.keys, self.values = [], []  # the old ones go before the new ones come
-        self.recorder = _Recorder(on=self.records)
+        self._forget()  # the old one goes before the new one comes
         count, self.end = len(lengths), max(lengths)
         self.layers = self.layers or self.layers_of(merge=self.merged)
         rows, columns = self._rows(count), self._columns(self.end + room)
@@ -157,6 +156,11 @@ class FastDecoder:
         self.keys, self.values = (
             [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers] for _ in range(2)
         )
+
+    def _forget(self) -> None:
+        """Lets go of the cache, and of the recorded steps that work on it."""
+        self.keys, self.values = [], []
+        self.recorder.forget()
 
     def _rows(self, count: int) -> int:
         """How many rows a step for `count` rows computes."""
@@ -253,13 +257,23 @@ def token_bytes(hidden: int, inner: int, size: int) -> int:
 
 class _Recorder:
     """Runs steps. Where it is `on`, one whose kind has come `RECORD_AFTER` times is recorded, and replayed from then
-    on."""
+    on.
+
+    Args:
+        on: whether to record, until a recording fails: for good, or, for want of memory, until `forget`.
+    """
 
     def __init__(self, *, on: bool) -> None:
-        self.on = on
-        self.times: Counter[tuple[int, int]] = Counter()
-        self.recorded: dict[tuple[int, int], Step] = {}
+        self.able = on
         self.recorder: Recorder | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Before the tensors that recorded steps work on make way for others."""
+        self.on = self.able
+        self.times = Counter[tuple[int, int]]()
+        self.recorded = dict[tuple[int, int], Step]()
+        self.recorder = None
 
     def __call__(self, step: Step, kind: tuple[int, int]) -> Tensor:
         self.times[kind] += 1
@@ -270,13 +284,15 @@ class _Recorder:
         return self.recorded[kind]().clone()  # the next replay writes there
 
     def _record(self, step: Step, kind: tuple[int, int]) -> None:
-        """What is recorded does not run. Where that fails, as it does for want of memory, steps are launched from here
-        on."""
+        """What is recorded does not run. Where that fails, steps are launched from here on."""
         self.recorder = self.recorder or CudaRecorder()
         try:
             self.recorded[kind] = self.recorder.record(step)
-        except RuntimeError:
+        except RuntimeError as error:
             self.on = False
+            if lack(error) is None:
+                self.able = False
+                tell_launched(said(error))
         if not self.on:  # not in the handler: what went wrong holds what the step had made
             self.recorded.clear()
             self.recorder.forget()

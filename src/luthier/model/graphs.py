@@ -263,11 +263,11 @@ class Graphs:
     def _go_on(self, error: RuntimeError, *, launched: bool) -> None:
         """After a recording failed: what was not launched yet is launched first."""
         self.forget()
-        lack = _lack(error)
-        if lack is not None:
-            self._lacked(_said(lack))
+        found = lack(error)
+        if found is not None:
+            self._lacked(said(found))
         elif launched:
-            self._tell(_said(error), for_good=True)
+            self._tell(said(error), for_good=True)
         else:
             self._at_once = False
 
@@ -278,19 +278,23 @@ class Graphs:
 
     def _tell(self, reason: str, *, for_good: bool) -> None:
         self.recorder = None if for_good else self.recorder
-        until = "from here on" if for_good else "until they are recorded again"
-        warnings.warn(f"steps are launched one by one {until}, which only takes longer: {reason}", stacklevel=2)
+        tell_launched(reason, "from here on" if for_good else "until they are recorded again")
 
 
-def _said(error: BaseException) -> str:
+def tell_launched(reason: str, until: str = "from here on") -> None:
+    """Warns that steps are not recorded."""
+    warnings.warn(f"steps are launched one by one {until}, which only takes longer: {reason}", stacklevel=3)
+
+
+def said(error: BaseException) -> str:
     """The first line of what it says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _lack(error: BaseException | None) -> BaseException | None:
+def lack(error: BaseException | None) -> BaseException | None:
     """The lack of memory that an error is or came of: torch may say of a recording that it spoilt that it cannot be
     ended."""
-    return error if error is None or out_of_memory(error) else _lack(error.__context__)
+    return error if error is None or out_of_memory(error) else lack(error.__context__)
 
 
 def backward(loss: Tensor, scale: float) -> Tensor:
