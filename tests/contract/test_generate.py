@@ -121,7 +121,7 @@ def test_the_repetition_penalty_is_the_one_of_transformers(model: CausalModel) -
 
 
 def test_a_penalised_token_of_a_logit_below_zero_is_less_likely_too() -> None:
-    pick = _Picker([[0]], Sampling(repetition_penalty=2.0), torch.device("cpu"))
+    pick = _Picker([[0]], Sampling(repetition_penalty=2.0))
     assert pick(torch.tensor([[-1.0, -1.5, -3.0]])).tolist() == [1]
 
 

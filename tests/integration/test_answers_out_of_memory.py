@@ -8,6 +8,7 @@ import warnings
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,31 @@ def test_wherever_memory_runs_out_the_answers_are_the_same(kind: str) -> None:
         check(answered(model, Scarce(at)), wanted)
         # What a module's batches may be is tried once, and a lack of memory is no answer to that.
         assert not kind.startswith("g") or batches(model) == "padded"
+
+
+def test_wherever_memory_runs_out_a_streamed_answer_is_the_same() -> None:
+    def streamed(memory: Scarce, sampling: Sampling = WARM) -> list[int]:
+        model = llama()
+        with memory:
+            return list(stream(model, PROMPTS[3], sampling, frozenset()))
+
+    first, whole = Scarce(-1), Scarce(-1)
+    streamed(first, replace(WARM, max_new_tokens=1))
+    wanted = streamed(whole)
+    assert len(wanted) == WARM.max_new_tokens
+    # The first token's choice lays out what later ones find.
+    for at in sorted({*range(0, whole.count, whole.count // 4), *range(first.count - 40, first.count, 3)}):
+        assert streamed(Scarce(at)) == wanted, at
+
+
+def test_a_streamed_answer_has_the_memory_of_unpacked_weights() -> None:
+    model = llama(recipe.FourBit(kind="nf4"))
+    wanted = list(stream(model, PROMPTS[3], WARM, frozenset()))
+    with unpacked(model.module, 1 << 20):
+        layers = [layer for layer in model.module.modules() if getattr(layer, "kept", None) is not None]
+        with Beside(layers):
+            assert list(stream(model, PROMPTS[3], WARM, frozenset())) == wanted
+    assert layers
 
 
 @pytest.mark.parametrize("times", [2, 10])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from luthier.cli import main
 from luthier.data.conversation import Conversation, Message, Origin, to_json
-from luthier.errors import DataError, RecipeError, RunError, UsageError
+from luthier.errors import DataError, MemoryPlanError, RecipeError, RunError, UsageError
 from luthier.evaluate.asking.answers import Memo, Task, Text, _rest, chunks, plan, sampling_of, work
 from luthier.evaluate.asking.sides import pair_of
 from luthier.evaluate.asking.subject import Subject
@@ -36,6 +36,7 @@ from luthier.recipe import FourBit
 from luthier.runs import Run
 from luthier.serve.chat import Talk, chat
 from luthier.train.launch import train
+from scarce import Small
 
 TEST = "data.test=[{path: sums.jsonl}]"
 
@@ -461,6 +462,20 @@ def test_a_conversation_longer_than_the_model_reads_says_so_and_goes_on(run: Run
     chat(run, lines=["more " * 200, "what is one"], out=out)
     assert "as long as the model can read; /reset starts over" in out.getvalue().splitlines()[0]
     assert len(out.getvalue().splitlines()) == 2
+
+
+def test_a_turn_that_finds_no_memory_is_forgotten_and_answered_with_what_helps(run: Run) -> None:
+    talk = Talk(Subject.open(run), "base", Sampling(max_new_tokens=9))
+    list(talk.answer("what is one"))
+    (first, *_), nothing = talk.messages, Small(100)
+    with nothing, pytest.raises(MemoryPlanError, match=r"a prompt of .* tokens and up to 9 .*; /reset starts over$"):
+        list(talk.answer("what is two"))
+    assert [message.role for message in talk.messages] == ["user", "assistant"]
+    assert talk.messages[0] is first
+    talk.reset()
+    with nothing, pytest.raises(MemoryPlanError, match=r"; shorten it, or close other programs$"):
+        list(talk.answer("what is two"))
+    assert not talk.messages
 
 
 def test_chat_reads_a_pipe(run: Run) -> None:

@@ -29,6 +29,8 @@ MAX_ROWS = 256  # more rows in one batch gain nothing on a CPU, and the logits o
 LOOK_EVERY = 4  # steps of a GPU that are launched before the host waits for their tokens
 LOGIT_BYTES = 32  # of each of a row's logits while a token is chosen: in float32, in float64 and sorted
 MERGE_UP_TO = 2 << 30  # bytes of weights that may be copied to be merged; larger models run as they are
+SHORTER = "shorten it, or close other programs"
+SHORTER_OR_LESS = "shorten it, lower evaluate.generate.max_new_tokens, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def generate(
     continuations: Sequence[Sequence[Sequence[int]]] | None = None,
     max_tokens_in_flight: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fix: str = SHORTER,
 ) -> list[Generation]:
     """An answer to each prompt, in their order.
 
@@ -74,6 +77,7 @@ def generate(
         max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory, or
             half of a GPU's where our own decoder answers.
         progress: is told (answers done, answers in all).
+        fix: what to do about a prompt that alone does not fit.
 
     Where memory runs out, recorded launches of training go first; then what is not answered yet is tried again, half as
     many rows at a time, and a row that is alone without unpacked weights beside it.
@@ -103,12 +107,9 @@ def generate(
         rows, *waiting = waiting
         if attempt(partial(answer, rows)):
             continue
-        most = len(rows)
-        if not model.forget_recorded():  # a run's, which has answers sampled
-            less = engine.take_less()
-            if most == 1 and not less and not forget_unpacked(model.module):
-                raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens)
-            most = -(-most // 2)
+        most = _fewer(model, engine, len(rows))
+        if most == 0:
+            raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens, fix)
         release()
         waiting = _cut([[row for row in rows if row not in answers], *waiting], most)
     return [answers[i] for i in range(len(prompts))]
@@ -124,11 +125,20 @@ def _decoder(model: CausalModel, *, merge: bool) -> Decoder:
     raise MemoryPlanError("the model leaves no memory for answers", fix="close other programs, or raise run.memory")
 
 
-def _too_long(prompt: int, new_tokens: int) -> MemoryPlanError:
-    return MemoryPlanError(
-        f"a prompt of {prompt:,} tokens and up to {new_tokens:,} of its answer do not fit into memory by themselves",
-        fix="shorten it, lower evaluate.generate.max_new_tokens, or close other programs",
-    )
+def _fewer(model: CausalModel, engine: Decoder, rows: int) -> int:
+    """Lets go of what there need not be, after so many rows found no memory; how many to try now, or 0 where it is no
+    use."""
+    if model.forget_recorded():  # a run's, which has answers sampled
+        return rows
+    less = engine.take_less()
+    return -(-rows // 2) if rows > 1 else int(less or forget_unpacked(model.module))
+
+
+def _too_long(prompt: int, new_tokens: int, fix: str) -> MemoryPlanError:
+    """`new_tokens` of its answer, or none."""
+    read = f"a prompt of {prompt:,} tokens"
+    both = f"{read} and up to {new_tokens:,} of its answer do not fit into memory by themselves"
+    return MemoryPlanError(both if new_tokens else f"{read} does not fit into memory by itself", fix=fix)
 
 
 def _cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:
@@ -136,23 +146,32 @@ def _cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:
     return [batch[start : start + most] for batch in batches for start in range(0, len(batch), most)]
 
 
-def stream(model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:
-    """The answer's tokens as they come, without the one that ends it. The same tokens as `generate` gives. Raises
-    MemoryPlanError where memory runs out."""
+def stream(
+    model: CausalModel, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], *, fix: str = SHORTER
+) -> Iterator[int]:
+    """The answer's tokens as they come, without the one that ends it. The same tokens as `generate` gives, and what it
+    does where memory runs out. Raises MemoryPlanError where that is no use; `fix` is what to do then."""
     with torch.inference_mode():
-        engine, pick = _decoder(model, merge=False), _Picker([prompt], sampling, model.device)
+        engine, pick = _decoder(model, merge=False), _Picker([prompt], sampling)
+    said = list(prompt)
     read = partial(engine.prefill, [prompt], sampling.max_new_tokens)
-    for _ in range(sampling.max_new_tokens):
+    for left in range(sampling.max_new_tokens, 0, -1):
         with torch.inference_mode():  # not across a yield: it would hold in the caller
-            logits = attempt(read)
-            if logits is None:
-                raise _too_long(len(prompt), sampling.max_new_tokens)
-            ids = pick(logits)
+            while (ids := attempt(partial(_picked, pick, read))) is None:
+                if not _fewer(model, engine, 1):
+                    raise _too_long(len(prompt), sampling.max_new_tokens, fix)
+                release()
+                read = partial(engine.prefill, [said], left)
         token = int(ids)
         if token in stop_ids:
             return
         yield token
+        said.append(token)
         read = partial(engine.step, ids)
+
+
+def _picked(pick: _Picker, read: Callable[[], Tensor]) -> Tensor:
+    return pick(read())
 
 
 def _answer(
@@ -167,7 +186,7 @@ def _answer(
     rows = list(made)  # the prompt that each row of the decoder answers, finished or not
     logits = engine.prefill(prompts, sampling.max_new_tokens)
     losses = _weigh(engine, logits, continuations)
-    pick = _Picker(prompts, sampling, logits.device)
+    pick = _Picker(prompts, sampling)
     unseen: list[Tensor] = []  # tokens that were chosen and not looked at
     for count in range(1, sampling.max_new_tokens + 1):
         unseen.append(pick(logits))
@@ -220,26 +239,23 @@ def _without_holes(alive: Sequence[bool]) -> list[int]:
 
 class _Picker:
     """Chooses the next token of each row from logits. Random numbers depend on the seed, the row's prompt and the
-    step alone."""
+    step alone. A choice that finds no memory leaves it as it was."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.sampling = sampling
         self.step = 0
         self.seen: Tensor | None = None  # [B, V]: what the repetition penalty falls on
+        self.noise: Tensor | None = None  # [B, max_new_tokens]
         self.prompts = prompts
-        self.noise = torch.empty(0)
-        if sampling.temperature:
-            # Apple's GPUs have no float64: there the choice is made on the CPU.
-            place = "cpu" if device.type == "mps" else device
-            self.noise = torch.stack([_uniform(p, sampling) for p in prompts]).to(place)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """fp32 [B, V] to int64 [B]."""
         if self.sampling.repetition_penalty != 1.0:
             logits = self._penalised(logits)
         if self.sampling.temperature:
-            warm = logits.to(self.noise.device) / self.sampling.temperature
-            ids = _sample(warm, self.sampling.top_p, self.noise[:, self.step]).to(logits.device)
+            noise = self._drawn(logits.device)
+            warm = logits.to(noise.device) / self.sampling.temperature
+            ids = _sample(warm, self.sampling.top_p, noise[:, self.step]).to(logits.device)
         else:
             ids = logits.argmax(-1)
         if self.seen is not None:
@@ -248,15 +264,23 @@ class _Picker:
         return ids
 
     def keep(self, rows: Tensor) -> None:
-        self.noise = self.noise[rows.to(self.noise.device)] if self.sampling.temperature else self.noise
+        self.noise = self.noise[rows.to(self.noise.device)] if self.noise is not None else None
         self.seen = self.seen[rows] if self.seen is not None else None
+
+    def _drawn(self, device: torch.device) -> Tensor:
+        """The random numbers of all steps. Apple's GPUs have no float64: there the choice is made on the CPU."""
+        if self.noise is None:
+            place = "cpu" if device.type == "mps" else device
+            self.noise = torch.stack([_uniform(p, self.sampling) for p in self.prompts]).to(place)
+        return self.noise
 
     def _penalised(self, logits: Tensor) -> Tensor:
         """Logits of tokens seen before, in the prompt or the answer, made less likely (arXiv:1909.05858)."""
         if self.seen is None:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, prompt in enumerate(self.prompts):
-                self.seen[row, torch.tensor(prompt, device=logits.device)] = True
+                seen[row, torch.tensor(prompt, device=logits.device)] = True
+            self.seen = seen  # when it is whole: what finds no memory is tried again
         penalty = self.sampling.repetition_penalty
         return torch.where(self.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 

@@ -70,21 +70,22 @@ class Talk:
         asked = [*self.messages, Message("user", said)]
         prompt = self.subject.encoder.prompts([Conversation(tuple(asked), Origin("chat", 1))])[0]
         sampling = replace(self.sampling, max_new_tokens=self._room(len(prompt)))
-        given = ""
+        answered, given = False, ""
         try:
             for piece in self._pieces(prompt, sampling):
-                given += piece
+                answered, given = True, given + piece
                 yield piece
         finally:
-            self.messages = [*asked, Message("assistant", given.strip())]
+            if answered:
+                self.messages = [*asked, Message("assistant", given.strip())]
 
     def _pieces(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        from luthier.model.generate import stream
+        from luthier.model.generate import SHORTER, stream
 
         encoder, shown, ids = self.subject.encoder, "", list[int]()
-        cuts = encoder.template.cuts
+        cuts, fix = encoder.template.cuts, "/reset starts over" if self.messages else SHORTER
         with self.subject.side(self.side):
-            for token in stream(self.subject.model, prompt, sampling, encoder.stop_ids):
+            for token in stream(self.subject.model, prompt, sampling, encoder.stop_ids, fix=fix):
                 ids.append(token)
                 ready = _settled(encoder.decode(ids), cuts)
                 if len(ready) > len(shown) and ready.startswith(shown):

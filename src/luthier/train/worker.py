@@ -202,7 +202,7 @@ def _answers_if_room(model: CausalModel, prepared: Prepared, recipe: Recipe, emi
 
 def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence[Event]:
     """Greedy answers to the first held-out prompts, beside what was wanted."""
-    from luthier.model.generate import Sampling, generate
+    from luthier.model.generate import SHORTER_OR_LESS, Sampling, generate
 
     store, decode, tokenizer = prepared.heldout, prepared.encoder.decode, prepared.encoder.tokenizer
     rows = [row for row in range(len(store)) if store.prompts[row] > 0][: recipe.evaluate.samples]
@@ -210,7 +210,8 @@ def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence
     sampling = Sampling(max_new_tokens=recipe.evaluate.generate.max_new_tokens)
     prompts = [ids[:prompt] for ids, prompt in parts]
     asked = {c.origin: c.messages for c in heldout_conversations(prepared.folder)} if rows else {}
-    generations = generate(model, prompts, sampling, prepared.encoder.stop_ids) if prompts else []
+    stop_ids = prepared.encoder.stop_ids
+    generations = generate(model, prompts, sampling, stop_ids, fix=SHORTER_OR_LESS) if prompts else []
     return [
         {
             "row": str(store.origin(row)),

@@ -426,7 +426,7 @@ def _read(
     in_flight: int | None,
 ) -> None:
     """Reads the prompt of each task once, for its answer and for all that rides on it."""
-    from luthier.model.generate import generate
+    from luthier.model.generate import SHORTER, SHORTER_OR_LESS, generate
 
     encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
     for chunk in chunks(tasks, sampling.max_new_tokens, subject.model.device.type):
@@ -442,6 +442,7 @@ def _read(
             continuations=weighed,
             progress=done,
             max_tokens_in_flight=in_flight,
+            fix=SHORTER_OR_LESS if sampling.max_new_tokens else SHORTER,
         )
         results: dict[str, Result] = {}
         for task, several, one in zip(chunk, riding, made, strict=True):
