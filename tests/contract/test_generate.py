@@ -210,10 +210,11 @@ def test_the_dropout_of_a_training_step_is_not_in_the_answers(model: CausalModel
         assert answers(decoder, PROMPTS, GREEDY, NO_STOPS) == expected, name
 
 
-def test_progress_counts_up_to_all_prompts(model: CausalModel) -> None:
-    told: list[tuple[int, int]] = []
-    generate(model, PROMPTS, GREEDY, NO_STOPS, progress=lambda done, total: told.append((done, total)))
-    assert told == [(i, len(PROMPTS)) for i in range(1, len(PROMPTS) + 1)]
+def test_each_answer_is_given_with_the_place_of_its_prompt(model: CausalModel) -> None:
+    given: list[tuple[int, Generation]] = []
+    made = generate(model, PROMPTS, GREEDY, NO_STOPS, answered=lambda row, one: given.append((row, one)))
+    assert len(given) == len(PROMPTS)
+    assert [dict(given)[row] for row in range(len(PROMPTS))] == made
 
 
 def test_no_prompts_have_no_answers_and_an_empty_prompt_is_refused(model: CausalModel) -> None:

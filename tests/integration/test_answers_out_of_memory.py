@@ -4,6 +4,7 @@ time, and are the same; a run whose sampled answers find none goes on without th
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from array import array
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 
 import tiny
 from luthier import recipe
+from luthier.data.conversation import Origin
 from luthier.errors import MemoryPlanError
 from luthier.evaluate.asking.answers import Memo, Task, Text, _weigh
 from luthier.model.causal import CausalModel
@@ -242,7 +244,7 @@ def test_steps_that_cannot_be_recorded_are_said_to_be_launched_and_are_for_good(
 def weighed(folder: Path, model: CausalModel, memory: Any) -> tuple[list[float], int]:
     """What eight rows weigh, and how many were told to be done."""
     texts = [Text(array("i", [(n * i + 2) % 64 for i in range(40)]), bytes([0] * 30 + [1] * 10)) for n in range(1, 9)]
-    tasks = [Task("tuned", i, f"row {i}", text=text) for i, text in enumerate(texts)]
+    tasks = [Task("tuned", i, f"row {i}", text=text, origin=Origin("t.jsonl", 9)) for i, text in enumerate(texts)]
     memo, done = Memo(folder / "answers.jsonl"), list[int]()
     with memory, torch.inference_mode():
         _weigh(SimpleNamespace(model=model), tasks, memo, lambda label, count: done.append(count))  # type: ignore[arg-type]
@@ -255,7 +257,7 @@ def test_likelihoods_are_the_same_in_less_memory(tmp_path: Path) -> None:
         found, done = weighed(tmp_path / name, llama(), memory)
         assert found == pytest.approx(wanted, rel=1e-5)
         assert done == 8
-    with pytest.raises(MemoryPlanError, match="a row of 40 tokens does not fit"):
+    with pytest.raises(MemoryPlanError, match=r"^t\.jsonl:9: a row of 40 tokens does not fit"):
         weighed(tmp_path / "never", llama(), Small(1_000))
 
 
@@ -277,7 +279,8 @@ def test_a_run_goes_on_without_its_samples_where_there_is_no_memory_for_one(tmp_
     assert result["steps"] == 5
     assert len(evaluations) == 2
     said = [event["text"] for event in events if event["event"] == "note"]
-    assert [text for text in said if "no answers are sampled this time: a prompt of" in text] == said
+    for text in said:
+        assert re.match(r"no answers are sampled this time: sums\.jsonl:\d+: a prompt of", text), text
     assert len(said) == 1
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [evaluations[1]["step"]] * 2

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from luthier.recipe import FourBit
 from luthier.runs import Run
 from luthier.serve.chat import Talk, chat
 from luthier.train.launch import train
-from scarce import Small
+from scarce import Scarce, Small
 
 TEST = "data.test=[{path: sums.jsonl}]"
 
@@ -258,6 +259,35 @@ def test_answers_to_long_prompts_are_kept_in_small_parts_on_a_cpu() -> None:
     parts = [[len(task.prompt or []) for task in chunk] for chunk in chunks(tasks, 10, "cpu")]
     assert parts == [[20_000], [5000] * 3, [600] * 26, [600] * 4 + [20] * 22, [20] * 128, [20] * 50]
     assert [len(part) for part in chunks(tasks, 10, "cuda")] == [234]
+
+
+@pytest.mark.parametrize("needs", [["text", "nll"], ["choices"]])
+def test_a_question_without_memory_is_named_and_answers_before_it_are_kept(
+    run: Run, tmp_path: Path, needs: list[str]
+) -> None:
+    subject, sampling, advanced = Subject.open(run), Sampling(max_new_tokens=4), list[int]()
+    questions = [replace(question, choices=("one", "two")) for question in suite(run).questions]
+    tasks = plan(subject, questions, sampling, sides=["base"], needs=needs)
+
+    def asked(name: str, memory: Scarce) -> Memo:
+        memo = Memo(tmp_path / name)
+        with memory:
+            work(subject, tasks, sampling, memo, lambda label, count: advanced.append(count), in_flight=1)
+        return memo
+
+    asked("loaded", Scarce(-1))
+    whole = Scarce(-1)
+    wanted = asked("whole", whole)
+    keys = wanted.keys()
+    advanced.clear()
+    with pytest.raises(MemoryPlanError, match=r"^sums\.jsonl:\d+: a prompt of \d+ tokens "):
+        asked("kept", Scarce(whole.count // 2, times=10**9))
+    kept = Memo(tmp_path / "kept").keys()
+    assert 0 < len(kept) < len(keys)
+    assert len(kept) == sum(advanced)
+    ended = asked("kept", Scarce(-1))
+    assert [ended[key] for key in keys] == [wanted[key] for key in keys]
+    assert len(keys) == sum(advanced)
 
 
 # Starts the command: what a process has kept when it is killed is seen from outside alone.

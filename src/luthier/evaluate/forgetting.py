@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.conversation import Conversation, Example, Message, Origin
-from luthier.evaluate.asking.answers import Memo, Task, Text, choices_of, choosing, collect, likelihoods
+from luthier.evaluate.asking.answers import Memo, Task, Text, choices_of, choosing, collect, likelihoods, located
 from luthier.evaluate.comparison import Scores
 from luthier.evaluate.metrics import Answer, Metric
 from luthier.evaluate.metrics.choice import ACCURACY_LIKELIHOOD
@@ -66,7 +66,8 @@ def general_tasks(subject: Subject, side: Side, start: int) -> list[Task]:
     texts = [conversation for conversation in asked if _is_text(conversation)]
     examples = dict(enumerate(map(Text.of, _examples(subject.encoder, texts)), start))
     choices = {start + i: found for i, found in choices_of(subject, asked, labels="text").items()}
-    return likelihoods(subject, side, examples) + choosing(subject, side, choices)
+    tasks = likelihoods(subject, side, examples) + choosing(subject, side, choices)
+    return located(tasks, [conversation.origin for conversation in asked], start)
 
 
 def general_answers(subject: Subject, side: Side, tasks: Sequence[Task], memo: Memo, start: int) -> list[Answer]:

@@ -64,7 +64,8 @@ def generate(
     *,
     continuations: Sequence[Sequence[Sequence[int]]] | None = None,
     max_tokens_in_flight: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    answered: Callable[[int, Generation], None] | None = None,
+    where: Sequence[str] = (),
     fix: str = SHORTER,
 ) -> list[Generation]:
     """An answer to each prompt, in their order.
@@ -76,7 +77,8 @@ def generate(
             is made.
         max_tokens_in_flight: tokens whose keys and values are held at a time; None: a quarter of the free memory, or
             half of a GPU's where our own decoder answers.
-        progress: is told (answers done, answers in all).
+        answered: is given each answer when it is made, and the index of its prompt.
+        where: of each prompt, the place that an error names.
         fix: what to do about a prompt that alone does not fit.
 
     Where memory runs out, recorded launches of training go first; then what is not answered yet is tried again, half as
@@ -98,8 +100,8 @@ def generate(
         weighed = [continuations[i] for i in rows] if continuations else [[]] * len(rows)
         for row, one in _answer(engine, [prompts[i] for i in rows], weighed, sampling, stop_ids):
             answers[rows[row]] = one
-            if progress:
-                progress(len(answers), len(prompts))
+            if answered:
+                answered(rows[row], one)
         return True
 
     waiting = _planned(engine, model, [len(p) for p in prompts], sampling.max_new_tokens, max_tokens_in_flight)
@@ -109,7 +111,7 @@ def generate(
             continue
         most = _fewer(model, engine, len(rows))
         if most == 0:
-            raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens, fix)
+            raise _too_long(len(prompts[rows[0]]), sampling.max_new_tokens, fix, where[rows[0]] if where else "")
         release()
         waiting = _cut([[row for row in rows if row not in answers], *waiting], most)
     return [answers[i] for i in range(len(prompts))]
@@ -134,11 +136,12 @@ def _fewer(model: CausalModel, engine: Decoder, rows: int) -> int:
     return -(-rows // 2) if rows > 1 else int(less or forget_unpacked(model.module))
 
 
-def _too_long(prompt: int, new_tokens: int, fix: str) -> MemoryPlanError:
+def _too_long(prompt: int, new_tokens: int, fix: str, where: str = "") -> MemoryPlanError:
     """`new_tokens` of its answer, or none."""
     read = f"a prompt of {prompt:,} tokens"
     both = f"{read} and up to {new_tokens:,} of its answer do not fit into memory by themselves"
-    return MemoryPlanError(both if new_tokens else f"{read} does not fit into memory by itself", fix=fix)
+    what = both if new_tokens else f"{read} does not fit into memory by itself"
+    return MemoryPlanError(what, where=where, fix=fix)
 
 
 def _cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:

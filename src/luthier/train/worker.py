@@ -196,7 +196,7 @@ def _answers_if_room(model: CausalModel, prepared: Prepared, recipe: Recipe, emi
     try:
         return _answers(model, prepared, recipe)
     except MemoryPlanError as error:
-        emit({"event": "note", "text": f"no answers are sampled this time: {error.what}"})
+        emit({"event": "note", "text": f"no answers are sampled this time: {error}"})
         return ()
 
 
@@ -210,8 +210,8 @@ def _answers(model: CausalModel, prepared: Prepared, recipe: Recipe) -> Sequence
     sampling = Sampling(max_new_tokens=recipe.evaluate.generate.max_new_tokens)
     prompts = [ids[:prompt] for ids, prompt in parts]
     asked = {c.origin: c.messages for c in heldout_conversations(prepared.folder)} if rows else {}
-    stop_ids = prepared.encoder.stop_ids
-    generations = generate(model, prompts, sampling, stop_ids, fix=SHORTER_OR_LESS) if prompts else []
+    where, stop_ids = [str(store.origin(row)) for row in rows], prepared.encoder.stop_ids
+    generations = generate(model, prompts, sampling, stop_ids, where=where, fix=SHORTER_OR_LESS) if prompts else []
     return [
         {
             "row": str(store.origin(row)),

@@ -18,7 +18,7 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
-from luthier.data.conversation import Conversation, Message
+from luthier.data.conversation import Conversation, Message, Origin
 from luthier.data.packing import micro_batches
 from luthier.errors import MemoryPlanError
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from luthier.data.stream import Micro
     from luthier.data.tokens import Encoder
     from luthier.model.causal import CausalModel
-    from luthier.model.generate import Sampling
+    from luthier.model.generate import Generation, Sampling
 
 Result = dict[str, Any]
 Advance = Callable[[str, int], None]
@@ -64,7 +64,8 @@ class Text(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Task:
     """One side's answer to a question's `prompt`, the likelihood of its `text`, or those of the `choices` that may
-    follow its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked.
+    follow its `prompt`. Choices that are spelled with `characters` characters each; `unasked`: with no question asked;
+    `origin`: where the question is from.
     """
 
     side: Side
@@ -75,6 +76,7 @@ class Task:
     choices: list[list[int]] | None = None
     characters: tuple[int, ...] = ()
     unasked: bool = False
+    origin: Origin | None = None
 
     @property
     def place(self) -> tuple[int, bool]:
@@ -123,7 +125,12 @@ def plan(
         tasks += [Task(side, i, digest([rule, prompt.tolist()]), prompt=prompt) for i, prompt in prompts.items()]
         tasks += likelihoods(subject, side, texts)
         tasks += choosing(subject, side, choices) + choosing(subject, side, unasked, unasked=True)
-    return tasks
+    return located(tasks, [question.origin for question in questions])
+
+
+def located(tasks: Iterable[Task], origins: Sequence[Origin], start: int = 0) -> list[Task]:
+    """The same, which know where their questions are from; these are numbered from `start`."""
+    return [replace(task, origin=origins[task.question - start]) for task in tasks]
 
 
 def likelihoods(subject: Subject, side: Side, texts: Mapping[int, Text]) -> list[Task]:
@@ -428,31 +435,43 @@ def _read(
     """Reads the prompt of each task once, for its answer and for all that rides on it."""
     from luthier.model.generate import SHORTER, SHORTER_OR_LESS, generate
 
-    encoder, labels = subject.encoder, {rider.key: rider.label for several in riders.values() for rider, _ in several}
     for chunk in chunks(tasks, sampling.max_new_tokens, subject.model.device.type):
         riding = [riders[task.place] for task in chunk]
         weighed = [[rest for _, rests in several for rest in rests] for several in riding]
         prompts = [task.prompt.tolist() if task.prompt else [] for task in chunk]
-        done = partial(_one_more, advance, chunk[0].label)
-        made = generate(
-            subject.model,
-            prompts,
-            sampling,
-            encoder.stop_ids,
-            continuations=weighed,
-            progress=done,
-            max_tokens_in_flight=in_flight,
-            fix=SHORTER_OR_LESS if sampling.max_new_tokens else SHORTER,
-        )
         results: dict[str, Result] = {}
-        for task, several, one in zip(chunk, riding, made, strict=True):
-            if task.kind == "answers":
-                results[task.key] = {"text": encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
-            losses = iter(one.losses)
-            results |= {rider.key: _weighed(rider, rests, islice(losses, len(rests))) for rider, rests in several}
-        memo.add(results)
-        for key in results.keys() - {task.key for task in chunk}:
-            advance(labels[key], 1)
+        try:
+            generate(
+                subject.model,
+                prompts,
+                sampling,
+                subject.encoder.stop_ids,
+                continuations=weighed,
+                answered=partial(_take, subject.encoder, chunk, riding, results, advance),
+                max_tokens_in_flight=in_flight,
+                where=[str(task.origin or "") for task in chunk],
+                fix=SHORTER_OR_LESS if sampling.max_new_tokens else SHORTER,
+            )
+        finally:
+            memo.add(results)  # also those that were there before something failed
+
+
+def _take(
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    riding: Sequence[list[Rider]],
+    results: dict[str, Result],
+    advance: Advance,
+    row: int,
+    one: Generation,
+) -> None:
+    """Adds what came of one of the tasks, and of all that rides on it."""
+    task, losses = tasks[row], iter(one.losses)
+    if task.kind == "answers":
+        results[task.key] = {"text": encoder.decode(one.ids), "stopped": one.stopped, "tokens": len(one.ids)}
+    results |= {rider.key: _weighed(rider, rests, islice(losses, len(rests))) for rider, rests in riding[row]}
+    for label in [task.label, *(rider.label for rider, _ in riding[row] if rider is not task)]:
+        advance(label, 1)
 
 
 def chunks(tasks: Sequence[Task], new_tokens: int, place: str) -> Iterator[Sequence[Task]]:
@@ -470,13 +489,10 @@ def _weighed(task: Task, rests: list[list[int]], losses: Iterator[float]) -> Res
     return {"nll": next(losses), "targets": len(rests[0])}
 
 
-def _one_more(advance: Advance, label: str, done: int, total: int) -> None:
-    advance(label, 1)
-
-
 def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance, tokens: int = PACK) -> None:
     """The likelihoods of rows, at most so many tokens of theirs in a pass, and half as many where memory runs out.
     Raises MemoryPlanError where one row alone does not fit."""
+    from luthier.model.generate import SHORTER
     from luthier.model.memory import attempt, release
     from luthier.model.quantize import forget_unpacked
 
@@ -486,7 +502,7 @@ def _weigh(subject: Subject, tasks: Sequence[Task], memo: Memo, advance: Advance
         if results is None:
             if len(chunk) == 1 and not forget_unpacked(subject.model.module):
                 what = f"a row of {chunk[0].length:,} tokens does not fit into memory by itself"
-                raise MemoryPlanError(what, fix="shorten it, or close other programs")
+                raise MemoryPlanError(what, where=str(chunk[0].origin or ""), fix=SHORTER)
             release()
             left, most = [task for task in tasks if task.key not in memo], sum(task.length for task in chunk) // 2
             return _weigh(subject, left, memo, advance, most)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from luthier import recipe
 from luthier.data.store import TokenStore
 from luthier.errors import NotFiniteError, RunError
-from luthier.evaluate.asking.answers import Memo, Task, Text, collect, likelihoods, plan, sampling_of, work
+from luthier.evaluate.asking.answers import Memo, Task, Text, collect, likelihoods, located, plan, sampling_of, work
 from luthier.evaluate.asking.seat import Seat
 from luthier.evaluate.asking.subject import SIDES, Side, Subject
 from luthier.evaluate.asking.suite import suite
@@ -128,7 +128,9 @@ def _scores(run: Run, folder: Path, model: CausalModel, side: Side) -> Json:
 
 def _heldout(subject: Subject, store: TokenStore, side: Side) -> list[Task]:
     """The likelihood of every held-out row, as training sees it."""
-    return likelihoods(subject, side, {row: Text.of(store.as_example(row)) for row in range(len(store))})
+    rows = range(len(store))
+    tasks = likelihoods(subject, side, {row: Text.of(store.as_example(row)) for row in rows})
+    return located(tasks, [store.origin(row) for row in rows])
 
 
 class _Taken(Seat):
