@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from luthier.data.conversation import Conversation, Message, Origin
 from luthier.evaluate.comparison import judge
@@ -193,7 +193,7 @@ def test_search_finds_rows_in_any_of_their_texts(page: Page) -> None:
     assert lines(page) == []
     assert page.locator("#count").inner_text() == "No row is like that."
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_function(f"document.getElementById('count').textContent === '{ROWS} rows'")
+    expect(page.locator("#count")).to_have_text(f"{ROWS} rows")
 
 
 def test_what_was_searched_for_is_highlighted(page: Page) -> None:
