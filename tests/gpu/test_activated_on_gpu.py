@@ -49,13 +49,12 @@ def exact(dh: Tensor, x: Tensor, act: Activation, gated: bool, dinner: Tensor, r
 def test_one_pass_is_as_near_to_fp32_as_two_and_always_the_same(shape: str, tokens: int, dtype: torch.dtype) -> None:
     width, act, gated, ranks = SHAPES[shape]
     dh, x, dinner = made(shape, tokens, dtype)
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the hidden values are stored on this GPU")
+    hopper = torch.cuda.get_device_capability()[0] == 9  # elsewhere it is two passes, too
     found: list[list[Tensor]] = []
     for more in ((), (), (fused.activate_backward,)):
         way = pointwise.activate_backward_dA if more else fused.activate_backward_dA
         gradient, dA = spare.empty(x, *x.shape, SPARE).copy_(x), x.new_full((ranks, width), torch.nan)
-        assert activated.takes(dh, gradient, dinner, dA)
+        assert activated.takes(dh, gradient, dinner, dA) == hopper
         assert way(dh.clone(), gradient, act, gated, dinner, dA, *more) is gradient
         found.append([gradient, dA])
     for one, again, two, wanted in zip(*found, exact(dh, x, act, gated, dinner, ranks), strict=True):
