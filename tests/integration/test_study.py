@@ -279,7 +279,7 @@ def test_where_fewer_cells_are_left_than_there_are_workers_memory_is_not_sought_
     monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
     place = f"run.dir={tmp_path / 'copy'}"
     code, out, err = luthier("study", str(tmp_path / "sums.yaml"), *SIZES, "run.processes=2", place)
-    assert (code, "for want of memory, 5 times now" in err) == (1, True), err
+    assert (code, "the kernel killed a process for want of memory, 5 times now" in err) == (1, True), err
     assert re.findall("going on with (.*)", out) == [f"{tokens} tokens at a time" for tokens in (400, 200, 100, 50)]
 
 
