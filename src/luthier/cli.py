@@ -26,7 +26,7 @@ RESUMING = {"compare", "demo", "predict", "repro", "study", "train"}
 """What keeps what it has done as it comes: verbs, and of `runs` one action."""
 _EPILOG = (
     "exit codes: 0 done, 1 an error that says what to do, 2 usage, 3 stopped but resumable, "
-    "130/143 stopped by a signal, resumable"
+    f"130/143 stopped by a signal ({', '.join(sorted(RESUMING))}: the same command goes on)"
 )
 
 
